@@ -1,0 +1,1 @@
+"""Accuracy, self-verification and voting on held-out prompts."""

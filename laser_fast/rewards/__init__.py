@@ -1,0 +1,1 @@
+"""Completion text and gold answer in, reward out, in killable workers."""

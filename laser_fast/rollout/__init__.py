@@ -1,0 +1,1 @@
+"""Prompts in, sampled completions out: the engine protocol and its engines."""

@@ -1,0 +1,1 @@
+"""Policy, packing, checkpoint and the loop."""

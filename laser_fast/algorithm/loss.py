@@ -1,0 +1,152 @@
+"""Per-token policy losses, importance correction, KL, and how tokens become one number.
+
+    ratio_t = exp(logprob_t - old_logprob_t)
+    grpo    : -min(ratio A, clip(ratio, 1 - low, 1 + high) A)     PPO's objective (arXiv 2402.03300)
+    gspo    : the same with ratio_t := sg[s] exp(logprob_t - sg[logprob_t]),
+              s = exp(mean_t of the sequence's log ratios)          arXiv 2507.18071 eq. 13
+    cispo   : -sg[clip(ratio, 1 - low, 1 + high)] A logprob_t       arXiv 2506.13585 eq. 4
+
+sg stops the gradient. All losses are to be minimised. T tokens, B sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PolicyLossKind = Literal["grpo", "gspo", "cispo"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+def policy_loss(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+    *,
+    kind: PolicyLossKind = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    clip_dual: float | None = None,
+    sequence_ids: Tensor | None = None,  # [T] int64
+) -> Tensor:
+    """Loss of every token, [T]; formulas in the module's docstring.
+
+    Args:
+        logprobs: current policy, differentiable.
+        old_logprobs: behaviour policy of this rollout batch; no gradient flows into it.
+        advantages: constant within a completion.
+        kind: "grpo", "gspo" or "cispo".
+        clip_low: ratios below 1 - clip_low are clipped.
+        clip_high: ratios above 1 + clip_high are clipped.
+        clip_dual: dual clip c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729).
+        sequence_ids: sequence of each token; "gspo" needs it.
+
+    Raises:
+        ValueError: unknown kind, or "gspo" without sequence_ids.
+    """
+    log_ratio = logprobs - old_logprobs.detach()
+    if kind == "cispo":
+        weight = log_ratio.detach().exp().clamp(1 - clip_low, 1 + clip_high)
+        return -weight * advantages * logprobs
+    if kind == "gspo":
+        if sequence_ids is None:
+            raise ValueError('policy_loss: kind="gspo" needs sequence_ids [T]')
+        # The value is the sequence's ratio, the gradient that of the single token.
+        log_ratio = sequence_mean(log_ratio.detach(), sequence_ids) + logprobs - logprobs.detach()
+    elif kind != "grpo":
+        raise ValueError(f'policy_loss: expected kind "grpo", "gspo" or "cispo", got "{kind}"')
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+    if clip_dual is not None:
+        loss = torch.where(advantages < 0, loss.minimum(-clip_dual * advantages), loss)
+    return loss
+
+
+def is_clipped(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
+    """Tokens whose clipped term decides the "grpo" loss, so that they pass no gradient, [T]."""
+    ratio = (logprobs - old_logprobs).exp()
+    too_high = (advantages > 0) & (ratio > 1 + clip_high)
+    too_low = (advantages < 0) & (ratio < 1 - clip_low)
+    return too_high | too_low
+
+
+def tis_weights(
+    old_logprobs: Tensor,  # [T]
+    rollout_logprobs: Tensor,  # [T]
+    *,
+    cap: float,
+) -> Tensor:
+    """Truncated importance sampling between trainer and sampler: min(exp(old - rollout), cap).
+
+    Corrects the mismatch of two engines with the same weights, and one-step-off rollouts. [T],
+    without gradient.
+    """
+    return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
+
+
+def kl_penalty(
+    logprobs: Tensor,  # [T]
+    ref_logprobs: Tensor,  # [T]
+    kind: Literal["k1", "k2", "k3"] = "k3",
+) -> Tensor:
+    """Estimators of KL(pi || pi_ref) per token, [T] (Schulman, "Approximating KL divergence").
+
+    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d with d = ref_logprobs - logprobs.
+    """
+    d = ref_logprobs - logprobs
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d * d / 2
+    if kind == "k3":
+        return torch.expm1(d) - d
+    raise ValueError(f'kl_penalty: expected kind "k1", "k2" or "k3", got "{kind}"')
+
+
+def token_weights(
+    lengths: Tensor,  # [B] tokens of each completion
+    is_trained: Tensor,  # [B] bool
+    *,
+    aggregation: Aggregation,
+    max_new_tokens: int,
+) -> Tensor:
+    """Weight of each token of a completion in the summed loss, [B] float32.
+
+    The denominators are those of the whole batch given here: hand in every completion of the
+    optimizer update, over all ranks, and the result does not depend on how it is split later.
+
+    "token-mean": 1 / all trained tokens. "seq-mean-token-mean": 1 / (completions x own length).
+    "seq-mean-token-sum-norm": 1 / (completions x max_new_tokens), Dr.GRPO.
+    Completions that are not trained (failed grade, over-long mask) weigh 0 and do not count.
+    """
+    lengths = lengths.float()
+    num_trained = is_trained.sum().clamp(min=1)
+    if aggregation == "token-mean":
+        weights = 1 / torch.where(is_trained, lengths, 0.0).sum().clamp(min=1).expand_as(lengths)
+    elif aggregation == "seq-mean-token-mean":
+        weights = 1 / (num_trained * lengths.clamp(min=1))
+    elif aggregation == "seq-mean-token-sum-norm":
+        weights = 1 / (num_trained * max_new_tokens).float().expand_as(lengths)
+    else:
+        raise ValueError(f'token_weights: unknown aggregation "{aggregation}"')
+    return torch.where(is_trained, weights, 0.0)
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean of the values of a token's own sequence, given back to each of its tokens, [T]."""
+    if values.numel() == 0:
+        return values
+    num_sequences = int(sequence_ids.max()) + 1
+    sums = values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)
+    counts = values.new_zeros(num_sequences).index_add_(0, sequence_ids, torch.ones_like(values))
+    return (sums / counts.clamp(min=1))[sequence_ids]

@@ -1,0 +1,379 @@
+"""The configuration of a run: frozen, typed, one TOML file plus `section.key=value` overrides.
+
+Every key is documented once, here, and read somewhere (tests/test_config.py proves both). A wrong
+file is refused in one sentence before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from laser_fast.algorithm.score import check_score_target
+
+
+class ConfigError(ValueError):
+    """A configuration or input that cannot run; the message is one sentence for the user."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(_Section):
+    """What is trained and how it is laid out on the devices."""
+
+    path: str
+    """Hugging Face id or folder of a causal LM and its tokenizer; "sandbox" makes a small one."""
+    attention: Literal["sdpa", "varlen", "flash_attention_2"] = "sdpa"
+    """Attention over packed sequences; "varlen" is torch's own, flash needs the extra [flash]."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of forward and backward; master weights stay float32. auto: bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward instead of keeping its activations."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory between uses."""
+    compile: bool = False
+    """Run torch.compile on every transformer block."""
+    liger: bool = False
+    """Use Liger's RMSNorm, SwiGLU and rotary layers; needs the extra [liger] and a GPU."""
+    replicas: int = Field(1, ge=1)
+    """HSDP: number of groups that each hold a full copy; one per node keeps gathers inside it."""
+
+
+class DataConfig(_Section):
+    """Where prompts come from and how they are worded."""
+
+    train: str
+    """Hugging Face data set id, a local jsonl, json, parquet or csv file, or "sandbox"."""
+    train_split: str = "train"
+    """Split of a hub data set."""
+    eval: str = ""
+    """Held-out prompts, given like `train`; empty: no evaluation."""
+    eval_split: str = "test"
+    """Split of a hub data set."""
+    prompt_field: str = "problem"
+    """Field that holds the question."""
+    answer_field: str = "answer"
+    """Field that holds the gold answer, handed to the reward as text."""
+    template: str = "chat"
+    """The word chat for the tokenizer's chat template, or a text with {prompt} in it."""
+    prompt_suffix: str = ""
+    """Appended to the question before the template."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts are dropped and counted."""
+    prompts_per_step: int = Field(128, ge=1)
+    """Prompts of one step over all ranks; the world size must divide it."""
+    eval_samples: int = Field(8, ge=1)
+    """Completions per held-out prompt."""
+    eval_limit: int = Field(0, ge=0)
+    """Evaluate only the first so many prompts; 0: all."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+
+
+class RolloutConfig(_Section):
+    """How completions are sampled."""
+
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """Sampler: transformers in process, vLLM in process, or a vLLM server on other GPUs."""
+    group_size: int = Field(8, ge=2)
+    """Completions per prompt (G)."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; policy log-probs are of the same tempered distribution."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Longest completion, EOS included."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Completions sampled at once by one engine."""
+    score: Literal["auto", "inline", "request", "off"] = "auto"
+    """How the engine reads the score after EOS; "off" leaves it to a policy forward."""
+    max_disagreement: float = Field(0.1, gt=0)
+    """Stop above this mean |policy - engine| log-prob of the same tokens, in nats."""
+    resample_rounds: int = Field(0, ge=0)
+    """DAPO's dynamic sampling: rounds in which groups without reward spread get new prompts."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs per vLLM engine."""
+    gpu_memory_fraction: float = Field(0.6, gt=0, le=1)
+    """Share of the device that a vLLM engine in process may use."""
+    server_url: str = ""
+    """Base URL of the vLLM server, for engine "vllm_server"."""
+    sync_buffer_mb: int = Field(512, ge=1)
+    """Largest piece of weights gathered at once while streaming to vLLM."""
+
+
+class RewardConfig(_Section):
+    """How completions are graded."""
+
+    kind: str = "math"
+    """One of math, gsm8k, exact, or "module:function" of yours."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Deadline of one answer; a grade that misses it is None and counted."""
+    workers: int = Field(2, ge=1)
+    """Grading processes per rank."""
+    format_gate: bool = False
+    """Reward "math" only in the format of the released code: exactly one boxed answer."""
+    overlong: Literal["score", "mask", "penalty"] = "score"
+    """Truncated completions: grade as they are, leave out of the loss, or DAPO's soft penalty."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before the limit over which the soft penalty falls from 0 to -1."""
+
+
+class ScoreConfig(_Section):
+    """The last-token self-score and its loss term."""
+
+    token: str = "<|vision_start|>"
+    """The reserved token z_c: unused in ordinary text, never sampled."""
+    beta: float = Field(0.1, gt=0)
+    """Scale of the score: r_s = beta (log pi(z_c | x, y) - ref_logprob)."""
+    ref_logprob: float | Literal["auto"] = "auto"
+    """c_ref, the untrained model's log pi(z_c | x, y); "auto" measures it on the first rollout."""
+    loss_coef: float = Field(0.1, ge=0)
+    """alpha, weight of the score's MSE; 0 trains plain GRPO."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps before the MSE joins the loss."""
+    max_class_weight: float = Field(5.0, ge=1)
+    """Ceiling of the class-balancing weight."""
+    max_grad_ratio: float = Field(0.0, ge=0)
+    """Cap of the score term's gradient norm relative to the policy term's; 0: no cap."""
+
+
+class AdvantageConfig(_Section):
+    """From rewards and scores to advantages."""
+
+    scale: Literal["std", "none"] = "std"
+    """Divide by the group's standard deviation, or do not (Dr.GRPO)."""
+    score_coef: float = Field(0.1, ge=0, le=1)
+    """tau, share of the advantage that comes from scores; 0: rewards alone."""
+    score_min_std: float = Field(0.1, ge=0)
+    """Groups whose scores spread no more than this keep the reward advantage."""
+    score_warmup_steps: int = Field(0, ge=0)
+    """Steps after `score.warmup_steps` before scores join the advantage."""
+
+
+class LossConfig(_Section):
+    """The policy loss."""
+
+    kind: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """Policy loss; gspo clips sequence ratios, cispo clips the weight and keeps every gradient."""
+    clip_low: float = Field(0.2, ge=0, le=1)
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = Field(0.2, ge=0)
+    """Ratios above 1 + clip_high are clipped."""
+    clip_dual: float = Field(0.0, ge=0)
+    """Dual clip: bound of the ratio where the advantage is negative; 0: none."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How token losses become one number; denominators are global."""
+    tis_cap: float = Field(2.0, ge=0)
+    """Truncated importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 KL penalty to the initial model, which is then kept in memory."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus; above 0 the head recomputes its logits in the backward."""
+
+
+class OptimConfig(_Section):
+    """Updates and their budget."""
+
+    steps: int = Field(ge=1)
+    """Training steps: one rollout and its updates each."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after its warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear learning-rate warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate relative to the peak, for linear and cosine."""
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    """AdamW's moment decay rates."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Clip of the global gradient norm."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer updates per step; above 1, old log-probs are recomputed once."""
+    tokens_per_microbatch: int = Field(16384, ge=1)
+    """Token budget of one forward and backward; changes memory and speed, never results."""
+
+
+class CheckpointConfig(_Section):
+    """When the run is saved."""
+
+    every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0: only the last."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class LogConfig(_Section):
+    """What is written besides metrics.jsonl."""
+
+    samples_per_step: int = Field(2, ge=0)
+    """Completions per step written to samples.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: str = ""
+    """Weights & Biases project; empty: off. Needs the extra [wandb]."""
+    trackio: str = ""
+    """Trackio project; empty: off. Needs the extra [trackio]."""
+
+
+class Config(_Section):
+    """One reproducible run."""
+
+    seed: int = Field(0, ge=0)
+    """Names every draw of the run: data order and sampling."""
+    output_dir: str
+    """The run folder; must be new, or hold the run that `--resume` continues."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    score: ScoreConfig = ScoreConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Config:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.optim.tokens_per_microbatch < longest:
+            raise ValueError(
+                f"optim.tokens_per_microbatch = {self.optim.tokens_per_microbatch} cannot hold one "
+                f"sequence of data.max_prompt_tokens + rollout.max_new_tokens = {longest}; "
+                f"raise it to at least {longest}"
+            )
+        if self.advantage.score_coef > 0 and self.score.loss_coef == 0:
+            raise ValueError(
+                "advantage.score_coef > 0 mixes in a score that score.loss_coef = 0 never trains; "
+                "set advantage.score_coef = 0 or train the score"
+            )
+        if self.score.loss_coef > 0 and self.score.ref_logprob != "auto":
+            check_score_target(beta=self.score.beta, ref_logprob=self.score.ref_logprob)
+        if self.rollout.engine == "vllm_server" and not self.rollout.server_url:
+            raise ValueError('rollout.engine = "vllm_server" needs rollout.server_url')
+        if self.data.template != "chat" and "{prompt}" not in self.data.template:
+            raise ValueError('data.template must be "chat" or a text with {prompt} in it')
+        if self.reward.overlong == "penalty" and not (
+            0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
+        ):
+            raise ValueError(
+                'reward.overlong = "penalty" needs reward.overlong_buffer between 1 and '
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}, "
+                f"got {self.reward.overlong_buffer}"
+            )
+        if self.optim.minibatches > self.data.prompts_per_step:
+            raise ValueError(
+                f"optim.minibatches = {self.optim.minibatches} exceeds "
+                f"data.prompts_per_step = {self.data.prompts_per_step}"
+            )
+        if self.optim.warmup_steps > self.optim.steps:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds "
+                f"optim.steps = {self.optim.steps}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides and validate.
+
+    Override values are TOML; what does not parse as TOML is taken as a string.
+
+    Raises:
+        ConfigError: one sentence with the key's path, the nearest valid name and what to do.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], *, source: str) -> Config:
+    """Validate a nested dict; `source` opens the error message."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as TOML; `load_config` of it gives the same configuration."""
+    return tomli_w.dumps(config.model_dump(mode="python"))
+
+
+def all_keys() -> dict[str, str]:
+    """Every dotted key with its documentation, in the order of the file."""
+    keys: dict[str, str] = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            for key, inner in field.annotation.model_fields.items():
+                keys[f"{name}.{key}"] = inner.description or ""
+        else:
+            keys[name] = field.description or ""
+    return keys
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f'override "{override}": expected section.key=value')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f'override "{override}": {section} is a value, not a section')
+    data[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence."""
+    first = error.errors()[0]
+    # Union members append their own tag ("float", "literal[...]") to the location.
+    path = ".".join(str(part) for part in first["loc"][:2])
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.5) or _same_name(path)
+        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        return (
+            f'unknown key "{path}"{hint} Remove or rename it.'
+            if hint
+            else (f'unknown key "{path}"; remove it, --print-config lists the valid ones')
+        )
+    if first["type"] == "missing":
+        return f'"{path}" is required; add it'
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    got = f", got {first['input']!r}"
+    about = all_keys().get(path, "")
+    return f'"{path}": {_lower_first(first["msg"])}{got}' + (f" ({about})" if about else "")
+
+
+def _same_name(path: str) -> list[str]:
+    """A key of that last name in another section."""
+    return [key for key in all_keys() if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
