@@ -1,0 +1,284 @@
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import Qwen2ForCausalLM as Qwen2
+
+from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.rollout.hf import HfEngine
+
+VOCAB = 13  # the tokenizer's; the head has three rows of padding more
+ROWS = 16
+PAD, EOS, OTHER_EOS, SCORE = 0, 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(Qwen2, Qwen2Config)
+
+
+def make_model(model_class, config_class):
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=ROWS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return model_class(config).train()
+
+
+def make_engine(model, **changes):
+    options = {
+        "score_token_id": SCORE,
+        "eos_token_ids": (EOS, OTHER_EOS),
+        "vocab_size": VOCAB,
+        "pad_token_id": PAD,
+        "max_num_seqs": 64,
+    }
+    return HfEngine(model, **(options | changes))
+
+
+def make_prompts(num=6):
+    lengths = (5, 1, 3, 8, 2, 5)
+    return [
+        Prompt(
+            prompt_id=f"p{i}",
+            text="",
+            prompt_ids=tuple((4 + (7 * i + 3 * t) % 9) for t in range(lengths[i % 6])),
+            answer="",
+        )
+        for i in range(num)
+    ]
+
+
+def sampling(**changes):
+    options = {"group_size": 4, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
+    return Sampling(**(options | changes))
+
+
+def full_logits(model, ids):
+    """Raw logits [len(ids), ROWS] of one unpadded sequence, float64 softmax input."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].double()
+
+
+def flat(groups):
+    return [(group.prompt, c) for group in groups for c in group.completions]
+
+
+def check_against_full_forward(model, groups, eos_ids, *, temperature, max_new_tokens):
+    for prompt, completion in flat(groups):
+        ids = prompt.prompt_ids + completion.completion_ids
+        logits = full_logits(model, ids)
+        start = len(prompt.prompt_ids)
+        for t, (token, logprob) in enumerate(
+            zip(completion.completion_ids, completion.rollout_logprobs, strict=True)
+        ):
+            expected = torch.log_softmax(logits[start - 1 + t] / temperature, 0)[token]
+            assert logprob == pytest.approx(expected.item(), abs=1e-5)
+        assert not set(completion.completion_ids[:-1]) & set(eos_ids)
+        assert completion.is_finished == (completion.completion_ids[-1] in eos_ids)
+        if completion.is_finished:
+            expected = torch.log_softmax(logits[-1], 0)[SCORE].item()
+            assert completion.score_logprob == pytest.approx(expected, abs=1e-5)
+        else:
+            assert len(completion.completion_ids) == max_new_tokens
+            assert completion.score_logprob is None
+
+
+@pytest.mark.parametrize("family", [(Qwen2, Qwen2Config), (LlamaForCausalLM, LlamaConfig)])
+def test_logprobs_and_scores_equal_a_full_forward(family):
+    model = make_model(*family)
+    groups = make_engine(model).generate(make_prompts(), sampling())
+    assert [group.prompt for group in groups] == make_prompts()
+    assert all(len(group.completions) == 4 for group in groups)
+    check_against_full_forward(model, groups, (EOS, OTHER_EOS), temperature=0.7, max_new_tokens=9)
+    last_ids = {c.completion_ids[-1] for _, c in flat(groups)}
+    assert {EOS, OTHER_EOS} < last_ids  # both ends and a truncation occurred
+    lengths = {len(c.completion_ids) for _, c in flat(groups) if c.is_finished}
+    assert 1 in lengths and len(lengths) > 3
+
+
+def test_pad_may_equal_eos(model):
+    groups = make_engine(model, pad_token_id=EOS).generate(make_prompts(), sampling())
+    assert groups == make_engine(model).generate(make_prompts(), sampling())
+
+
+def test_eos_in_the_last_slot_is_finished_and_scored(model):
+    engine, prompts = make_engine(model), make_prompts()
+    long = engine.generate(prompts, sampling(max_new_tokens=9))
+    length = max(len(c.completion_ids) for _, c in flat(long) if c.is_finished)
+    short = engine.generate(prompts, sampling(max_new_tokens=length))
+    check_against_full_forward(
+        model, short, (EOS, OTHER_EOS), temperature=0.7, max_new_tokens=length
+    )
+    assert any(c.is_finished and len(c.completion_ids) == length for _, c in flat(short))
+    # An EOS drawn in the extra step, beyond the limit, does not finish a completion.
+    cut = engine.generate(prompts, sampling(max_new_tokens=length - 1))
+    pairs = list(zip(flat(cut), flat(long), strict=True))
+    ended_just_after = [a for (_, a), (_, b) in pairs if len(b.completion_ids) == length]
+    assert ended_just_after
+    assert not any(c.is_finished for c in ended_just_after)
+
+
+def test_without_scores_the_completions_are_the_same(model):
+    engine = make_engine(model)
+    scored = engine.generate(make_prompts(), sampling())
+    bare = engine.generate(make_prompts(), sampling(needs_score=False))
+    for (_, a), (_, b) in zip(flat(scored), flat(bare), strict=True):
+        assert b.score_logprob is None
+        assert (a.completion_ids, a.finish_reason) == (b.completion_ids, b.finish_reason)
+        assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=1e-6)
+
+
+def test_a_completion_depends_on_neither_batch_nor_company(model):
+    prompts = make_prompts()
+    together = dict(zip(prompts, make_engine(model).generate(prompts, sampling()), strict=True))
+    for engine in (make_engine(model, max_num_seqs=5), make_engine(model, max_num_seqs=1)):
+        for share in (prompts[4:] + prompts[:2], prompts[3:4]):
+            for group in engine.generate(share, sampling()):
+                ids = [c.completion_ids for c in group.completions]
+                assert ids == [c.completion_ids for c in together[group.prompt].completions]
+    # A larger group begins with the same samples; another seed and another id do not.
+    larger = make_engine(model).generate(prompts[:1], sampling(group_size=6))[0].completions
+    assert [c.completion_ids for c in larger[:4]] == [
+        c.completion_ids for c in together[prompts[0]].completions
+    ]
+    assert len({c.completion_ids for c in larger}) > 3
+    other = make_engine(model).generate(prompts, sampling(seed=6))
+    assert flat(other) != flat(together.values())
+
+
+def test_banned_ids_are_never_sampled_but_keep_their_probability(model):
+    with torch.no_grad():  # make every banned id overwhelmingly likely
+        bias = torch.zeros(ROWS)
+        bias[[SCORE, *range(VOCAB, ROWS)]] = 6.0
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x) + bias
+    try:
+        groups = make_engine(model).generate(make_prompts(), sampling(temperature=1.0))
+        check_against_full_forward(
+            model, groups, (EOS, OTHER_EOS), temperature=1.0, max_new_tokens=9
+        )
+    finally:
+        del model.lm_head.forward
+    drawn = {i for _, c in flat(groups) for i in c.completion_ids}
+    assert drawn <= set(range(VOCAB)) - {SCORE}
+    assert max(c.rollout_logprobs[0] for _, c in flat(groups)) < -1
+
+
+def test_samples_follow_the_tempered_distribution(model):
+    prompt, temperature, num = make_prompts()[0], 1.7, 4096
+    engine = make_engine(model, max_num_seqs=num)
+    groups = engine.generate(
+        [prompt], sampling(group_size=num, temperature=temperature, max_new_tokens=2)
+    )
+    logits = full_logits(model, prompt.prompt_ids)[-1] / temperature
+    logits[[SCORE, *range(VOCAB, ROWS)]] = -math.inf
+    expected = logits.softmax(0)
+    first = torch.tensor([c.completion_ids[0] for _, c in flat(groups)])
+    allowed = expected > 0
+    chi2 = ((first.bincount(minlength=ROWS) - num * expected)[allowed] ** 2).div(
+        num * expected[allowed]
+    )
+    assert chi2.sum() < 32  # 11 degrees of freedom: exceeded once in 1300 seeds
+    # The second token, given the most frequent first one: steps draw independent noise.
+    common = first.mode().values.item() if first.mode().values.item() > OTHER_EOS else 4
+    logits = full_logits(model, (*prompt.prompt_ids, common))[-1] / temperature
+    logits[[SCORE, *range(VOCAB, ROWS)]] = -math.inf
+    expected = logits.softmax(0)
+    second = torch.tensor(
+        [c.completion_ids[1] for _, c in flat(groups) if c.completion_ids[0] == common]
+    )
+    observed = second.bincount(minlength=ROWS) / len(second)
+    assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / len(second))
+
+
+def test_generation_defaults_and_mode_of_the_model_are_ignored_and_kept(model):
+    plain = make_engine(model).generate(make_prompts(), sampling())
+    defaults = GenerationConfig(
+        repetition_penalty=1.8, temperature=0.2, do_sample=True, top_k=2, eos_token_id=EOS
+    )
+    before, model.generation_config = model.generation_config, defaults
+    try:
+        assert make_engine(model).generate(make_prompts(), sampling()) == plain
+        assert model.generation_config is defaults
+    finally:
+        model.generation_config = before
+    assert model.training
+    model.eval()
+    make_engine(model).token_logprobs(plain, temperature=1.0)
+    assert not model.training
+    model.train()
+
+
+def test_token_logprobs_repeat_the_rollout(model):
+    engine = make_engine(model)
+    groups = engine.generate(make_prompts(), sampling())
+    for max_num_seqs in (64, 5):
+        logprobs = make_engine(model, max_num_seqs=max_num_seqs).token_logprobs(
+            groups, temperature=0.7
+        )
+        for values, (_, completion) in zip(logprobs, flat(groups), strict=True):
+            assert values == pytest.approx(completion.rollout_logprobs, abs=1e-5)
+    hot = engine.token_logprobs(groups[:1], temperature=2.0)[0]
+    prompt, completion = flat(groups)[0]
+    logits = full_logits(model, prompt.prompt_ids + completion.completion_ids) / 2.0
+    row = logits[len(prompt.prompt_ids) - 1].log_softmax(0)
+    assert hot[0] == pytest.approx(row[completion.completion_ids[0]].item(), abs=1e-5)
+
+
+def test_parameters_are_gathered_once_per_call(model):
+    events = []
+
+    @contextmanager
+    def unsharded():
+        events.append("gather")
+        yield
+        events.append("release")
+
+    engine = make_engine(model, unsharded=unsharded, max_num_seqs=3)
+    engine.sync(iter(()))
+    groups = engine.generate(make_prompts(), sampling())
+    assert events == ["gather", "release"]
+    engine.token_logprobs(groups, temperature=1.0)
+    engine.sleep()
+    engine.close()
+    assert events == ["gather", "release"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eos_token_ids": ()}, "at least one id"),
+        ({"score_token_id": VOCAB}, "got 13"),
+        ({"eos_token_ids": (EOS, SCORE)}, "EOS id"),
+        ({"max_num_seqs": 0}, "at least 1"),
+    ],
+)
+def test_impossible_ids_are_refused(model, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_engine(model, **changes)
+
+
+def test_an_empty_prompt_is_refused(model):
+    empty = Prompt(prompt_id="p9", text="", prompt_ids=(), answer="")
+    with pytest.raises(ValueError, match="p9"):
+        make_engine(model).generate([empty], sampling())
+
+
+def test_no_prompts_give_no_groups(model):
+    engine = make_engine(model)
+    groups: list[Group] = engine.generate([], sampling())
+    assert groups == []
+    assert engine.token_logprobs([], temperature=1.0) == []
