@@ -1,0 +1,73 @@
+"""Seconds per stage and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageTimer:
+    """Accumulates the wall time of the stages of a step.
+
+    A stage inside another counts for itself alone, so the stages of a step add up to its time.
+
+    Example:
+        timer = StageTimer(device)
+        with timer("rollout"):
+            groups = engine.generate(prompts, sampling)
+        timer.pop()  # {"time/rollout": 3.1}
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        """On a CUDA device each stage waits for its kernels, so that their time is its own."""
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._stages: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the body of a `with` statement."""
+        self._charge()
+        self._stages.append(stage)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stages.pop()
+
+    def pop(self) -> dict[str, float]:
+        """Seconds per stage as metrics `time/<stage>`, and start over."""
+        metrics = {f"time/{stage}": seconds for stage, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return metrics
+
+    def _charge(self) -> None:
+        """Give the time since the last change of stage to the stage that was running."""
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._stages:
+            self._seconds[self._stages[-1]] += now - self._since
+        self._since = now
+
+
+def peak_memory_gb(device: torch.device | None = None) -> float:
+    """Peak memory in units of 1e9 bytes.
+
+    On a CUDA device the most that tensors held at once since the last call, which restarts the
+    count; otherwise the largest resident size of this process so far.
+    """
+    if device is not None and device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    # ru_maxrss is in kilobytes on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
