@@ -109,20 +109,26 @@ class Sequence:
 class Microbatch:
     """Packed sequences of one forward and backward, and the head rows to read from it.
 
-    `rows` selects the N of T positions that carry a label: completion rows and score rows, never
-    prompt rows. Every per-row tensor is [N] and in the order of `rows`; on score rows `labels`
-    is the score token, `temperature` 1, `token_weight` 0; on completion rows `score_weight` is 0.
+    `rows` selects the N = N_p + N_s of T positions that carry a label: first the N_p rows that
+    predict completion tokens, then the N_s score rows (the EOS positions); prompt rows never reach
+    the head. `labels` is the score token and `temperature` 1 on score rows. Sequences of S are
+    numbered in packing order.
     """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, restarting at 0 with every sequence
+    lengths: tuple[int, ...]  # S packed lengths, their sum is T
     rows: Tensor  # [N] int64
     labels: Tensor  # [N] int64
     temperature: Tensor  # [N] float32
-    is_score: Tensor  # [N] bool
-    sequence_ids: Tensor  # [N] int64, index of the sequence within the microbatch
-    rollout_logprobs: Tensor  # [N] float32, 0 on score rows
-    advantages: Tensor  # [N] float32, 0 on score rows
-    token_weight: Tensor  # [N] float32
-    rewards: Tensor  # [N] float32, verifier reward on score rows, else 0
-    score_weight: Tensor  # [N] float32
+    sequence_ids: Tensor  # [N_p] int64
+    rollout_logprobs: Tensor  # [N_p] float32
+    advantages: Tensor  # [N_p] float32
+    token_weight: Tensor  # [N_p] float32
+    rewards: Tensor  # [N_s] float32
+    score_weight: Tensor  # [N_s] float32
+
+    @property
+    def num_policy_rows(self) -> int:
+        """N_p, where the score rows begin."""
+        return len(self.advantages)

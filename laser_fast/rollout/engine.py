@@ -7,6 +7,7 @@ passes through them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,3 +46,9 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine for good."""
+
+
+def draw_seed(*parts: int | str) -> int:
+    """A 63-bit seed that names one draw, such as `draw_seed(seed, "train", step, attempt)`."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,106 @@
+"""Save and load the whole state of a run with torch.distributed.checkpoint.
+
+A checkpoint is a folder `checkpoints/step-000050` with one shard file per rank, `trainer.json`
+(step, reference log-prob, gradient-cap state) and the resolved `config.toml`. It is written under
+a temporary name and renamed when complete, so a folder of that name is always whole. It can be
+loaded on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+
+from laser_fast.config import ConfigError
+from laser_fast.training.distributed import World
+from laser_fast.training.policy import Policy
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint that holds `step` completed steps."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Completed steps of a checkpoint folder."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
+    return checkpoints[-1]
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    policy: Policy,
+    optimizer: Optimizer,
+    trainer_state: dict[str, Any],
+    config_toml: str,
+    keep: int,
+    world: World,
+) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`. Collective."""
+    final = checkpoint_path(run, step)
+    if final.exists():  # the last step may already be saved by its own schedule
+        return final
+    partial = final.with_name(f".{final.name}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    if world.is_main:
+        (partial / "trainer.json").write_text(json.dumps({"step": step, **trainer_state}))
+        (partial / "config.toml").write_text(config_toml)
+        partial.rename(final)
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore model and optimizer in place and return the trainer's state. Collective."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=True),
+    )
+    return json.loads((path / "trainer.json").read_text())

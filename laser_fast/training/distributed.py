@@ -1,0 +1,98 @@
+"""The process group of a run: one rank per device under torchrun, or a single process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Maximum over all ranks."""
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """The lists of all ranks joined in rank order; items are pickled."""
+        gathered: list[list[Item]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.max(0)
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """Join torchrun's process group, or make one of a single rank."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    # gloo carries pickled objects and CPU-offloaded tensors, NCCL the rest.
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRun(Exception):  # noqa: N818 (control flow, not an error)
+    """A rank was asked to stop (SIGTERM); the loop saves and leaves."""
+
+
+class StopSignal:
+    """Remembers a SIGTERM until every rank can act on it together."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._received = False
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, *_: object) -> None:
+        self._received = True
+
+    def check(self) -> None:
+        """Collective: raise `StopRun` on every rank if any was signalled."""
+        if self._world.max(int(self._received)):
+            raise StopRun
+
+    def restore(self) -> None:
+        """Give the signal back to its previous handler."""
+        signal.signal(signal.SIGTERM, self._previous)

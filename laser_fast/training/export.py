@@ -1,0 +1,55 @@
+"""A run's newest checkpoint as an ordinary Hugging Face model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from transformers import AutoTokenizer
+
+from laser_fast.config import ConfigError, load_config
+from laser_fast.observe.run_folder import RunFolder
+from laser_fast.training.checkpoint import latest_checkpoint
+from laser_fast.training.distributed import open_world
+from laser_fast.training.policy import build_policy, load_model_config
+from laser_fast.training.run import resolve_model
+
+
+def export(run: Path, out: Path) -> Path:
+    """Write the policy of `run` to `out`, in the dtype that its base model was stored in.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        ConfigError: `run` is no run or has no checkpoint, or `out` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose a new folder for the exported model")
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ConfigError(f"{run} is no run folder ({folder.config.name} is missing)")
+    checkpoint = latest_checkpoint(run)
+    # The run may have moved since its configuration was written.
+    config = load_config(folder.config).model_copy(update={"output_dir": str(run)})
+    model = resolve_model(config).model
+    with open_world() as world:
+        policy = build_policy(model, world)
+        state = {"model": get_model_state_dict(policy)}
+        dcp.load(state, checkpoint_id=checkpoint)
+        set_model_state_dict(policy, state["model"])
+        weights = get_model_state_dict(
+            policy.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        dtype = load_model_config(model).dtype or torch.float32
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        policy.hf.config.dtype = dtype
+        policy.hf.save_pretrained(out, state_dict=weights)
+    AutoTokenizer.from_pretrained(model.path).save_pretrained(out)
+    return checkpoint

@@ -1,0 +1,96 @@
+"""The tokenizer of a model and the ids that the algorithm depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from laser_fast.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """A tokenizer with its score token and every id that ends a completion.
+
+    `size` is the tokenizer's: model rows beyond it are padding and never sampled.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    score_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    size: int
+
+    def decode(self, completion_ids: tuple[int, ...]) -> str:
+        """The completion's text, without special tokens."""
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+
+def load_vocabulary(path: str, *, score_token: str, model_config: PreTrainedConfig) -> Vocabulary:
+    """Load the tokenizer and resolve the special ids.
+
+    Raises:
+        ConfigError: no tokenizer, no EOS, or a score token that cannot serve.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
+    eos_token_ids = _eos_token_ids(path, tokenizer, model_config)
+    size = max(tokenizer.get_vocab().values()) + 1
+    score_token_id = tokenizer.get_vocab().get(score_token)
+    if score_token_id is None:
+        raise ConfigError(
+            f'score.token: "{score_token}" is not in the tokenizer of "{path}"; choose a special '
+            f"token that ordinary text never contains{_suggest(tokenizer, eos_token_ids)}"
+        )
+    if score_token_id in eos_token_ids:
+        raise ConfigError(
+            f'score.token: "{score_token}" ends completions of "{path}"; choose another special '
+            f"token{_suggest(tokenizer, eos_token_ids)}"
+        )
+    if score_token_id >= model_config.vocab_size:
+        raise ConfigError(
+            f'score.token: "{score_token}" has id {score_token_id}, beyond the '
+            f"{model_config.vocab_size} rows of the model's head; resize the embeddings or choose "
+            f"another token{_suggest(tokenizer, eos_token_ids)}"
+        )
+    pad = tokenizer.pad_token_id
+    return Vocabulary(
+        tokenizer=tokenizer,
+        score_token_id=score_token_id,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=eos_token_ids[0] if pad is None else pad,
+        size=size,
+    )
+
+
+def _eos_token_ids(
+    path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
+) -> tuple[int, ...]:
+    """Every id that the model, its generation defaults or its tokenizer call an end."""
+    found: list[int] = []
+    try:
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the file is optional
+        declared = getattr(model_config, "eos_token_id", None)
+    for ids in (declared, tokenizer.eos_token_id):
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if token_id is not None and token_id not in found:
+                found.append(token_id)
+    if not found:
+        raise ConfigError(
+            f'model.path: "{path}" declares no EOS token; set eos_token_id in its '
+            "generation_config.json, since the score is read there"
+        )
+    return tuple(found)
+
+
+def _suggest(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> str:
+    """Special tokens that could serve: neither an end nor padding."""
+    taken = {*eos_token_ids, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    added = tokenizer.added_tokens_decoder.items()
+    free = [token.content for i, token in added if token.special and i not in taken]
+    return f", such as {' '.join(free[:4])}" if free else ""
