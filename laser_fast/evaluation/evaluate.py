@@ -18,7 +18,7 @@ from laser_fast.evaluation.metrics import Verification, verify
 from laser_fast.evaluation.samples import SampleRecord, rescore
 from laser_fast.evaluation.voting import answer_classes, best_is_correct, vote_is_correct
 from laser_fast.records import Group, Prompt, Sampling
-from laser_fast.rewards.math import extract_boxed
+from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rollout.engine import Engine
 
 # Scores of a model that never trained them spread by .01-.02: as vote weights they are noise, and
@@ -176,6 +176,8 @@ def summarize(
         ValueError: no records, a (prompt, sample) twice, prompts with different numbers of
             samples, or scores on a part of the finished completions only.
     """
+    # One order for one set of records: sums of floats then do not depend on who gathered them.
+    records = sorted(records, key=lambda record: (record.prompt_id, record.sample))
     problems = group_by_prompt(records)
     has_scores = _has_scores(records)
     graded = [record for record in records if record.reward is not None]

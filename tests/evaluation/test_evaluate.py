@@ -1,0 +1,227 @@
+"""Evaluation end to end with a scripted sampler, and the report against numbers by hand."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.evaluate import EvalReport, collect, evaluate, summarize
+from laser_fast.evaluation.samples import SampleRecord, read_samples, rescore, write_samples
+from laser_fast.records import Completion, Group, Prompt, Sampling
+
+EOS = 0
+
+
+class ScriptedEngine:
+    """Samples what it was told: per prompt, (answer id, is finished, score log-prob)."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def generate(self, prompts, sampling):
+        groups = []
+        for prompt in prompts:
+            completions = []
+            for answer, finished, logprob in self.script[prompt.prompt_id]:
+                ids = (answer, EOS) if finished else (answer,)
+                completions.append(
+                    Completion(
+                        completion_ids=ids,
+                        rollout_logprobs=(-1.0,) * len(ids),
+                        finish_reason="stop" if finished else "length",
+                        score_logprob=logprob if sampling.needs_score else None,
+                    )
+                )
+            assert len(completions) == sampling.group_size
+            groups.append(Group(prompt=prompt, completions=tuple(completions)))
+        return groups
+
+
+class ExactGrader:
+    """1 if the boxed digit is the gold one; the digit 9 breaks it."""
+
+    def grade(self, texts, answers):
+        return [
+            None if "{9}" in text else float(text == rf"\boxed{{{answer}}}")
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+
+
+def _decode(ids):
+    return "".join(rf"\boxed{{{i}}}" for i in ids if i != EOS)
+
+
+def _prompt(prompt_id: str, answer: str) -> Prompt:
+    return Prompt(prompt_id=prompt_id, text="?", prompt_ids=(1,), answer=answer)
+
+
+def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
+    sampling = Sampling(
+        group_size=group_size,
+        temperature=1.0,
+        max_new_tokens=2,
+        seed=0,
+        needs_score=needs_score,
+    )
+    return {
+        "decode": _decode,
+        "grader": ExactGrader(),
+        "sampling": sampling,
+        "beta": 0.1,
+        "ref_logprob": -20.0,
+    }
+
+
+PROMPTS = [_prompt("a", "1"), _prompt("b", "2")]
+# Scores are .1 (logprob + 20).
+SCRIPT = {
+    # Plain vote: 3 wins with two votes; weighted: 1 with .9; best: 1. The failed grade is left out.
+    "a": [(3, True, -19.0), (1, True, -11.0), (3, True, -18.0), (9, True, -10.0)],
+    # Plain vote: 2 wins with three; weighted: 4 with 1.3 clipped to 1 against .6 + .3 + 0.
+    "b": [(2, True, -14.0), (4, True, -7.0), (2, False, None), (2, True, -17.0)],
+}
+
+
+def test_report_by_hand():
+    report = evaluate(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    assert (report.num_prompts, report.samples_per_prompt) == (2, 4)
+    assert report.num_failed_grades == 1
+    # Correct: 1 of 3 graded in a, 3 of 4 in b, the truncated one with its right answer among them.
+    assert report.accuracy == pytest.approx(4 / 7)
+    assert report.uses_scores
+    assert (report.majority, report.weighted_majority, report.best_of) == (0.5, 0.5, 0.5)
+    assert report.truncated == pytest.approx(1 / 7)
+    assert report.mean_length == pytest.approx(13 / 7)
+    found = report.verification
+    # Correct scores .9 .6 0 .3, incorrect .1 .2 1.3.
+    assert (found.tpr, found.tnr) == (0.5, pytest.approx(2 / 3))
+    assert found.f1 == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
+    assert found.auroc == pytest.approx((2 + 2 + 0 + 2) / 12)
+    assert (found.mean_correct, found.mean_incorrect) == pytest.approx((0.6, 1.6 / 3))
+    # Finished and graded, clipped: .1 .9 .2 .6 1 .3.
+    clipped = [0.1, 0.9, 0.2, 0.6, 1.0, 0.3]
+    mean = sum(clipped) / 6
+    variance = sum((c - mean) ** 2 for c in clipped) / 6
+    assert report.score_std == pytest.approx(math.sqrt(variance))
+
+
+def test_untrained_scores_do_not_vote():
+    """Scores in [.01, .04]: weighting would let the single .04 beat two right answers."""
+    script = {"a": [(1, True, -19.9), (1, True, -19.9), (3, True, -19.6), (4, True, -19.95)]}
+    report = evaluate(PROMPTS[:1], engine=ScriptedEngine(script), **_parts())
+    assert not report.uses_scores
+    assert (report.majority, report.weighted_majority, report.best_of) == (1.0, 1.0, 0.0)
+    spread = {"a": [(1, True, -19.5), (1, True, -19.5), (3, True, -8.0), (4, True, -19.9)]}
+    report = evaluate(PROMPTS[:1], engine=ScriptedEngine(spread), **_parts())
+    assert report.uses_scores
+    assert (report.majority, report.weighted_majority) == (1.0, 0.0)
+
+
+def test_equivalent_answers_vote_together():
+    script = {"a": [(3, True, -12.0), (3, True, -18.0), (1, True, -18.0), (11, True, -19.0)]}
+    parts = _parts()
+    assert evaluate(PROMPTS[:1], engine=ScriptedEngine(script), **parts).majority == 0.0
+    script["a"].append((11, True, -19.0))
+    parts = _parts(group_size=5)
+    report = evaluate(
+        PROMPTS[:1],
+        engine=ScriptedEngine(script),
+        same_answer=lambda first, second: first.strip("1") == second.strip("1"),
+        **parts,
+    )
+    assert report.majority == 1.0
+
+
+def test_ranks_join_to_the_same_report():
+    engine = ScriptedEngine(SCRIPT)
+    whole = summarize(collect(PROMPTS, engine=engine, **_parts()))
+    shares = [collect(PROMPTS[i : i + 1], engine=engine, **_parts()) for i in (1, 0)]
+    assert summarize(shares[0] + shares[1]) == whole
+    assert collect([], engine=engine, **_parts()) == []
+
+
+def test_without_scores_only_their_metrics_are_undefined():
+    report = evaluate(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts(needs_score=False))
+    assert report.accuracy == pytest.approx(4 / 7) and report.majority == 0.5
+    values = report.to_dict()
+    for key in ("f1", "tpr", "auroc", "ece", "weighted_majority", "best_of", "score_std"):
+        assert values[key] is None
+    assert values["uses_scores"] is False
+    json.dumps(values, allow_nan=False)
+
+
+def test_to_dict_is_flat_and_complete():
+    report = evaluate(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    values = report.to_dict()
+    assert values["accuracy"] == report.accuracy
+    assert values["verification_accuracy"] == report.verification.accuracy
+    fields = {f.name for f in dataclasses.fields(EvalReport)} - {"verification"}
+    assert fields < values.keys() and "f1" in values and "verification" not in values
+
+
+def test_all_grades_failed():
+    script = {"a": [(9, True, -10.0)] * 4}
+    report = evaluate(PROMPTS[:1], engine=ScriptedEngine(script), **_parts())
+    assert report.num_failed_grades == 4
+    assert math.isnan(report.accuracy) and math.isnan(report.majority)
+
+
+def test_records_are_refused_when_they_do_not_fit_together():
+    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    with pytest.raises(ValueError, match="at least one record"):
+        summarize([])
+    with pytest.raises(ValueError, match="sample 0 of prompt a appears twice"):
+        summarize([*records, records[0]])
+    with pytest.raises(ValueError, match="expected 4 samples of every prompt, got 3 of b"):
+        summarize(records[:-1])
+    unscored = dataclasses.replace(records[0], score=None)
+    with pytest.raises(ValueError, match="all 7 finished completions or for none, got 6"):
+        summarize([unscored, *records[1:]])
+
+
+def test_rescoring_offline_equals_scoring_online():
+    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    assert records[0].score == pytest.approx(0.1)
+    assert records[6].score == 0.0 and not records[6].is_finished
+    other = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts() | {"ref_logprob": -15.0})
+    assert rescore(records, beta=0.1, ref_logprob=-15.0) == other != records
+
+
+def test_samples_round_trip(tmp_path):
+    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    records[0] = dataclasses.replace(records[0], text='line\nbreak "quote" \u2028 \u00e9')
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, records)
+    assert read_samples(path) == records
+    assert len(path.read_text().split("\n")) == len(records) + 1
+
+
+def test_broken_sample_file_names_the_line(tmp_path):
+    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, records)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + '{"prompt_id": \n' + lines[1])
+    with pytest.raises(ConfigError, match=r"samples.jsonl, line 2: not valid JSON"):
+        read_samples(path)
+    path.write_text(lines[0] + lines[1].replace('"gold"', '"golden"'))
+    with pytest.raises(ConfigError, match="line 2: missing or unknown field gold, golden"):
+        read_samples(path)
+
+
+def test_answer_is_the_last_boxed():
+    record = collect(PROMPTS[:1], engine=ScriptedEngine(SCRIPT), **_parts())[1]
+    assert record == SampleRecord(
+        prompt_id="a",
+        sample=1,
+        gold="1",
+        text=r"\boxed{1}",
+        answer="1",
+        reward=1.0,
+        score=record.score,
+        score_logprob=-11.0,
+        finish_reason="stop",
+        num_tokens=2,
+    )
