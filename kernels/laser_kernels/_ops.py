@@ -1,0 +1,128 @@
+"""Choice of implementation, workspace size, and what every custom op registration shares."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ._checks import check_head, check_labels, group_name, inverse_temperature
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "cuda")
+# About 4096 bf16 rows of a 152k vocabulary on a GPU; on a CPU a chunk that stays near the caches.
+WORKSPACE_MB = {"cuda": 1300, "cpu": 64}
+# Row chunks are multiples of the tallest GEMM tile.
+ROW_MULTIPLE = 128
+
+_last_impl: str | None = None
+
+
+def last_impl() -> str | None:
+    """Return the implementation that the latest call of an op chose, or None before any call."""
+    return _last_impl
+
+
+def choose_impl(op: str, impl: str, hidden_states: Tensor, weight: Tensor) -> str:
+    """Resolve `impl`, remember and log the choice; raise if the named one cannot run here."""
+    global _last_impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: expected impl to be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "auto":
+        impl = _automatic(hidden_states)
+    if impl == "triton":
+        _require_triton(op, hidden_states)
+    if impl == "cuda":
+        implementation("cuda")
+    if impl != _last_impl:
+        logger.debug("%s: impl=%s", op, impl)
+    _last_impl = impl
+    return impl
+
+
+def _automatic(hidden_states: Tensor) -> str:
+    """Triton where its tiles are made for the device (TMA, 16-bit operands), else chunked."""
+    if not hidden_states.is_cuda or hidden_states.dtype == torch.float32:
+        return "chunked"
+    return (
+        "triton" if torch.cuda.get_device_capability(hidden_states.device) >= (9, 0) else "chunked"
+    )
+
+
+def _require_triton(op: str, hidden_states: Tensor) -> None:
+    if not hidden_states.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{op}: impl='triton' needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "
+            f"impl='chunked', or set TRITON_INTERPRET=1 before the first import to debug on a CPU"
+        )
+
+
+def implementation(impl: str) -> ModuleType:
+    """Return the module that offers `statistics`, `keep`, `dlogits_from_kept`, `recompute_dlogits`.
+
+    Triton and the compiled extension are imported here, on first use, and nowhere earlier.
+    """
+    if impl == "cuda":
+        try:
+            extension = importlib.import_module("._extension", __package__)
+        except ImportError as error:
+            raise RuntimeError(
+                "impl='cuda' needs the CUDA C++ extension, but laser_kernels._extension, which "
+                "builds csrc/ with nvcc, is missing from this install; use impl='triton', which "
+                "computes the same"
+            ) from error
+        return extension.load()
+    return importlib.import_module({"chunked": "._chunked", "triton": "._fused"}[impl], __package__)
+
+
+def row_chunks(
+    hidden_states: Tensor, weight: Tensor, bytes_per_logit: dict[str, int]
+) -> list[slice]:
+    """Split N rows into equal chunks whose logits fit the workspace.
+
+    LASER_KERNELS_WORKSPACE_MB overrides the default of the device. A chunk has at least 128 rows,
+    however small the workspace.
+    """
+    num_rows, device = len(hidden_states), hidden_states.device.type
+    megabytes = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB[device])
+    limit = int(megabytes * 1e6) // (bytes_per_logit[device] * len(weight))
+    limit = max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    num_chunks = max(-(-num_rows // limit), 1)
+    step = -(-num_rows // (num_chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, max(step, 1))]
+
+
+def check_all(
+    op: str,
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    impl: str,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor, str, str]:
+    """Check all inputs; return dense matrices, 1/T, the implementation and the group's name."""
+    check_head(op, hidden_states, weight, allow_float64=impl == "reference")
+    check_labels(op, labels, hidden_states)
+    inv_temperature = inverse_temperature(op, temperature, hidden_states)
+    impl = choose_impl(op, impl, hidden_states, weight)
+    group = group_name(op, process_group, impl)
+    return hidden_states.contiguous(), weight.contiguous(), inv_temperature, impl, group
+
+
+def refuse_double_backward(op: torch.library.CustomOpDef) -> None:
+    """Make differentiation of a backward op an error: its gradients are constants to autograd."""
+
+    def backward(ctx: object, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{op._qualname}: double backward is not supported; differentiate twice with "
+            f"impl='reference'"
+        )
+
+    op.register_autograd(backward)

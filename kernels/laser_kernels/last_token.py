@@ -1,0 +1,239 @@
+"""The last-token score and its squared error: one reserved token, few rows.
+
+For B rows of hidden states (the EOS positions of B answers), token c and symbols of `reference.py`:
+
+    logprob_b = log softmax(W H_b)_c           score_b = beta (logprob_b - ref_logprob)
+    loss = sum_b w_b (score_b - reward_b)^2    dloss/dlogprob_b = 2 beta w_b (score_b - reward_b)
+
+With few rows all cost is the traffic of W: read in the forward, read again for dH, and as much
+written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton, which an L2
+cache holds), so that the backward recomputes nothing; above, it recomputes. The upstream scalar is
+applied before the GEMMs, hence dW needs no float32 copy: the GEMM rounds it, once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _gemm, reference
+from ._checks import (
+    check_constants_of_rows,
+    check_head,
+    check_score_constants,
+    check_token_id,
+)
+from ._ops import choose_impl, implementation, refuse_double_backward
+from ._rows import factor_out_exponent, row_gradient
+from .linear_logprob import linear_logprob_bwd
+
+# Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
+MAX_KEPT_ROWS = 256
+
+
+@torch.library.custom_op("laser_kernels::last_token_fwd", mutates_args=())
+def _last_token_fwd(
+    hidden_states: Tensor,  # [B, D]
+    weight: Tensor,  # [V, D]
+    token_id: int,
+    rewards: Tensor,  # [B] float32
+    sample_weight: Tensor,  # [B] float32
+    beta: float,
+    ref_logprob: float,
+    keeps_logits: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, scores [B], logprobs [B], logsumexp [B], kept [B, V], offset [B]."""
+    backend = implementation(impl)
+    head = (hidden_states, weight, *_constant_rows(hidden_states, token_id))
+    if keeps_logits:
+        stats, kept, offset = backend.keep_few(*head)
+    else:
+        stats = backend.statistics_few(*head)
+        kept, offset = rewards.new_empty(0), rewards.new_empty(0)
+    scores = beta * (stats.logprobs - ref_logprob)
+    loss = (sample_weight * (scores - rewards).square()).sum()
+    return loss, scores, stats.logprobs, stats.logsumexp, kept, offset
+
+
+@_last_token_fwd.register_fake
+def _(hidden_states, weight, token_id, rewards, sample_weight, beta, ref, keeps_logits, impl):
+    rows = [torch.empty_like(rewards) for _ in range(3)]
+    kept, offset = rewards.new_empty(0), rewards.new_empty(0)
+    if keeps_logits:
+        kept = implementation(impl).empty_kept(hidden_states, weight)
+        offset = torch.empty_like(rewards)
+    return rewards.new_empty(()), *rows, kept, offset
+
+
+@torch.library.custom_op("laser_kernels::last_token_bwd", mutates_args=())
+def _last_token_bwd(
+    grad_logprobs: Tensor,  # [B]
+    logprobs: Tensor,  # [B]
+    kept: Tensor,  # [B, V]
+    offset: Tensor,  # [B]
+    hidden_states: Tensor,  # [B, D]
+    weight: Tensor,  # [V, D]
+    token_id: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:  # [B, D] and [V, D], or [0] where not needed
+    dtype = hidden_states.dtype
+    labels, ones = _constant_rows(hidden_states, token_id)
+    gradient = row_gradient(logprobs, None, grad_logprobs, None, ones)
+    gradient, scale = factor_out_exponent(gradient, dtype)
+    # A copy of the logits is overwritten: a retained graph may need the original again.
+    dlogits = implementation(impl).dlogits_from_kept(
+        kept.clone(), offset, labels, ones, gradient, dtype
+    )
+    grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
+    if needs_hidden:
+        grad_hidden = _gemm.hidden_gradient(dlogits, weight, scale).to(dtype)
+    if needs_weight:
+        grad_weight = _gemm.weight_gradient(dlogits, hidden_states, scale)
+    return grad_hidden, grad_weight
+
+
+@_last_token_bwd.register_fake
+def _(grad_logprobs, logprobs, kept, offset, hidden_states, weight, token_id, *rest):
+    needs_hidden, needs_weight, _ = rest
+    return (
+        torch.empty_like(hidden_states) if needs_hidden else hidden_states.new_empty(0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+    )
+
+
+def _constant_rows(hidden_states: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
+    """Return the label and 1/T of every row: the same token, T = 1."""
+    ones = hidden_states.new_ones(len(hidden_states), dtype=torch.float32)
+    return torch.full_like(ones, token_id, dtype=torch.int64), ones
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden_states, weight, ctx.token_id, rewards, sample_weight, ctx.beta, _, _, ctx.impl = inputs
+    _, *saved = output
+    ctx.save_for_backward(hidden_states, weight, rewards, sample_weight, *saved)
+    ctx.mark_non_differentiable(*saved)
+
+
+def _backward(ctx, grad_loss, *_):
+    hidden_states, weight, rewards, sample_weight, *saved = ctx.saved_tensors
+    scores, logprobs, logsumexp, kept, offset = saved
+    needs = ctx.needs_input_grad[:2]
+    grad_logprobs = (2 * ctx.beta) * grad_loss * sample_weight * (scores - rewards)
+    if kept.numel():
+        grads = _last_token_bwd(
+            grad_logprobs,
+            logprobs,
+            kept,
+            offset,
+            hidden_states,
+            weight,
+            ctx.token_id,
+            *needs,
+            ctx.impl,
+        )
+    else:
+        labels, ones = _constant_rows(hidden_states, ctx.token_id)
+        head = (hidden_states, weight, labels, ones)
+        empty = logprobs.new_empty(0)
+        grads = linear_logprob_bwd(
+            grad_logprobs, None, *head, logprobs, empty, logsumexp, *needs, ctx.impl, ""
+        )
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *wanted, None, None, None, None, None, None, None
+
+
+_last_token_fwd.register_autograd(_backward, setup_context=_save)
+refuse_double_backward(_last_token_bwd)
+
+
+def last_token_score(
+    hidden_states: Tensor,  # [B, D]
+    weight: Tensor,  # [V, D]
+    token_id: int,
+    *,
+    beta: float,
+    ref_logprob: float,
+    impl: str = "auto",
+) -> Tensor:  # [B] float32
+    """Return score_b = beta (log softmax(W H_b)[token_id] - ref_logprob), without gradient.
+
+    Args:
+        hidden_states: [B, D] bfloat16, float16 or float32, at the position before the token.
+        weight: [V, D] of the same dtype.
+        token_id: the reserved token, in [0, V).
+        beta: scale of the score, > 0.
+        ref_logprob: the reference log-probability of the token, nats.
+        impl: "auto", "reference", "chunked", "triton" or "cuda".
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit.
+        RuntimeError: the named implementation cannot run here.
+    """
+    zeros = torch.zeros(len(hidden_states), device=hidden_states.device)
+    with torch.no_grad():
+        return last_token_loss(
+            hidden_states, weight, token_id, zeros, beta=beta, ref_logprob=ref_logprob, impl=impl
+        )[1]
+
+
+def last_token_loss(
+    hidden_states: Tensor,  # [B, D]
+    weight: Tensor,  # [V, D]
+    token_id: int,
+    rewards: Tensor,  # [B]
+    *,
+    beta: float,
+    ref_logprob: float,
+    sample_weight: Tensor | None = None,  # [B]
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # scalar float32, [B] float32
+    """Return loss = sum_b w_b (score_b - reward_b)^2 and the scores, which carry no gradient.
+
+    The self-reward loss of LaSeR (arXiv 2510.14943): a score of 0 or 1 grades the answer. Made for
+    B = 1..1024 rows. Arguments and errors are those of `last_token_score`, and
+
+    Args:
+        hidden_states: [B, D], see `last_token_score`.
+        weight: [V, D], see `last_token_score`.
+        token_id: see `last_token_score`.
+        rewards: [B], the targets of the scores.
+        beta: see `last_token_score`.
+        ref_logprob: see `last_token_score`.
+        sample_weight: [B], w; 1/B each by default.
+        impl: see `last_token_score`.
+    """
+    op = "last_token_loss"
+    check_head(op, hidden_states, weight, allow_float64=impl == "reference")
+    check_token_id(op, token_id, weight)
+    check_score_constants(op, beta, ref_logprob)
+    rewards = check_constants_of_rows(op, "rewards", rewards, hidden_states)
+    if sample_weight is None:
+        sample_weight = torch.full_like(rewards, 1 / max(len(rewards), 1))
+    sample_weight = check_constants_of_rows(op, "sample_weight", sample_weight, hidden_states)
+    impl = choose_impl(op, impl, hidden_states, weight)
+    if impl == "reference":
+        return reference.last_token_loss(
+            hidden_states,
+            weight,
+            token_id,
+            rewards,
+            beta=beta,
+            ref_logprob=ref_logprob,
+            sample_weight=sample_weight,
+        )
+    has_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    loss, scores, *_ = _last_token_fwd(
+        hidden_states.contiguous(),
+        weight.contiguous(),
+        token_id,
+        rewards,
+        sample_weight,
+        float(beta),
+        float(ref_logprob),
+        has_gradient and len(rewards) <= MAX_KEPT_ROWS,
+        impl,
+    )
+    return loss, scores

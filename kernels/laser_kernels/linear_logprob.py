@@ -1,0 +1,213 @@
+"""Log-probabilities of a language-model head, and their gradients, without the [N, V] logits.
+
+Symbols as in `reference.py`. One pass over the vocabulary leaves three numbers of a row (log-prob,
+logsumexp, entropy); given upstream gradients, `_rows.py` describes the row of dZ = dL/dlogits by
+three more. dZ exists for one chunk of rows at a time, and two plain GEMMs consume it:
+
+    dH = dZ W        dW = sum over chunks dZ^T H, accumulated in float32, rounded once
+
+The log-probs take any upstream gradient g, so the backward comes when Z is gone and recomputes it:
+4 GEMMs in all. It knows g and the logsumexp, hence writes dZ at once. `linear_logprob_loss.py` has
+the 3-GEMM form, for a loss that can run inside the op.
+
+Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW.
+Never materialised: anything of size N V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import _gemm, _vocab_parallel, reference
+from ._checks import check_temperature_values
+from ._ops import check_all, implementation, refuse_double_backward, row_chunks
+from ._rows import factor_out_exponent, row_gradient
+
+
+@torch.library.custom_op("laser_kernels::linear_logprob_fwd", mutates_args=())
+def linear_logprob_fwd(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    inv_temperature: Tensor,  # [N] float32
+    with_entropy: bool,
+    impl: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [N], entropy [N] or [0], logsumexp [N]
+    """Score all rows; nothing of size N V is kept."""
+    check_temperature_values(inv_temperature)
+    local_labels = _vocab_parallel.localize(labels, len(weight), group)
+    stats = implementation(impl).statistics(
+        hidden_states, weight, local_labels.clamp(min=0), inv_temperature, with_entropy
+    )
+    stats = _vocab_parallel.combine(stats, local_labels, group)
+    return stats.logprobs, stats.entropy, stats.logsumexp
+
+
+@linear_logprob_fwd.register_fake
+def _(hidden_states, weight, labels, inv_temperature, with_entropy, impl, group):
+    rows = torch.empty_like(inv_temperature)
+    entropy = torch.empty_like(rows) if with_entropy else rows.new_empty(0)
+    return rows, entropy, torch.empty_like(rows)
+
+
+@torch.library.custom_op("laser_kernels::linear_logprob_bwd", mutates_args=())
+def linear_logprob_bwd(
+    grad_logprobs: Tensor | None,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    inv_temperature: Tensor,  # [N]
+    logprobs: Tensor,  # [N]
+    entropy: Tensor,  # [N] or [0]
+    logsumexp: Tensor,  # [N]
+    needs_hidden: bool,
+    needs_weight: bool,
+    impl: str,
+    group: str,
+) -> tuple[Tensor, Tensor]:  # [N, D] and [V, D], or [0] where not needed
+    """Return dL/dH and dL/dW from the upstream gradients of log-probs and entropy."""
+    backend = implementation(impl)
+    local_labels = _vocab_parallel.localize(labels, len(weight), group)
+    gradient = row_gradient(logprobs, entropy, grad_logprobs, grad_entropy, inv_temperature)
+    gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
+    grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+    grad_weight = _gemm.weight_accumulator(weight, len(hidden_states)) if needs_weight else None
+    for rows in row_chunks(hidden_states, weight, backend.BYTES_PER_LOGIT):
+        dlogits = backend.recompute_dlogits(
+            hidden_states[rows],
+            weight,
+            local_labels[rows],
+            inv_temperature[rows],
+            logsumexp[rows],
+            gradient.rows(rows),
+        )
+        _gemm.apply_dlogits(
+            dlogits,
+            scale,
+            hidden_states[rows],
+            weight,
+            None if grad_hidden is None else grad_hidden[rows],
+            grad_weight,
+            rows.start == 0,
+            group,
+        )
+        del dlogits  # before the next chunk is allocated
+    return (
+        hidden_states.new_empty(0) if grad_hidden is None else grad_hidden,
+        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
+    )
+
+
+@linear_logprob_bwd.register_fake
+def _(grad_logprobs, grad_entropy, hidden_states, weight, *rest):
+    needs_hidden, needs_weight = rest[-4:-2]
+    return (
+        torch.empty_like(hidden_states) if needs_hidden else hidden_states.new_empty(0),
+        weight.new_empty(weight.shape) if needs_weight else weight.new_empty(0),
+    )
+
+
+def _save_rows(ctx, inputs, output) -> None:
+    hidden_states, weight, labels, inv_temperature, _, ctx.impl, ctx.group = inputs
+    ctx.save_for_backward(hidden_states, weight, labels, inv_temperature, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rows(ctx, grad_logprobs, grad_entropy, _):
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = linear_logprob_bwd(
+        grad_logprobs,
+        grad_entropy,
+        *ctx.saved_tensors,
+        needs_hidden,
+        needs_weight,
+        ctx.impl,
+        ctx.group,
+    )
+    grad_hidden = grad_hidden if needs_hidden else None
+    grad_weight = grad_weight if needs_weight else None
+    return grad_hidden, grad_weight, None, None, None, None, None
+
+
+linear_logprob_fwd.register_autograd(_backward_rows, setup_context=_save_rows)
+refuse_double_backward(linear_logprob_bwd)
+
+
+def linear_logprob(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] int64
+    *,
+    temperature: float | Tensor = 1.0,
+    impl: str = "auto",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:  # [N] float32
+    """Return the log-probability of each label, differentiable by any per-row upstream gradient.
+
+    logprob_i = z_iy - log sum_v exp(z_iv), z_i = W H_i / T_i, from logits that are never rounded.
+    The backward recomputes the logits (4 GEMMs in all) and returns the gradients that are required.
+
+    Args:
+        hidden_states: [N, D] bfloat16, float16 or float32.
+        weight: [V, D] of the same dtype.
+        labels: [N] int64 in [0, V), already shifted; select the rows to score before the call.
+        temperature: a float or a float32 tensor [N], > 0.
+        impl: "auto", "reference", "chunked", "triton" or "cuda".
+        process_group: ranks that hold equal row shards of the weight, in rank order; labels stay
+            global, results and hidden gradients are the same on every rank.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit.
+        RuntimeError: the named implementation cannot run here.
+    """
+    op = "linear_logprob"
+    return _logprob_and_entropy(
+        op, hidden_states, weight, labels, temperature, impl, process_group, with_entropy=False
+    )[0]
+
+
+def linear_logprob_entropy(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] int64
+    *,
+    temperature: float | Tensor = 1.0,
+    impl: str = "auto",
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:  # [N], [N] float32
+    """Return the log-probability of each label and the entropy of each row, both differentiable.
+
+    entropy_i = -sum_v p_iv log p_iv of the tempered distribution. Arguments and errors are those of
+    `linear_logprob`; an output whose gradient is not asked for costs nothing in the backward.
+    """
+    op = "linear_logprob_entropy"
+    return _logprob_and_entropy(
+        op, hidden_states, weight, labels, temperature, impl, process_group, with_entropy=True
+    )
+
+
+def _logprob_and_entropy(
+    op: str,
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    impl: str,
+    process_group: ProcessGroup | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden_states, weight, inv_temperature, impl, group = check_all(
+        op, hidden_states, weight, labels, temperature, impl, process_group
+    )
+    if impl == "reference":
+        return reference.linear_logprob_entropy(
+            hidden_states, weight, labels, temperature=temperature
+        )
+    logprobs, entropy, _ = linear_logprob_fwd(
+        hidden_states, weight, labels, inv_temperature, with_entropy, impl, group
+    )
+    return logprobs, entropy

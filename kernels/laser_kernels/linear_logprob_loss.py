@@ -1,0 +1,229 @@
+"""A row-separable loss of log-probabilities with its gradients formed in the forward: 3 GEMMs.
+
+Symbols as in `reference.py`. For every chunk of rows
+
+    logprob = log softmax(H W^T / T)_y       one GEMM; the chunk's logits are kept
+    g = dL/dlogprob                          the caller's loss on a leaf of n floats
+    dZ                                       in place of the kept logits (`_rows.py`)
+    dH = dZ W,  dW += dZ^T H                 two GEMMs
+
+so the backward only multiplies dH and dW, kept in float32, by the upstream scalar and rounds them,
+once. The scale of g goes into dZ before its one rounding: scaling H instead would save a pass over
+the chunk, and round twice, which costs dW 1.2 times the error.
+
+Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW
+and 4 N D bytes for dH. A schema cannot carry `loss_fn`, so the public function is Python over ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import _gemm, _vocab_parallel, reference
+from ._checks import check_temperature_values
+from ._ops import check_all, implementation, refuse_double_backward, row_chunks
+from ._rows import factor_out_exponent, row_gradient
+from .linear_logprob import linear_logprob_fwd
+from .reference import LossFn
+
+
+@torch.library.custom_op("laser_kernels::loss_chunk_fwd", mutates_args=())
+def _loss_chunk_fwd(
+    hidden_states: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [n]
+    inv_temperature: Tensor,  # [n] float32
+    impl: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [n], kept [n, V], offset [n]
+    check_temperature_values(inv_temperature)
+    local_labels = _vocab_parallel.localize(labels, len(weight), group)
+    local, kept, offset = implementation(impl).keep(
+        hidden_states, weight, local_labels.clamp(min=0), inv_temperature
+    )
+    stats = _vocab_parallel.combine(local, local_labels, group)
+    offset = offset + (stats.logsumexp - local.logsumexp)
+    return stats.logprobs, kept, offset
+
+
+@_loss_chunk_fwd.register_fake
+def _(hidden_states, weight, labels, inv_temperature, impl, group):
+    kept = implementation(impl).empty_kept(hidden_states, weight)
+    return torch.empty_like(inv_temperature), kept, torch.empty_like(inv_temperature)
+
+
+@torch.library.custom_op(
+    "laser_kernels::loss_chunk_bwd", mutates_args=("kept", "grad_hidden", "grad_weight")
+)
+def _loss_chunk_bwd(
+    grad_logprobs: Tensor,  # [n]
+    logprobs: Tensor,  # [n]
+    kept: Tensor,  # [n, V], overwritten
+    offset: Tensor,  # [n]
+    hidden_states: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [n]
+    inv_temperature: Tensor,  # [n]
+    grad_hidden: Tensor | None,  # [n, D] float32, written
+    grad_weight: Tensor | None,  # [V, D] float32, accumulated
+    is_first: bool,
+    impl: str,
+    group: str,
+) -> None:
+    gradient = row_gradient(logprobs, None, grad_logprobs, None, inv_temperature)
+    gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
+    dlogits = implementation(impl).dlogits_from_kept(
+        kept,
+        offset,
+        _vocab_parallel.localize(labels, len(weight), group),
+        inv_temperature,
+        gradient,
+        hidden_states.dtype,
+    )
+    _gemm.apply_dlogits(
+        dlogits, scale, hidden_states, weight, grad_hidden, grad_weight, is_first, group
+    )
+
+
+@_loss_chunk_bwd.register_fake
+def _(*args):
+    return None
+
+
+@torch.library.custom_op("laser_kernels::attach_gradients", mutates_args=())
+def _attach_gradients(
+    loss: Tensor,  # scalar
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    grad_hidden: Tensor | None,  # [N, D] float32
+    grad_weight: Tensor | None,  # [V, D] float32
+) -> Tensor:
+    """Hand a loss and its ready gradients to autograd."""
+    return loss.clone()
+
+
+@_attach_gradients.register_fake
+def _(loss, hidden_states, weight, grad_hidden, grad_weight):
+    return torch.empty_like(loss)
+
+
+@torch.library.custom_op("laser_kernels::scale_gradient", mutates_args=())
+def _scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad * upstream, rounded once to `dtype`."""
+    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+
+
+@_scale_gradient.register_fake
+def _(grad, upstream, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    _, hidden_states, _, grad_hidden, grad_weight = inputs
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.dtype = hidden_states.dtype
+
+
+def _backward_loss(ctx, upstream):
+    grads = [
+        None if grad is None else _scale_gradient(grad, upstream, ctx.dtype)
+        for grad in ctx.saved_tensors
+    ]
+    return None, *grads, None, None
+
+
+_attach_gradients.register_autograd(_backward_loss, setup_context=_save_gradients)
+refuse_double_backward(_scale_gradient)
+
+
+def linear_logprob_loss(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] int64
+    loss_fn: LossFn,
+    *,
+    temperature: float | Tensor = 1.0,
+    impl: str = "auto",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:  # scalar float32
+    """Return sum over chunks of loss_fn(logprobs[rows], rows), with gradients formed on the way.
+
+    Three GEMMs instead of four, because the loss is known while the logits still exist; the
+    backward only scales. `loss_fn` is plain torch on n floats:
+
+        def loss_fn(logprobs, rows):
+            return -(advantages[rows] * logprobs).sum()
+
+    It must be separable over rows (its sum over chunks is the loss) and may depend on parameters
+    through `logprobs` alone; any scalar may multiply the result. It is called once per chunk with a
+    leaf tensor and the rows it covers, and never for an empty input, whose loss is a connected 0.
+    Without gradients (`torch.no_grad`, or nothing requires them) only the loss is computed.
+
+    Args:
+        hidden_states: [N, D] bfloat16, float16 or float32.
+        weight: [V, D] of the same dtype.
+        labels: [N] int64 in [0, V), already shifted.
+        loss_fn: ([n] float32 logprobs, rows: slice) -> scalar.
+        temperature: a float or a float32 tensor [N], > 0.
+        impl: as in `linear_logprob`.
+        process_group: as in `linear_logprob`.
+
+    Raises:
+        ValueError: as in `linear_logprob`, or `loss_fn` does not return a scalar tensor.
+        RuntimeError: the named implementation cannot run here.
+    """
+    op = "linear_logprob_loss"
+    hidden_states, weight, inv_temperature, impl, group = check_all(
+        op, hidden_states, weight, labels, temperature, impl, process_group
+    )
+    if impl == "reference":
+        return reference.linear_logprob_loss(
+            hidden_states, weight, labels, loss_fn, temperature=temperature
+        )
+    needs_hidden, needs_weight = (
+        torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, weight)
+    )
+    h, w = hidden_states.detach(), weight.detach()
+    grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
+    grad_weight = _gemm.weight_accumulator(w, len(h)) if needs_weight else None
+    loss = torch.zeros((), device=h.device)
+    for rows in row_chunks(h, w, implementation(impl).BYTES_PER_LOGIT):
+        head = (h[rows], w, labels[rows], inv_temperature[rows])
+        if not (needs_hidden or needs_weight):
+            logprobs, _, _ = linear_logprob_fwd(*head, False, impl, group)
+            loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
+            continue
+        logprobs, kept, offset = _loss_chunk_fwd(*head, impl, group)
+        with torch.enable_grad():
+            leaf = logprobs.requires_grad_()
+            chunk_loss = _chunk_loss(op, loss_fn, leaf, rows)
+        grad_logprobs = torch.zeros_like(logprobs)
+        if chunk_loss.requires_grad:
+            (grad_logprobs,) = torch.autograd.grad(chunk_loss, leaf, materialize_grads=True)
+        loss += chunk_loss.detach()
+        _loss_chunk_bwd(
+            grad_logprobs,
+            logprobs.detach(),
+            kept,
+            offset,
+            *head,
+            grad_hidden[rows] if needs_hidden else None,
+            grad_weight,
+            rows.start == 0,
+            impl,
+            group,
+        )
+        del kept  # before the next chunk is allocated
+    return _attach_gradients(loss, hidden_states, weight, grad_hidden, grad_weight)
+
+
+def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tensor:
+    loss = loss_fn(logprobs, rows)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"{op}: expected loss_fn to return a scalar tensor, got {got}; sum over its rows"
+        )
+    return loss
