@@ -1,1 +1,13 @@
-"""Completion text and gold answer in, reward out, in killable workers."""
+"""Completion text and gold answer in, reward out, in killable workers.
+
+`Grader(config.reward).grade(texts, answers)` grades a batch, `grade(kind, text, answer)` one
+answer. A reward of None means that grading failed (deadline, crash, a gold nobody can read): the
+completion is dropped and counted, never treated as wrong.
+
+Workers import this package, so importing it loads neither torch, pydantic nor math-verify.
+"""
+
+from laser_fast.rewards.grader import Grader, grade
+from laser_fast.rewards.user import RewardError
+
+__all__ = ["Grader", "RewardError", "grade"]

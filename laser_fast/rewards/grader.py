@@ -1,0 +1,207 @@
+"""Grade completions against gold answers: a number, or None where grading itself failed."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from laser_fast.rewards.gate import passes_gate
+from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
+from laser_fast.rewards.user import RewardError
+
+if TYPE_CHECKING:
+    from laser_fast.config import RewardConfig
+
+_BUILT_IN = {name: f"laser_fast.rewards.{name}:reward" for name in ("math", "gsm8k", "exact")}
+_USER = "laser_fast.rewards.user:call"
+_SAME_ANSWER = "laser_fast.rewards.math:same_answer"
+# A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
+_MEMORY_LIMIT = 4 << 30
+
+_log = logging.getLogger(__name__)
+
+
+class Grader:
+    """Worker processes that grade by one `RewardConfig`.
+
+    Args:
+        config: `kind`, `timeout_s`, `workers` and `format_gate` are read.
+
+    Raises:
+        ConfigError: if `kind` is unknown, does not import in a worker or is no function, or if
+            `format_gate` is asked of a kind that has none.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        # Here and not above: workers import this file, and the configuration imports torch.
+        from laser_fast.config import ConfigError
+
+        problem = _find_problem(config)
+        if problem:
+            raise ConfigError(problem)
+        self._config = config
+        self._is_user = config.kind not in _BUILT_IN
+        try:
+            self._pool = WorkerPool(
+                config.kind if self._is_user else _BUILT_IN[config.kind],
+                num_workers=config.workers,
+                memory_limit=None if self._is_user else _MEMORY_LIMIT,
+            )
+        except WorkerStartError as error:
+            raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    def grade(
+        self,
+        texts: Sequence[str],
+        answers: Sequence[str | int | float],
+        *,
+        prompts: Sequence[str] | None = None,
+    ) -> list[float | None]:
+        """Return one reward per completion; None for a grade that failed.
+
+        Built-in kinds grade every answer by itself under the deadline `timeout_s`. A user's
+        function gets all completions in one call under that same deadline. If this call hangs or
+        crashes, every completion gets a call of its own, so that only the guilty one is None.
+
+        Args:
+            texts: completions, without special tokens.
+            answers: gold answers, one per completion.
+            prompts: read by `format_gate` alone, which wants `<answer>` tags where the prompt
+                asks for them; without prompts it wants exactly one box.
+
+        Raises:
+            RewardError: if a user's function raises, or returns anything but one finite number or
+                None per completion.
+            ValueError: if the lengths differ.
+        """
+        if len(answers) != len(texts) or (prompts is not None and len(prompts) != len(texts)):
+            raise ValueError(
+                f"grade: expected as many answers (and prompts) as the {len(texts)} texts, "
+                f"got {len(answers)}" + ("" if prompts is None else f" and {len(prompts)}")
+            )
+        golds = [str(answer) for answer in answers]
+        if self._is_user:
+            return self._grade_by_user(list(texts), golds)
+        rewards: list[float | None] = [0.0] * len(texts)
+        rows = list(range(len(texts)))
+        if self._config.format_gate:
+            rows = [i for i in rows if passes_gate(texts[i], prompts[i] if prompts else "")]
+        calls = [(texts[i], golds[i]) for i in rows]
+        outcomes = self._run(_BUILT_IN[self._config.kind], calls)
+        for i, outcome in zip(rows, outcomes, strict=True):
+            rewards[i] = None if isinstance(outcome, Failure) else outcome
+        _log_failures(outcomes)
+        return rewards
+
+    def same_answer(self, first: str, second: str) -> bool:
+        """Whether two extracted answers are equal, for votes; False if that cannot be found out.
+
+        Math answers are compared by math-verify in a worker, under the deadline; the answers of
+        other kinds as text.
+        """
+        if first.strip() == second.strip():
+            return True
+        if self._config.kind != "math":
+            return False
+        [outcome] = self._run(_SAME_ANSWER, [(first, second)])
+        return outcome is True
+
+    def _grade_by_user(self, texts: list[str], golds: list[str]) -> list[float | None]:
+        if not texts:
+            return []
+        [outcome] = self._run(_USER, [(self._config.kind, texts, golds)])
+        if not isinstance(outcome, Failure) or outcome.reason == "error":
+            return self._user_rewards(outcome)
+        if len(texts) > 1:
+            _log.warning(
+                'reward function "%s": a call with %d completions failed: %s; calling it with one '
+                "at a time (if it is only slow, raise reward.timeout_s = %g)",
+                *(self._config.kind, len(texts), outcome.summary, self._config.timeout_s),
+            )
+            calls = [(self._config.kind, [t], [g]) for t, g in zip(texts, golds, strict=True)]
+            outcomes = self._run(_USER, calls)
+        else:
+            outcomes = [outcome]
+        _log_failures(outcomes)
+        return [reward for outcome in outcomes for reward in self._user_rewards(outcome)]
+
+    def _user_rewards(self, outcome: list[float | None] | Failure) -> list[float | None]:
+        """The checked rewards of one call; its exception if it raised, None if it was lost."""
+        if not isinstance(outcome, Failure):
+            return outcome
+        if outcome.reason != "error":
+            return [None]
+        if outcome.summary.startswith(f"{RewardError.__name__}: "):
+            raise RewardError(outcome.summary.partition(": ")[2])
+        raise RewardError(
+            f'reward function "{self._config.kind}" raised {outcome.summary}\n{outcome.traceback}'
+        )
+
+    def _run(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._pool.run(function, calls, deadline_s=self._config.timeout_s)
+
+
+def grade(
+    kind: str, completion_text: str, answer: str | int | float, *, timeout_s: float = 10.0
+) -> float | None:
+    """Grade one completion in a worker that is kept for the next call of the same kind.
+
+    Args:
+        kind: math, gsm8k, exact or "module:function".
+        completion_text: what the model wrote, without special tokens.
+        answer: the gold answer.
+        timeout_s: deadline in seconds.
+
+    Returns:
+        The reward, or None if grading failed.
+
+    Raises:
+        ConfigError: if `kind` names nothing that grades.
+        RewardError: if a user's function is broken.
+    """
+    [reward] = _shared_grader(kind, float(timeout_s)).grade([completion_text], [answer])
+    return reward
+
+
+@cache
+def _shared_grader(kind: str, timeout_s: float) -> Grader:
+    from laser_fast.config import RewardConfig
+
+    return Grader(RewardConfig(kind=kind, timeout_s=timeout_s, workers=1))
+
+
+def _find_problem(config: RewardConfig) -> str | None:
+    kind = config.kind
+    module, _, function = kind.partition(":")
+    if kind not in _BUILT_IN and not (module and function):
+        nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
+        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        names = ", ".join(_BUILT_IN)
+        return f'reward.kind = "{kind}": expected {names} or "module:function"{hint}'
+    if config.format_gate and kind != "math":
+        return (
+            f'reward.format_gate = true works with reward.kind = "math" alone, got "{kind}"; '
+            "set it to false or check the format in your function"
+        )
+    return None
+
+
+def _log_failures(outcomes: Sequence[Any]) -> None:
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    for reason, count in Counter(failure.reason for failure in failures).items():
+        example = next(failure.summary for failure in failures if failure.reason == reason)
+        _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)

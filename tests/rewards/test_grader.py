@@ -1,0 +1,261 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from laser_fast.config import ConfigError, RewardConfig
+from laser_fast.rewards import Grader, RewardError, grade
+from laser_fast.rewards.user import check_rewards
+
+# Neither sympy nor a signal handler gets a word in: the power is one call into C.
+HANG = r"\boxed{9^{9^{9^{9}}}}"
+
+USER_MODULE = """
+import os, signal, sys, time
+
+def equal(completions, answers):
+    return [float(c == a) for c, a in zip(completions, answers)]
+
+def eventful(completions, answers):
+    for completion in completions:
+        if completion == "hang": 9 ** 9 ** 9 ** 9
+        if completion == "sleep": time.sleep(0.6)
+        if completion == "exit": os._exit(0)
+        if completion == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
+        if completion == "raise": raise KeyError("user's own")
+        if completion == "sys.exit": sys.exit(0)
+        if completion == "none": return [None] * len(completions)
+    return [float(len(completions))] * len(completions)
+
+def short(completions, answers):
+    return [1.0]
+
+def modules(completions, answers):
+    heavy = {"torch", "pydantic", "sympy", "transformers"} & set(sys.modules)
+    return [float(len(heavy))] * len(completions)
+
+def hash_seed(completions, answers):
+    return [hash("seed") % 1000] * len(completions)
+
+def pid(completions, answers):
+    return [os.getpid()] * len(completions)
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def user_module(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "my_rewards.py").write_text(USER_MODULE)
+    (folder / "broken_rewards.py").write_text("import not_installed_anywhere\n")
+    sys.path.insert(0, str(folder))
+    yield "my_rewards"
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def math_grader():
+    with Grader(RewardConfig(kind="math", timeout_s=1.5, workers=2)) as grader:
+        yield grader
+
+
+def test_a_hanging_answer_is_none_within_its_deadline_and_alone(math_grader):
+    texts = [r"\boxed{4}", HANG, r"\boxed{\frac{8}{2}}", HANG, r"\boxed{5}", "none"] * 2
+    math_grader.grade([r"\boxed{\frac{1}{2}}"] * 4, ["0.5"] * 4)  # warm: both workers have started
+    start = time.monotonic()
+    rewards = math_grader.grade(texts, ["4"] * 12)
+    seconds = time.monotonic() - start
+    assert rewards == [1.0, None, 1.0, None, 0.0, 0.0] * 2
+    assert seconds < 2 * 1.5 + 6.0  # four hangs on two workers, and their restarts
+    assert math_grader.grade([r"\boxed{4}"], [4]) == [1.0]
+
+
+def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
+    math_grader.grade([r"\boxed{4}"] * 4, ["4"] * 4)
+    started = [worker for worker in math_grader._pool._workers if worker.is_started]
+    assert started
+    for worker in started:
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+    assert math_grader.grade([r"\boxed{4.0}"] * 4, ["4"] * 4) == [1.0] * 4
+
+
+def test_an_interrupted_call_leaves_no_reply_behind(user_module):
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(signal_number, frame):
+        raise Interrupt
+
+    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=20.0, workers=1)
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with Grader(config) as grader:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(Interrupt):
+                grader.grade(["sleep", "a"], ["", ""])
+            time.sleep(0.5)  # by now the interrupted call would have replied with two rewards
+            assert grader.grade(["a"], [""]) == [1.0]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_an_unreadable_gold_is_none_and_logged(math_grader, caplog):
+    assert math_grader.grade([r"\boxed{4}"] * 2, ["", "4"]) == [None, 1.0]
+    assert "1 of 2 grades failed: ValueError: math-verify finds no answer" in caplog.text
+
+
+def test_same_answer_has_a_deadline(math_grader):
+    assert math_grader.same_answer("0.5", r"\frac{1}{2}")
+    assert not math_grader.same_answer("0.5", "2")
+    assert not math_grader.same_answer(HANG[7:-1], "5")
+    assert math_grader.same_answer(HANG[7:-1], HANG[7:-1] + " ")
+
+
+def test_wrong_lengths_are_refused(math_grader):
+    with pytest.raises(ValueError, match="the 2 texts, got 1"):
+        math_grader.grade(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="the 1 texts, got 1 and 2"):
+        math_grader.grade(["a"], ["a"], prompts=["p", "q"])
+    assert math_grader.grade([], []) == []
+
+
+def test_format_gate():
+    twice = r"\boxed{4} \boxed{4}"
+    tagged = r"x </think> <answer> \boxed{4} </answer>"
+    prompts = ["", "", "Use <answer> </answer>.", "Use <answer> </answer>."]
+    with Grader(RewardConfig(format_gate=True, workers=1)) as grader:
+        texts = [r"\boxed{4}", twice, tagged, r"\boxed{4}"]
+        assert grader.grade(texts, ["4"] * 4, prompts=prompts) == [1.0, 0.0, 1.0, 0.0]
+        assert grader.grade(texts, ["4"] * 4) == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_user_function_gets_the_batch(user_module):
+    with Grader(RewardConfig(kind=f"{user_module}:equal")) as grader:
+        assert grader.grade(["1", "2", "3"], ["1", 2, "4"]) == [1.0, 1.0, 0.0]
+        assert grader.grade([], []) == []
+    with Grader(RewardConfig(kind=f"{user_module}:eventful")) as grader:
+        assert grader.grade(["a", "b", "c"], ["", "", ""]) == [3.0, 3.0, 3.0]
+        assert grader.grade(["a", "none", "c"], ["", "", ""]) == [None, None, None]
+
+
+@pytest.mark.parametrize("event", ["hang", "exit", "segfault"])
+def test_a_lost_user_call_costs_only_the_guilty_answer(user_module, event, caplog):
+    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=0.7)
+    with Grader(config) as grader:
+        rewards = grader.grade(["a", event, "b"], ["", "", ""])
+        assert rewards == [1.0, None, 1.0]  # 1.0: each in a call of its own
+        assert grader.grade(["a", "b"], ["", ""]) == [2.0, 2.0]
+        assert grader.grade([event], [""]) == [None]
+    assert "calling it with one at a time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("function", "texts", "message"),
+    [
+        ("eventful", ["a", "raise"], r'my_rewards:eventful" raised KeyError: .*\n.*my_rewards.py'),
+        ("eventful", ["a", "sys.exit"], 'my_rewards:eventful" raised SystemExit'),
+        ("short", ["a", "b"], 'my_rewards:short": got 1 rewards for 2 completions'),
+    ],
+)
+def test_a_broken_user_function_stops_with_its_name(user_module, function, texts, message):
+    with Grader(RewardConfig(kind=f"{user_module}:{function}")) as grader:
+        with pytest.raises(RewardError, match=f"(?s){message}"):
+            grader.grade(texts, [""] * 2)
+        # The worker is still good for the next call.
+        assert grader.grade(["a"], [""]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([1.0, float("nan")], "reward 1: expected a finite number, got nan"),
+        ([float("inf"), 0.0], "reward 0: expected a finite number, got inf"),
+        ([0.0, "1"], "reward 1: expected a number, got str '1'"),
+        ([0.0, [1.0]], "reward 1: expected a number, got list"),
+        ([0.0, 1j], "reward 1: expected a number, got complex"),
+        (1.0, "expected a list of 2 numbers, got float 1.0"),
+        ("10", "expected a list of 2 numbers, got str"),
+        ({0: 1.0, 1: 1.0}, "expected a list of 2 numbers, got dict"),
+        (None, "expected a list of 2 numbers, got NoneType"),
+        ([1.0], "got 1 rewards for 2 completions"),
+        ([1.0] * 4, "got 4 rewards for 2 completions"),
+    ],
+)
+def test_what_a_user_function_may_not_return(rewards, message):
+    with pytest.raises(RewardError, match="(?s)" + 'reward function "m:f".*' + message):
+        check_rewards(rewards, 2, kind="m:f")
+
+
+def test_what_a_user_function_may_return():
+    numpy = pytest.importorskip("numpy")
+    for rewards in ([1, True, None], (1.0, 1.0, None), (x for x in (1, 1, None))):
+        assert check_rewards(rewards, 3, kind="m:f") == [1.0, 1.0, None]
+    rewards = check_rewards(numpy.array([0.5, 1.0], dtype="float32"), 2, kind="m:f")
+    assert rewards == [0.5, 1.0]
+    assert all(type(reward) is float for reward in rewards)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("maths", 'expected math, gsm8k, exact or "module:function"; did you mean "math"'),
+        ("my_rewards", 'expected math, gsm8k, exact or "module:function"'),
+        (":f", 'expected math, gsm8k, exact or "module:function"'),
+        ("no_such_module:f", "cannot be loaded: ModuleNotFoundError: .*no_such_module"),
+        ("broken_rewards:f", "cannot be loaded: ModuleNotFoundError: .*not_installed_anywhere"),
+        ("my_rewards:missing", "cannot be loaded: AttributeError: .*missing"),
+        ("my_rewards:not_a_function", "cannot be loaded: TypeError: .*int, not a function"),
+    ],
+)
+def test_an_unknown_kind_is_refused_at_once(user_module, kind, message):
+    with pytest.raises(ConfigError, match=f'reward.kind = "{kind}".*{message}'):
+        Grader(RewardConfig(kind=kind))
+
+
+def test_the_format_gate_belongs_to_math():
+    with pytest.raises(ConfigError, match="format_gate = true works with"):
+        Grader(RewardConfig(kind="exact", format_gate=True))
+
+
+def test_workers_load_only_what_they_need_and_hash_alike(user_module):
+    import torch  # noqa: F401 - heavy in the parent, absent in the worker
+
+    assert grade(f"{user_module}:modules", "", "") == 0.0
+    with Grader(RewardConfig(kind=f"{user_module}:hash_seed")) as grader:
+        [seed] = grader.grade([""], [""])
+    assert grade(f"{user_module}:hash_seed", "", "") == seed
+
+
+def test_grade_keeps_its_worker(user_module):
+    kind = f"{user_module}:pid"
+    assert grade(kind, "", "") == grade(kind, "", "")
+    assert grade("exact", "a", "a") == 1.0
+    assert grade("gsm8k", "so 5", "#### 6") == 0.0
+
+
+def test_a_script_without_main_guard_can_grade_and_leaves_no_worker(tmp_path, user_module):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from laser_fast.rewards import grade\n"
+        f"import sys; sys.path.insert(0, {str(sys.path[0])!r})\n"
+        f"print(int(grade('{user_module}:pid', '', '')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_a_closed_grader_refuses(user_module):
+    grader = Grader(RewardConfig(kind=f"{user_module}:equal"))
+    grader.close()
+    grader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        grader.grade(["a"], ["a"])

@@ -1,0 +1,71 @@
+import os
+import time
+
+import pytest
+
+from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = WorkerPool("operator:add", num_workers=2, memory_limit=1 << 30)
+    yield pool
+    pool.close()
+
+
+def test_results_keep_their_order(pool):
+    calls = [(i, 10 * i) for i in range(50)]
+    assert pool.run("operator:add", calls, deadline_s=5.0) == [11 * i for i in range(50)]
+
+
+def test_what_goes_wrong_is_told_apart(pool):
+    late, wrong, missing, exited = [
+        pool.run(name, [arguments], deadline_s=0.3)[0]
+        for name, arguments in [
+            ("time:sleep", (5.0,)),
+            ("operator:truediv", (1, 0)),
+            ("operator:no_such_function", ()),
+            ("os:_exit", (3,)),
+        ]
+    ]
+    assert late == Failure("deadline", "the deadline passed")
+    assert (wrong.reason, wrong.summary) == ("error", "ZeroDivisionError: division by zero")
+    assert "Traceback" in wrong.traceback
+    assert (missing.reason, missing.summary[:15]) == ("error", "AttributeError:")
+    assert exited == Failure("crash", "the worker ended with exit code 3")
+
+
+def test_memory_is_limited(pool):
+    [outcome] = pool.run("builtins:bytearray", [(2 << 30,)], deadline_s=5.0)
+    assert (outcome.reason, outcome.summary) == ("error", "MemoryError: ")
+
+
+def test_a_kill_reaches_the_children_of_a_worker(pool, tmp_path):
+    command = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
+    [outcome] = pool.run("os:system", [(command,)], deadline_s=0.7)
+    assert outcome.reason == "deadline"
+    child = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 5.0
+    while time.monotonic() < end:
+        try:
+            with open(f"/proc/{child}/stat") as file:
+                if file.read().split()[2] == "Z":  # dead, not yet collected by init
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the child of a killed worker lives on")
+
+
+def test_a_pool_that_cannot_start_says_why():
+    with pytest.raises(WorkerStartError, match="ModuleNotFoundError: .*no_such_module"):
+        WorkerPool("no_such_module:f", num_workers=1)
+
+
+def test_a_fork_of_the_parent_does_not_end_the_workers(pool):
+    child = os.fork()
+    if child == 0:
+        pool.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert pool.run("operator:add", [(1, 1)], deadline_s=5.0) == [2]
