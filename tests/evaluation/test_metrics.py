@@ -76,12 +76,12 @@ def test_missing_class_is_undefined_not_zero():
 
 
 def test_unfinished_completions_count_as_score_zero():
-    scores = torch.tensor([0.9, float("nan"), 0.8, 0.1])
-    correct = torch.tensor([True, True, False, False])
-    found = verify(scores, correct, is_finished=torch.tensor([True, False, True, False]))
-    assert (found.tpr, found.tnr, found.f1) == (0.5, 0.5, 0.5)
-    # Pairs: .9 beats .8 and 0; the unfinished correct one loses to .8 and ties with 0.
-    assert found.auroc == 2.5 / 4
+    scores = torch.tensor([0.9, float("nan"), 0.8, 0.1, float("nan")])
+    correct = torch.tensor([True, True, False, False, False])
+    found = verify(scores, correct, is_finished=torch.tensor([True, False, True, False, False]))
+    assert (found.tpr, found.tnr) == (0.5, pytest.approx(2 / 3))
+    # Pairs: .9 beats .8, 0 and 0; the unfinished correct one loses to .8 and ties twice.
+    assert found.auroc == pytest.approx((3 + 2 / 2) / 6)
     # Class means are of scores that exist.
     assert (found.mean_correct, found.mean_incorrect) == pytest.approx((0.9, 0.8))
     # One of the two finished completions is correct, so the correction is the identity.
