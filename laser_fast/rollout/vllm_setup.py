@@ -1,0 +1,80 @@
+"""Everything between `pip install` and a running vLLM: versions, environment, side effects."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from laser_fast.config import ConfigError
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+# Read by vLLM while it is imported; a user's own values win.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    # CPU builds only: threads stay as torchrun set them, and the KV cache is this many GiB.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM, on first use and for an engine inside this process.
+
+    Raises:
+        ConfigError: missing, broken or of an unsupported version.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Streamed weights and the trainer's process group live in this process; an engine core in
+    # another one could reach neither.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine needs vLLM, which cannot be imported ({first_line(error)}); "
+            "pip install 'laser-fast[vllm]', or follow the README for the CPU build"
+        ) from error
+    check_version(vllm.__version_tuple__)
+    return vllm
+
+
+def check_version(version: Sequence[int | str]) -> None:
+    """Refuse a vLLM whose interfaces were not read or tested.
+
+    Raises:
+        ConfigError: with the range that is supported.
+    """
+    if not OLDEST <= tuple(version[:2]) <= NEWEST:
+        oldest, newest, found = (".".join(map(str, v)) for v in (OLDEST, NEWEST, version[:3]))
+        raise ConfigError(
+            f"vLLM {found} is installed, but {oldest} to {newest} are supported; "
+            f"pip install 'vllm>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}'"
+        )
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Leave every global generator as it was: vLLM seeds them, but they belong to the training."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def first_line(error: Exception) -> str:
+    """The sentence of an error that pydantic may have wrapped in several lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        return lines[1].removeprefix("Value error, ").split(" [type=")[0]
+    return lines[0] if lines else type(error).__name__
