@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Noise is drawn for several steps at once: one call per row and step would cost more than the
 # forward of a small model. A constant, since the block length is part of the random stream.
-_NOISE_BLOCK = 8192
+_NOISE_BLOCK = 1024
 # Positions that go through the head at once in `token_logprobs`.
 _HEAD_ROWS = 1024
 
