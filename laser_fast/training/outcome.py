@@ -48,14 +48,15 @@ class Outcome:
 
 
 def gather_outcome(
-    groups: Sequence[Group], rewards: Sequence[float | None], world: World
+    groups: Sequence[Group], rewards: Sequence[Sequence[float | None]], world: World
 ) -> Outcome:
-    """Join all ranks' groups, in rank order, which is the order of the step's prompts.
-
-    `rewards` holds one entry per completion, flattened over `groups`.
-    """
+    """Join all ranks' groups, in rank order, which is the order of the step's prompts."""
     group_size = len(groups[0].completions)
-    completions = [completion for group in groups for completion in group.completions]
+    graded = [
+        (completion, reward)
+        for group, own in zip(groups, rewards, strict=True)
+        for completion, reward in zip(group.completions, own, strict=True)
+    ]
     rows = [
         (
             0.0 if reward is None else reward,
@@ -64,7 +65,7 @@ def gather_outcome(
             len(completion.completion_ids),
             completion.score_logprob or 0.0,
         )
-        for completion, reward in zip(completions, rewards, strict=True)
+        for completion, reward in graded
     ]
     columns = [
         torch.tensor(column).reshape(-1, group_size)

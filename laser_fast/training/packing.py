@@ -14,11 +14,16 @@ from laser_fast.records import Microbatch
 from laser_fast.records import Sequence as TrainingSequence
 
 
+def _alone(count: int) -> int:
+    """The largest count over ranks, where there is one rank."""
+    return count
+
+
 def plan_bins(
     lengths: Sequence[int],
     *,
     budget: int,
-    agree: Callable[[int], int] = lambda count: count,
+    agree: Callable[[int], int] = _alone,
 ) -> list[list[int]]:
     """Indices of the sequences of each microbatch.
 
@@ -69,7 +74,7 @@ class Packer:
     score_token_id: int
     temperature: float  # of sampling; score rows are read at 1
     device: torch.device
-    agree: Callable[[int], int]
+    agree: Callable[[int], int] = _alone
 
     def bins(self, sequences: Sequence[TrainingSequence]) -> list[list[int]]:
         """`plan_bins` of these sequences. Collective."""

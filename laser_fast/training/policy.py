@@ -30,6 +30,7 @@ from laser_fast.config import ConfigError, ModelConfig
 from laser_fast.records import Microbatch
 from laser_fast.training.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.training.distributed import World
+from laser_fast.training.packing import Packer
 
 # Architectures whose logits are lm_head(body(x)) without bias, scaling, soft-capping or sliding
 # windows, so that a fused head on lm_head.weight is the whole head.
@@ -138,6 +139,7 @@ def build_policy(config: ModelConfig, world: World) -> Policy:
         value = buffers[name].to(world.device)
         dist.broadcast(value, src=0)
         buffer.copy_(value)
+    _settle_root(policy, world)
     return policy
 
 
@@ -167,6 +169,17 @@ def shard(policy: Policy, config: ModelConfig, world: World) -> None:
     # The root stays gathered until its backward: embedding, final norm and head are used at both
     # ends of the forward.
     fully_shard(policy, reshard_after_forward=False, **options)
+
+
+@torch.no_grad()
+def _settle_root(policy: Policy, world: World) -> None:
+    """Run one token, because the first module to run forward becomes FSDP2's root.
+
+    Without it the engine's direct use of the model would make a root of every block.
+    """
+    packer = Packer(budget=1, score_token_id=0, temperature=1.0, device=world.device)
+    policy(packer.pack([]), lambda hidden_states, weight: None)
+    policy.reshard()  # the optimizer must find the shards
 
 
 def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Tensor]]:

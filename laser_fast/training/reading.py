@@ -16,9 +16,12 @@ from laser_fast.training.policy import Policy
 
 
 @torch.no_grad()
-def read_rows(policy: Policy, batch: Microbatch) -> Tensor:
-    """Log-probs of a microbatch's labels, [N]; score rows last. Collective."""
-    return policy(batch, linear_logprobs(batch))
+def read_rows(policy: Policy, batches: Sequence[Microbatch]) -> list[Tensor]:
+    """Log-probs [N] of the labels of each microbatch; score rows last. Collective."""
+    logprobs = [policy(batch, linear_logprobs(batch)) for batch in batches]
+    # Without a backward nothing else would give the root's gathered parameters back.
+    policy.reshard()
+    return logprobs
 
 
 def read_completions(
@@ -31,14 +34,15 @@ def read_completions(
     """
     sequences = [_held(group, c) for group in groups for c in group.completions]
     results: list[tuple[list[float], float | None]] = [([], None)] * len(sequences)
-    for members in packer.bins(sequences):
-        batch = packer.pack([sequences[index] for index in members])
-        tokens, scores = read_rows(policy, batch).split([batch.num_policy_rows, len(batch.rewards)])
+    bins = packer.bins(sequences)
+    batches = [packer.pack([sequences[index] for index in members]) for members in bins]
+    for members, batch, logprobs in zip(bins, batches, read_rows(policy, batches), strict=True):
+        tokens, scores = logprobs.split([batch.num_policy_rows, len(batch.rewards)])
         scores = iter(scores.tolist())
         lengths = [len(sequences[index].completion_ids) for index in members]
-        for index, logprobs in zip(members, tokens.split(lengths), strict=True):
+        for index, own in zip(members, tokens.split(lengths), strict=True):
             score = next(scores) if sequences[index].has_score_row else None
-            results[index] = (logprobs.tolist(), score)
+            results[index] = (own.tolist(), score)
     return results
 
 

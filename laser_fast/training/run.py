@@ -21,7 +21,6 @@ from laser_fast.observe.run_log import NullLog, RunLog
 from laser_fast.observe.timer import StageTimer, peak_memory_gb
 from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
-from laser_fast.rewards.math import same_answer
 from laser_fast.rollout.engine import Engine
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import (
@@ -66,7 +65,7 @@ def train(config: Config, *, resume: bool = False) -> None:
                 load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
             )
             logger.info("resumed from %s", checkpoint)
-        _settle_ref_logprob(trainer, needs_scores=bool(held_out))
+        _settle_ref_logprob(trainer)
         log = stack.enter_context(
             RunLog(config.output_dir, config, resume_step=first_step if resume else None)
             if world.is_main
@@ -80,10 +79,11 @@ def train(config: Config, *, resume: bool = False) -> None:
                 _run_step(trainer, log, step)
                 completed = step + 1
                 is_last = completed == config.optim.steps
-                if is_last or _is_due(completed, config.checkpoint.every):
-                    _save(trainer, folder, completed)
+                # Evaluate first: a run that dies in between repeats the step and its evaluation.
                 if is_last or _is_due(completed, config.data.eval_every):
                     _evaluate(trainer, held_out, log, step=completed)
+                if is_last or _is_due(completed, config.checkpoint.every):
+                    _save(trainer, folder, completed)
         except StopRun:
             path = _save(trainer, folder, completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
@@ -179,13 +179,13 @@ def _check_lengths(config: Config, max_positions: int) -> None:
         )
 
 
-def _settle_ref_logprob(trainer: Trainer, *, needs_scores: bool) -> None:
+def _settle_ref_logprob(trainer: Trainer) -> None:
     """Take c_ref from the checkpoint, the configuration, or a measurement, in this order."""
     score = trainer.config.score
     trains_score = score.loss_coef > 0
     if trainer.ref_logprob is None and score.ref_logprob != "auto":
         trainer.ref_logprob = score.ref_logprob
-    if trainer.ref_logprob is None and (trains_score or needs_scores):
+    if trainer.ref_logprob is None and (trains_score or trainer.config.data.eval):
         trainer.ref_logprob = trainer.measure_ref_logprob()
         logger.info("measured score.ref_logprob = %.3f", trainer.ref_logprob)
     if trains_score:
@@ -230,7 +230,9 @@ def _evaluate(
     )
     trainer.engine.sleep()
     records = trainer.world.gather(records)
-    log.log_evaluation(step, summarize(records, same_answer=same_answer).to_dict())
+    if trainer.world.is_main:
+        report = summarize(records, same_answer=trainer.grader.same_answer)
+        log.log_evaluation(step, report.to_dict())
     trainer.timer.pop()  # evaluation is not part of any step
 
 

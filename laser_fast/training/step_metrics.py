@@ -19,7 +19,7 @@ def outcome_metrics(outcome: Outcome, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
     num_graded = outcome.is_graded.sum().clamp(min=1)
     return {
-        "rollout/mean_tokens": float(outcome.lengths.float().mean()),
+        "rollout/mean_length": float(outcome.lengths.float().mean()),
         "rollout/truncated": float((~outcome.is_finished).float().mean()),
         "reward/mean": float(outcome.rewards.sum() / num_graded),
         "reward/failed": float((~outcome.is_graded).sum()),

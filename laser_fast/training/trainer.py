@@ -190,7 +190,8 @@ class Trainer:
         """Rewards by group and completion; None where grading failed."""
         texts = [self.vocabulary.decode(c.completion_ids) for g in groups for c in g.completions]
         answers = [group.prompt.answer for group in groups for _ in group.completions]
-        grades = iter(self.grader.grade(texts, answers))
+        prompts = [group.prompt.text for group in groups for _ in group.completions]
+        grades = iter(self.grader.grade(texts, answers, prompts=prompts))
         return [[next(grades) for _ in group.completions] for group in groups]
 
     def measure_ref_logprob(self) -> float:
@@ -242,8 +243,15 @@ class Trainer:
         self, policy: Policy | None, updates: list[list[Microbatch]]
     ) -> list[list[Tensor | None]]:
         """Log-probs [N_p] of the policy rows of every microbatch; None without a policy."""
+        if policy is None:
+            return [[None] * len(microbatches) for microbatches in updates]
         return [
-            [read_rows(policy, b)[: b.num_policy_rows] if policy else None for b in microbatches]
+            [
+                logprobs[: batch.num_policy_rows]
+                for batch, logprobs in zip(
+                    microbatches, read_rows(policy, microbatches), strict=True
+                )
+            ]
             for microbatches in updates
         ]
 
