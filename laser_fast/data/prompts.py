@@ -1,0 +1,266 @@
+"""Prompts of a step: worded, tokenized, in an order that depends on (seed, step) alone.
+
+The data set is an endless stream of epochs, each its own permutation drawn from (seed, epoch).
+With P = `data.prompts_per_step`, step s and attempt a of r rounds of resampling take
+
+    positions [(s (r + 1) + a) P, (s (r + 1) + a + 1) P)
+
+of that stream, and each rank a contiguous share of them. So a step's prompts do not depend on
+what came before it, on the number of ranks or on how often earlier steps resampled, and P may
+exceed the data set. Nothing has to be saved to resume.
+
+Wording and tokenizing happen once, into a memory-mapped Arrow file in the cache of `datasets`,
+named by a hash of everything that goes into it; ranks and later runs share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import numpy as np
+import torch
+
+from laser_fast.config import ConfigError, DataConfig
+from laser_fast.data.rows import Fields, RowSource, answer_text, open_rows, question_text
+from laser_fast.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Part of the cache's name: raise it when the same inputs give other prompts.
+_FORMAT = 1
+_BATCH = 1000
+_FEATURES = datasets.Features(
+    text=datasets.Value("string"),
+    answer=datasets.Value("string"),
+    prompt_ids=datasets.List(datasets.Value("int32")),
+    num_tokens=datasets.Value("int32"),
+)
+
+_log = logging.getLogger(__name__)
+
+
+class PromptSource:
+    """The prompts of `data.train` or `data.eval`.
+
+    Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2. The epoch is in
+    the name because sampling noise is keyed by it: a prompt seen again, be it in the same step,
+    shall be answered anew.
+
+    Args:
+        config: the data section.
+        tokenizer: words and tokenizes the prompts.
+        seed: names the order.
+        split: "train" or "eval".
+
+    Attributes:
+        num_prompts: prompts to draw from (of an evaluation: after `data.eval_limit`).
+        num_dropped: rows left out because they exceed `data.max_prompt_tokens`.
+
+    Raises:
+        ConfigError: for a data set that is missing, broken, lacks a field or has no prompt left,
+            and for a chat template that the tokenizer does not have.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        split: Literal["train", "eval"],
+    ) -> None:
+        self._config = config
+        self._seed = seed
+        self._split = split
+        self._table = _load(config, tokenizer, seed=seed, split=split)
+        num_tokens = self._table.data.column("num_tokens").to_numpy()
+        self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
+        self.num_dropped = len(num_tokens) - len(self._rows)
+        if len(self._rows) == 0:
+            raise ConfigError(
+                f"{_name(config, split)}: no prompt is left, all {len(num_tokens)} are longer than "
+                f"data.max_prompt_tokens = {config.max_prompt_tokens} "
+                f"(the shortest has {num_tokens.min()} tokens)"
+            )
+        if split == "eval" and config.eval_limit:
+            self._rows = self._rows[: config.eval_limit]
+        self.num_prompts = len(self._rows)
+        # A step may straddle two epochs.
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def prompts(
+        self,
+        step: int,
+        *,
+        attempt: int = 0,
+        rounds: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> list[Prompt]:
+        """Return this rank's contiguous share of the prompts of a step.
+
+        Args:
+            step: training step, from 0.
+            attempt: 0 for the step's first prompts, i for those of its i-th resampling.
+            rounds: `rollout.resample_rounds`; the largest `attempt`.
+            rank: index of this process.
+            world_size: number of processes; divides `data.prompts_per_step`.
+
+        Raises:
+            ConfigError: if the world size does not divide `data.prompts_per_step`.
+            ValueError: if `attempt` or `rank` is out of range.
+        """
+        per_step = self._config.prompts_per_step
+        if per_step % world_size:
+            raise ConfigError(
+                f"data.prompts_per_step = {per_step} cannot be shared out evenly over "
+                f"{world_size} processes; make it a multiple of {world_size}"
+            )
+        if not (0 <= attempt <= rounds and 0 <= rank < world_size and step >= 0):
+            raise ValueError(
+                "prompts: expected step >= 0, 0 <= attempt <= rounds, 0 <= rank < world_size, "
+                f"got {step=}, {attempt=}, {rounds=}, {rank=}, {world_size=}"
+            )
+        share = per_step // world_size
+        start = (step * (rounds + 1) + attempt) * per_step + rank * share
+        places = [divmod(i, self.num_prompts) for i in range(start, start + share)]
+        rows = [int(self._rows[self._order(epoch)[index]]) for epoch, index in places]
+        names = [f"{row}@{epoch}" for row, (epoch, _) in zip(rows, places, strict=True)]
+        return self._fetch(rows, names)
+
+    def all(self) -> list[Prompt]:
+        """Return every prompt in the order of the file; meant for evaluation sets."""
+        rows = self._rows.tolist()
+        return self._fetch(rows, [str(row) for row in rows])
+
+    def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
+        columns = self._table[rows]
+        return [
+            Prompt(
+                prompt_id=f"{self._split}-{name}",
+                text=text,
+                prompt_ids=tuple(prompt_ids),
+                answer=answer,
+            )
+            for name, text, prompt_ids, answer in zip(
+                names, columns["text"], columns["prompt_ids"], columns["answer"], strict=True
+            )
+        ]
+
+    def _draw_order(self, epoch: int) -> torch.Tensor:
+        """The permutation of an epoch, [num_prompts] int64."""
+        name = f"{self._seed}/{self._split}/epoch {epoch}".encode()
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+        return torch.randperm(self.num_prompts, generator=generator)
+
+
+def _name(config: DataConfig, split: str) -> str:
+    return config.train if split == "train" else config.eval
+
+
+def _load(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, split: str
+) -> datasets.Dataset:
+    """The worded and tokenized rows of a split, over-long ones included."""
+    name = _name(config, split)
+    if not name:
+        raise ConfigError(f"data.{split} is empty; name a data set")
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(
+            'data.template = "chat", but the tokenizer has no chat template; set data.template to '
+            "a text with {prompt} in it"
+        )
+    if name == "sandbox":
+        from laser_fast.data import sandbox
+
+        rows = enumerate(sandbox.rows(split, seed=seed))
+        source = RowSource(name, (), lambda _: ((f"sandbox row {i}", row) for i, row in rows))
+        # Small: no file, no cache.
+        records = list(_tokenize(source, config, tokenizer))
+        return datasets.Dataset.from_list(records, features=_FEATURES)
+    source = open_rows(name, split=config.train_split if split == "train" else config.eval_split)
+    _log.info("data.%s = %s: wording and tokenizing, unless the cache has it", split, name)
+    try:
+        return datasets.Dataset.from_generator(
+            lambda: _tokenize(source, config, tokenizer),
+            features=_FEATURES,
+            fingerprint=_fingerprint(source, config, tokenizer),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def _tokenize(
+    source: RowSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """Yield one record of `_FEATURES` per row."""
+    fields: Fields = {
+        config.prompt_field: "data.prompt_field",
+        config.answer_field: "data.answer_field",
+    }
+    word = _wording(config, tokenizer)
+    rows = iter(source.read(fields))
+    num_rows = 0
+    while batch := list(islice(rows, _BATCH)):
+        num_rows += len(batch)
+        questions = [question_text(row, fields, config.prompt_field, place) for place, row in batch]
+        answers = [answer_text(row, fields, config.answer_field, place) for place, row in batch]
+        texts = [word(question + config.prompt_suffix) for question in questions]
+        encoded = tokenizer(
+            texts,
+            # A chat template writes its special tokens itself.
+            add_special_tokens=config.template != "chat",
+            return_attention_mask=False,
+            # Over-long prompts are counted here and need no warning of their own.
+            verbose=False,
+        )["input_ids"]
+        for (place, _), text, answer, prompt_ids in zip(
+            batch, texts, answers, encoded, strict=True
+        ):
+            if not prompt_ids:
+                raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
+            yield {
+                "text": text,
+                "answer": answer,
+                "prompt_ids": prompt_ids,
+                "num_tokens": len(prompt_ids),
+            }
+    if num_rows == 0:
+        raise ConfigError(f"{source.name}: the data set has no rows")
+
+
+def _wording(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """The function from a question to the text that the model reads."""
+    if config.template != "chat":
+        return lambda question: config.template.replace("{prompt}", question)
+    return lambda question: tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def _fingerprint(source: RowSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for everything that decides what `_tokenize` yields."""
+    parts = [
+        _FORMAT,
+        source.identity,
+        config.prompt_field,
+        config.answer_field,
+        config.prompt_suffix,
+        config.template,
+        tokenizer.chat_template if config.template == "chat" else None,
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,241 @@
+"""Rows of a data set, one at a time, each with the place an error message can name.
+
+Local files by suffix: .jsonl, .json (an array of objects, or one object a line), .csv and
+.parquet. Anything else is a data set of the Hugging Face hub, `owner/name` or
+`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. Everything is
+streamed; no file is held in memory.
+
+Text formats are read here and not by `datasets`, whose readers guess one type per column (the CSV
+answer 007 becomes 7, NA becomes null, numbers beside texts fail) and do not tell the line of a
+broken row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from laser_fast.config import ConfigError
+
+Row = tuple[str, Any]  # the place, for messages; a dict of fields if the data is sound
+Fields = Mapping[str, str]  # field of the data -> the configuration key that names it
+
+_CHUNK = 1 << 20
+_BATCH = 1000
+_BETWEEN_ITEMS = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A data set that can be read from its first row, any number of times.
+
+    `name` is for messages. `identity` changes when the content may have changed. `read(fields)`
+    yields rows that hold at least `fields`, unless the data lacks them.
+    """
+
+    name: str
+    identity: tuple[str, ...]
+    read: Callable[[Fields], Iterator[Row]]
+
+
+def open_rows(name: str, *, split: str) -> RowSource:
+    """Find the data set that `name` means, without reading its rows.
+
+    Raises:
+        ConfigError: if there is no such file, hub data set, configuration or split.
+    """
+    path = Path(name)
+    if path.suffix not in _READERS:
+        if path.is_file():
+            known = ", ".join(_READERS)
+            raise ConfigError(f"{name}: expected a data file ending in one of {known}")
+        return _open_hub(name, split)
+    if not path.is_file():
+        raise ConfigError(f"{name}: no such data file")
+    status = path.stat()
+    identity = (str(path.resolve()), str(status.st_size), str(status.st_mtime_ns))
+    return RowSource(name, identity, partial(_READERS[path.suffix], path))
+
+
+def question_text(row: Any, fields: Fields, field: str, place: str) -> str:
+    """Return the question of a row; a ConfigError names the place, the field and its fault."""
+    value = _value(row, fields, field, place)
+    if not isinstance(value, str):
+        raise ConfigError(
+            f'{place}: field "{field}" ({fields[field]}): expected text, got {type(value).__name__}'
+        )
+    return value
+
+
+def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
+    """Return the gold answer of a row as text.
+
+    Numbers become their usual text (70, 0.5). A list is several values, joined by ", ", as sets
+    of olympiad problems write them.
+    """
+    value = _value(row, fields, field, place)
+    items = value if isinstance(value, list) else [value]
+    for item in items or [None]:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float, Decimal)):
+            raise ConfigError(
+                f'{place}: field "{field}" ({fields[field]}): expected text, a number or a list '
+                f"of them, got {value!r:.60}"
+            )
+    return ", ".join(str(item) for item in items)
+
+
+def _value(row: Any, fields: Fields, field: str, place: str) -> Any:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place}: expected an object with fields, got {type(row).__name__}")
+    if field not in row:
+        raise _missing_field(place, fields, field, row)
+    value = row[field]
+    about = f'{place}: field "{field}" ({fields[field]})'
+    if value is None or value != value:  # nan is the null of a column of floats
+        raise ConfigError(f"{about} is null; fill it in or remove the row")
+    if isinstance(value, str):
+        if not value.strip():
+            raise ConfigError(f"{about} is empty; fill it in or remove the row")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
+    return value
+
+
+def _missing_field(place: str, fields: Fields, field: str, there: Any) -> ConfigError:
+    return ConfigError(
+        f'{place}: no field "{field}" ({fields[field]}); the fields are {", ".join(there)}'
+    )
+
+
+def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"{place}: not valid JSON: {error.msg} at column {error.colno}"
+                ) from None
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{place}: not valid UTF-8: {error.reason}") from None
+            yield place, row
+
+
+def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        start = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    yield from (_read_array if start.startswith(b"[") else _read_jsonl)(path, fields)
+
+
+def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
+    decoder = json.JSONDecoder()
+    line = 1
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_CHUNK)
+            position = 0
+            end = text.index("[") + 1
+            while True:
+                end = _BETWEEN_ITEMS.match(text, end).end()
+                line += text.count("\n", position, end)
+                position = end
+                if text.startswith("]", position):
+                    return
+                try:
+                    row, end = decoder.raw_decode(text, position)
+                except json.JSONDecodeError as error:
+                    # Broken, or cut by the end of the buffer: read on, twice as much each time,
+                    # so that the attempts together stay linear.
+                    more = file.read(max(_CHUNK, len(text) - position))
+                    if not more:
+                        line += text.count("\n", position, error.pos)
+                        raise ConfigError(f"{path}:{line}: not valid JSON: {error.msg}") from None
+                    text, position, end = text[position:] + more, 0, 0
+                    continue
+                yield f"{path}:{line}", row
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 after line {line}: {error.reason}") from None
+
+
+def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise ConfigError(f"{place}: expected {len(reader.fieldnames)} columns")
+                yield place, row
+        except csv.Error as error:
+            raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not valid UTF-8 after line {reader.line_num}: {error.reason}"
+            ) from None
+
+
+def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(str(path), fields, file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=_BATCH, columns=list(fields))
+            yield from _number((batch.to_pylist() for batch in batches), str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: not a readable parquet file: {error}") from None
+
+
+def _open_hub(name: str, split: str) -> RowSource:
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, split=split)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f'"{name}" is no file here, and as a data set of the hub (split "{split}") it does '
+            f"not load: {reason}"
+        ) from None
+
+    def read(fields: Fields) -> Iterator[Row]:
+        _check_columns(name, fields, rows.column_names)
+        columns = rows.select_columns(list(fields)).with_format("arrow")
+        yield from _number((table.to_pylist() for table in columns.iter(_BATCH)), name)
+
+    # Cache files carry the revision of the data set in their path.
+    identity = (name, split, *(file["filename"] for file in rows.cache_files))
+    return RowSource(name, identity, read)
+
+
+def _check_columns(name: str, fields: Fields, there: list[str]) -> None:
+    for field in fields:
+        if field not in there:
+            raise _missing_field(name, fields, field, there)
+
+
+def _number(batches: Iterator[list[dict[str, Any]]], name: str) -> Iterator[Row]:
+    rows = (row for batch in batches for row in batch)
+    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows))
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

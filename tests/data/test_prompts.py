@@ -1,0 +1,413 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from laser_fast.config import ConfigError, DataConfig
+from laser_fast.data.prompts import PromptSource
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer():
+    """One token per byte, and a BOS that only the post-processor adds."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<bos>", "<eos>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    datasets.disable_progress_bars()
+    yield folder
+    datasets.enable_progress_bars()
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(path, num_rows):
+    return write_jsonl(path, [{"problem": f"{i}+1=", "answer": i + 1} for i in range(num_rows)])
+
+
+def source(train, tokenizer, *, seed=0, split="train", **keys):
+    config = DataConfig(train=train, **({"template": "{prompt}", "prompts_per_step": 4} | keys))
+    return PromptSource(config, tokenizer, seed=seed, split=split)
+
+
+def row_of(prompt):
+    return int(prompt.prompt_id.removeprefix("train-").partition("@")[0])
+
+
+# Wording and tokens
+
+
+def test_a_plain_template_takes_the_suffix_and_the_tokenizers_special_tokens(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "What is {x}?", "answer": "5"}])
+    prompts = source(path, tokenizer, template="Q: {prompt}\nA:", prompt_suffix=" Think!")
+    [prompt] = prompts.all()
+    assert prompt.text == "Q: What is {x}? Think!\nA:"
+    assert prompt.prompt_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(prompt.prompt_ids[1:]) == prompt.text
+    assert (prompt.prompt_id, prompt.answer) == ("train-0", "5")
+
+
+def test_the_chat_template_opens_the_answer_and_adds_no_second_bos(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "2+3?", "answer": "5"}])
+    [prompt] = source(path, tokenizer, template="chat", prompt_suffix=" Box it.").all()
+    assert prompt.text == "<user>2+3? Box it.<assistant>"
+    assert tokenizer.decode(prompt.prompt_ids) == prompt.text
+
+
+def test_the_cache_follows_everything_that_shapes_a_prompt(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"problem": "2+3?", "other": "7?", "answer": "5", "gold": "6"}])
+
+    def one(tokenizer=tokenizer, **keys):
+        [prompt] = source(str(path), tokenizer, **keys).all()
+        return prompt.text, prompt.answer, prompt.prompt_ids[0]
+
+    bos = tokenizer.bos_token_id
+    assert one() == ("2+3?", "5", bos)
+    assert one(prompt_field="other") == ("7?", "5", bos)
+    assert one(answer_field="gold") == ("2+3?", "6", bos)
+    assert one(prompt_suffix="!") == ("2+3?!", "5", bos)
+    assert one(template="<{prompt}>") == ("<2+3?>", "5", bos)
+    assert one(template="chat")[0] == "<user>2+3?<assistant>"
+    other = make_tokenizer()
+    other.chat_template = "[{{ messages[0].content }}]"
+    assert one(tokenizer=other, template="chat")[0] == "[2+3?]"
+    other.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert one(tokenizer=other)[2] != bos
+    write_jsonl(path, [{"problem": "changed", "answer": "5"}])
+    assert one() == ("changed", "5", bos)
+
+
+def test_a_second_source_reads_the_cache(tmp_path, tokenizer, cache):
+    path = numbered(tmp_path / "a.jsonl", 20)
+    first = source(path, tokenizer)
+    files = {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
+    assert len(files) == 1
+    # Another limit, order and split share the file.
+    second = source(path, tokenizer, seed=3, max_prompt_tokens=9)
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")} == files
+    assert second.all() == first.all()
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
+    rows = [{"problem": "x" * (i + 1), "answer": i} for i in range(10)]
+    prompts = source(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, max_prompt_tokens=6)
+    assert (prompts.num_prompts, prompts.num_dropped) == (5, 5)  # BOS counts
+    assert [len(prompt.prompt_ids) for prompt in prompts.all()] == [2, 3, 4, 5, 6]
+    assert {row_of(p) for step in range(5) for p in prompts.prompts(step)} == {0, 1, 2, 3, 4}
+
+
+def test_eval_keeps_the_order_of_the_file_and_its_limit(tmp_path, tokenizer):
+    path = numbered(tmp_path / "a.jsonl", 7)
+    config = DataConfig(train="x", eval=path, eval_limit=3, template="{prompt}")
+    prompts = PromptSource(config, tokenizer, seed=0, split="eval")
+    assert [prompt.prompt_id for prompt in prompts.all()] == ["eval-0", "eval-1", "eval-2"]
+    assert [prompt.text for prompt in prompts.all()] == ["0+1=", "1+1=", "2+1="]
+    assert prompts.num_prompts == 3
+    with pytest.raises(ConfigError, match="data.eval is empty"):
+        PromptSource(DataConfig(train=path), tokenizer, seed=0, split="eval")
+
+
+# Formats and fields
+
+
+def test_every_format_gives_the_same_prompts(tmp_path, tokenizer):
+    rows = [{"problem": f'say "{i}",\nor é', "answer": f"00{i}"} for i in range(3)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text() + "\n\n")
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.csv").write_text(
+        "answer,problem\n" + "".join(f'00{i},"say ""{i}"",\nor é"\n' for i in range(3)),
+        encoding="utf-8-sig",
+    )
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
+    names = ["a.jsonl", "lines.json", "array.json", "a.csv", "a.parquet", "folder"]
+    prompts = [source(str(tmp_path / name), tokenizer).all() for name in names]
+    assert prompts[0][1].text == 'say "1",\nor é'
+    assert prompts[0][1].answer == "001"
+    for name, other in zip(names, prompts, strict=True):
+        assert other == prompts[0], name
+
+
+def test_json_arrays_are_read_in_pieces(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("laser_fast.data.rows._CHUNK", 16)
+    rows = [{"problem": "x" * (7 * i % 50 + 1), "answer": [i, {"a": "]"}][0]} for i in range(60)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=2))
+    prompts = source(str(path), tokenizer).all()
+    assert [(p.text, p.answer) for p in prompts] == [(r["problem"], str(r["answer"])) for r in rows]
+
+
+def test_answers_become_text(tmp_path, tokenizer):
+    answers = ["5", 70, 2.5, r"\frac{1}{2}", [3, "4"], " x "]
+    rows = [{"problem": "?", "answer": answer} for answer in answers]
+    prompts = source(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer).all()
+    assert [p.answer for p in prompts] == ["5", "70", "2.5", r"\frac{1}{2}", "3, 4", " x "]
+
+
+def test_the_sandbox_is_a_data_set(tokenizer):
+    config = DataConfig(train="sandbox", eval="sandbox", template="{prompt}", prompts_per_step=4)
+    train, train_again, other, held_out = (
+        PromptSource(config, tokenizer, seed=seed, split=split)
+        for seed, split in [(0, "train"), (0, "train"), (1, "train"), (0, "eval")]
+    )
+    assert train.prompts(3) == train_again.prompts(3) != other.prompts(3)
+    assert {p.text for p in train.all()}.isdisjoint(p.text for p in held_out.all())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the evaluation sets of ../shared/data are absent")
+def test_the_shared_data_is_read_as_it_is(tokenizer):
+    files = {
+        "eval/math500.jsonl": 500,
+        "eval/amc23.jsonl": 40,
+        "eval/aime24.jsonl": 30,
+        "eval/aime25.jsonl": 30,
+        "eval/olympiadbench.jsonl": 675,
+        "gsm8k/test.jsonl": 1319,
+    }
+    for file, num_rows in files.items():
+        field = "question" if file.startswith("gsm8k") else "problem"
+        prompts = source(str(DATA / file), tokenizer, prompt_field=field, max_prompt_tokens=10**5)
+        assert (prompts.num_prompts, prompts.num_dropped) == (num_rows, 0)
+        rows = [json.loads(line) for line in (DATA / file).read_text().splitlines()]
+        read = prompts.all()
+        assert [p.answer for p in read] == [str(row["answer"]) for row in rows]
+        assert [p.text for p in read] == [row[field] for row in rows]
+
+
+# Order
+
+
+def test_every_epoch_shows_every_row_once_in_another_order(tmp_path, tokenizer):
+    prompts = source(numbered(tmp_path / "a.jsonl", 10), tokenizer, prompts_per_step=4)
+    stream = [prompt for step in range(5) for prompt in prompts.prompts(step)]
+    epochs = [stream[:10], stream[10:]]
+    for number, epoch in enumerate(epochs):
+        assert sorted(map(row_of, epoch)) == list(range(10))
+        assert all(prompt.prompt_id.endswith(f"@{number}") for prompt in epoch)
+    orders = [[row_of(prompt) for prompt in epoch] for epoch in epochs]
+    assert orders[0] != orders[1]
+    assert list(range(10)) not in orders
+    assert all(prompt.text == f"{row_of(prompt)}+1=" for prompt in stream)
+
+
+def test_the_order_is_a_pure_function_of_seed_and_step(tmp_path, tokenizer):
+    path = numbered(tmp_path / "a.jsonl", 50)
+    forward = source(path, tokenizer, seed=7)
+    steps = [forward.prompts(step) for step in range(40)]
+    backward = source(path, tokenizer, seed=7)
+    assert [backward.prompts(step) for step in reversed(range(40))] == steps[::-1]
+    assert source(path, tokenizer, seed=8).prompts(0) != steps[0]
+
+
+def test_the_world_size_changes_who_gets_a_prompt_and_nothing_else(tmp_path, tokenizer):
+    prompts = source(numbered(tmp_path / "a.jsonl", 10), tokenizer, prompts_per_step=8)
+    for world_size in (2, 4, 8):
+        for step in range(3):
+            shares = [
+                prompts.prompts(step, attempt=1, rounds=2, rank=rank, world_size=world_size)
+                for rank in range(world_size)
+            ]
+            assert {len(share) for share in shares} == {8 // world_size}
+            assert sum(shares, []) == prompts.prompts(step, attempt=1, rounds=2)
+
+
+def test_resampling_draws_new_prompts_and_disturbs_no_other_step(tmp_path, tokenizer):
+    prompts = source(numbered(tmp_path / "a.jsonl", 24), tokenizer, prompts_per_step=4)
+    drawn = [
+        row_of(prompt)
+        for step in range(2)
+        for attempt in range(3)
+        for prompt in prompts.prompts(step, attempt=attempt, rounds=2)
+    ]
+    assert sorted(drawn) == list(range(24))  # one epoch, nothing twice
+
+
+def test_a_step_larger_than_the_data_set_repeats_rows_under_new_names(tmp_path, tokenizer):
+    prompts = source(numbered(tmp_path / "a.jsonl", 3), tokenizer, prompts_per_step=8)
+    step = prompts.prompts(1)
+    assert Counter(map(row_of, step)).most_common(1)[0][1] <= math.ceil(8 / 3) + 1
+    assert len({prompt.prompt_id for prompt in step}) == 8
+
+
+def test_wrong_shares_are_refused(tmp_path, tokenizer):
+    prompts = source(numbered(tmp_path / "a.jsonl", 3), tokenizer, prompts_per_step=4)
+    with pytest.raises(ConfigError, match="prompts_per_step = 4 .* 3 processes.* multiple of 3"):
+        prompts.prompts(0, world_size=3)
+    for wrong in ({"attempt": 1}, {"rank": 1}, {"attempt": -1, "rounds": 1}):
+        with pytest.raises(ValueError, match="expected step >= 0"):
+            prompts.prompts(0, **wrong)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"problem": "a", "answer": 1}\n[1]\n', "a.jsonl:2: expected an object"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": 1, "id": 3}\n',
+            'a.jsonl:1: no field "problem" .data.prompt_field.; .* are question, answer, id$',
+        ),
+        (
+            "a.jsonl",
+            '\n{"problem": "a", "answer": 1}\n\n{"problem": "a"}',
+            'a.jsonl:4: no field "answer" .data.answer_field.; the fields are problem$',
+        ),
+        ("a.jsonl", '{"problem": "a", "answer": null}', 'a.jsonl:1: field "answer" .* is null'),
+        ("a.jsonl", '{"problem": "a", "answer": NaN}', 'a.jsonl:1: field "answer" .* is null'),
+        ("a.jsonl", '{"problem": " ", "answer": "1"}', 'a.jsonl:1: field "problem" .* is empty'),
+        ("a.jsonl", '{"problem": ["a"], "answer": 1}', "expected text, got list"),
+        ("a.jsonl", '{"problem": "a", "answer": {"b": 1}}', "expected text, a number or a list"),
+        ("a.jsonl", '{"problem": "a", "answer": true}', "expected text, a number or a list"),
+        ("a.jsonl", '{"problem": "a", "answer": []}', "expected text, a number or a list"),
+        ("a.jsonl", r'{"problem": "\ud83d", "answer": 1}', "a.jsonl:1: .* is not valid Unicode"),
+        ("a.jsonl", b'{"problem": "\xff", "answer": 1}', "a.jsonl:1: not valid UTF-8"),
+        ("a.jsonl", "", "the data set has no rows"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n{"problem": }]', "a.json:3: not valid JSON"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n\n', "a.json:4: not valid JSON"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n{"answer": 1}]', "a.json:3: no field"),
+        ("a.json", b'[{"problem": "\xff", "answer": 1}]', "a.json: not valid UTF-8"),
+        ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 columns"),
+        ("a.csv", "problem,answer\na,1\nb,2,3\n", "a.csv:3: expected 2 columns"),
+        ("a.csv", 'problem,answer\na,1\n"b,2\n', "a.csv:3: not valid CSV"),
+        ("a.csv", b"problem,answer\n\xff,1\n", "a.csv: not valid UTF-8"),
+        ("a.csv", "problem,answer\na,\n", 'a.csv:2: field "answer" .* is empty'),
+        ("a.parquet", "nothing like it", "a.parquet: not a readable parquet file"),
+        ("a.txt", "problem", "expected a data file ending in one of .jsonl, .json, .csv, .parq"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line_and_fault(tmp_path, tokenizer, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        source(str(path), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_of_a_parquet_file_is_named_with_those_there(tmp_path, tokenizer):
+    rows = [{"question": "a", "answer": 1.5, "id": 0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    message = 'a.parquet: no field "problem" .*; the fields are question, answer, id'
+    with pytest.raises(ConfigError, match=message):
+        source(str(tmp_path / "a.parquet"), tokenizer)
+    [prompt] = source(str(tmp_path / "a.parquet"), tokenizer, prompt_field="question").all()
+    assert prompt.answer == "1.5"
+    rows.append({"question": "b", "answer": None, "id": 1})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match='a.parquet row 1: field "answer" .* is null'):
+        source(str(tmp_path / "a.parquet"), tokenizer, prompt_field="question")
+
+
+def test_what_is_not_there_is_said_before_anything_is_read(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"missing.jsonl: no such data file"):
+        source(str(tmp_path / "missing.jsonl"), tokenizer)
+    with pytest.raises(ConfigError, match='"no-one/nothing" is no file here, and as a data set'):
+        source("no-one/nothing", tokenizer)
+
+
+def test_no_prompt_left_says_how_long_the_shortest_is(tmp_path, tokenizer):
+    path = numbered(tmp_path / "a.jsonl", 3)
+    with pytest.raises(ConfigError, match="all 3 are longer .* = 4 .the shortest has 5 tokens"):
+        source(path, tokenizer, max_prompt_tokens=4)
+
+
+def test_a_chat_template_must_exist(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        source(numbered(tmp_path / "a.jsonl", 3), tokenizer, template="chat")
+
+
+def test_a_prompt_without_tokens_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content | replace('b', '') }}"
+    rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": 1}]
+    with pytest.raises(ConfigError, match="a.jsonl:2: the prompt '' has no token"):
+        source(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, template="chat")
+
+
+# Memory
+
+MEASURE = """
+import resource, sys
+sys.path[:0] = [{folder!r}]
+import datasets
+datasets.disable_progress_bars()
+from test_prompts import make_tokenizer, source
+tokenizer = make_tokenizer()
+source({small!r}, tokenizer).prompts(0)
+for path in {large!r}:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prompts = source(path, tokenizer)
+    for step in range(0, 1000, 100):
+        prompts.prompts(step)
+    print(prompts.num_prompts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_file_is_not_loaded_into_memory(tmp_path):
+    num_rows, num_bytes = 8_000, 60_000_000
+    solution = "x" * (num_bytes // num_rows)  # a field that nobody asked for
+    rows = [
+        json.dumps({"problem": f"{i}+1=", "answer": i + 1, "solution": solution})
+        for i in range(num_rows)
+    ]
+    (tmp_path / "large.json").write_text("[" + ",\n".join(rows) + "]")
+    (tmp_path / "large.jsonl").write_text("\n".join(rows))
+    script = MEASURE.format(
+        folder=str(Path(__file__).parent),
+        small=numbered(tmp_path / "small.jsonl", 10),
+        large=[str(tmp_path / "large.json"), str(tmp_path / "large.jsonl")],
+    )
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    for line in done.stdout.splitlines():
+        num_prompts, grown_kib = map(int, line.split())
+        assert num_prompts == num_rows
+        assert grown_kib * 1024 < num_bytes / 3
