@@ -159,23 +159,41 @@ def _build(
 
 def make_engine(config: Config, policy: Policy, vocabulary: Vocabulary) -> Engine:
     """The engine that the configuration names."""
+    ids = {
+        "score_token_id": vocabulary.score_token_id,
+        "eos_token_ids": vocabulary.eos_token_ids,
+        "vocab_size": vocabulary.size,
+    }
+    if config.rollout.engine == "vllm":
+        from laser_fast.rollout.vllm import VllmEngine
+
+        return VllmEngine(
+            config.model.path,
+            config.rollout,
+            **ids,
+            max_model_len=max_positions(config),
+            dtype=config.model.compute_dtype,
+        )
     return HfEngine(
         policy.hf,
-        score_token_id=vocabulary.score_token_id,
-        eos_token_ids=vocabulary.eos_token_ids,
-        vocab_size=vocabulary.size,
+        **ids,
         pad_token_id=vocabulary.pad_token_id,
         max_num_seqs=config.rollout.max_num_seqs,
         unsharded=policy.unsharded,
     )
 
 
-def _check_lengths(config: Config, max_positions: int) -> None:
-    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
-    if needed > max_positions:
+def max_positions(config: Config) -> int:
+    """Longest sequence that an engine meets: prompt, completion and the score token."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
+
+
+def _check_lengths(config: Config, available: int) -> None:
+    needed = max_positions(config)
+    if needed > available:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_new_tokens + 1 score position = {needed} "
-            f"exceeds the {max_positions} positions of the model; lower one of them"
+            f"exceeds the {available} positions of the model; lower one of them"
         )
 
 
@@ -218,7 +236,7 @@ def _evaluate(
     config = trainer.config
     if not config.data.eval:
         return
-    trainer.sync()
+    trainer.sync(held_out)
     records = collect(
         held_out,
         engine=trainer.engine,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config, ConfigError
 from laser_fast.data.prompts import PromptSource
 from laser_fast.observe.timer import StageTimer
-from laser_fast.records import Group, Microbatch, Sampling
+from laser_fast.records import Completion, Group, Microbatch, Prompt, Sampling
 from laser_fast.records import Sequence as TrainingSequence
 from laser_fast.rewards import Grader
+from laser_fast.rollout.agreement import DisagreementError, check_agreement
 from laser_fast.rollout.engine import Engine, draw_seed
 from laser_fast.training.distributed import StopSignal, World
 from laser_fast.training.grad_cap import GradientCap
@@ -39,7 +40,7 @@ from laser_fast.training.outcome import (
 )
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy
-from laser_fast.training.reading import read_rows, with_scores
+from laser_fast.training.reading import read_completions, read_rows, with_scores
 from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
 from laser_fast.training.vocabulary import Vocabulary
 
@@ -49,6 +50,8 @@ Rewards = list[list[float | None]]  # by group, then by completion
 # (reference measurements of the paper), at or below 0.08.
 CALIBRATION_PROMPTS = 64
 CALIBRATION_SAMPLES = 4
+# Prompts per rank whose tokens prove a weight sync: one stale tensor moves every token.
+HELD_PROMPTS = 4
 
 
 @dataclass(kw_only=True)
@@ -68,6 +71,7 @@ class Trainer:
     cap: GradientCap
     stop: StopSignal
     ref_logprob: float | None = None  # c_ref; None until measured
+    sync_disagreement: float = 0.0  # of the last weight sync, on this rank
     timer: StageTimer = field(default_factory=StageTimer)
 
     def step(self, step: int) -> tuple[dict[str, float], list[Group], Rewards]:
@@ -115,7 +119,7 @@ class Trainer:
         for microbatches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
             with self.timer("loss"):
                 self._backward(objective, microbatches, old_logprobs, ref_logprobs, rows)
-            self._check_agreement(step, rows.disagreement(self.world))
+            self._check_rollout(step, rows.disagreement(self.world))
             with self.timer("step"):
                 grad_norms.append(self._update(step))
 
@@ -129,6 +133,7 @@ class Trainer:
         metrics["score/coef"] = objective.score_coef
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
+        metrics["rollout/sync_disagreement"] = self.sync_disagreement
         return metrics, groups, rewards
 
     def collect(self, step: int) -> tuple[list[Group], Rewards]:
@@ -141,8 +146,6 @@ class Trainer:
         groups: dict[int, Group] = {}
         rewards: dict[int, list[float | None]] = {}
         slots = list(range(self.config.data.prompts_per_step // self.world.size))
-        with self._stage("sync"):
-            self.sync()
         for attempt in range(rounds + 1):
             with self._stage("prompt"):
                 prompts = self.prompts.prompts(
@@ -152,6 +155,9 @@ class Trainer:
                     rank=self.world.rank,
                     world_size=self.world.size,
                 )
+            if attempt == 0:
+                with self._stage("sync"):
+                    self.sync(prompts)
             with self._stage("rollout"):
                 sampling = self.sampling(
                     "train",
@@ -171,9 +177,25 @@ class Trainer:
         self.engine.sleep()
         return [groups[slot] for slot in sorted(groups)], [rewards[s] for s in sorted(rewards)]
 
-    def sync(self) -> None:
-        """Hand the policy's weights to the engine. Collective."""
+    def sync(self, prompts: Sequence[Prompt]) -> None:
+        """Hand the policy's weights to the engine and prove that they arrived. Collective.
+
+        Engine and policy read the log-probs of the tokens of a few of this rank's `prompts`,
+        which need no sampling.
+
+        Raises:
+            DisagreementError: above `rollout.max_disagreement`.
+        """
         self.engine.sync(self.policy.stream_weights(self.world.device))
+        config = self.config.rollout
+        if config.engine == "hf":  # samples with the policy's own parameters
+            return
+        held = [_as_group(prompt) for prompt in prompts[:HELD_PROMPTS]]
+        self.sync_disagreement = check_agreement(
+            self.engine.token_logprobs(held, temperature=config.temperature),
+            [tokens for tokens, _ in read_completions(self.policy, held, self.packer)],
+            max_disagreement=config.max_disagreement,
+        )
 
     def sampling(self, *draw: int | str, group_size: int, needs_score: bool) -> Sampling:
         """How the completions of the named draw are sampled."""
@@ -204,7 +226,7 @@ class Trainer:
         stride = max(1, self.config.data.prompts_per_step // CALIBRATION_PROMPTS)
         prompts = self.prompts.prompts(0, rank=self.world.rank, world_size=self.world.size)
         chosen = [p for i, p in enumerate(prompts, self.world.rank * share) if i % stride == 0]
-        self.sync()
+        self.sync(prompts)
         groups = self.engine.generate(
             chosen, self.sampling("calibrate", group_size=CALIBRATION_SAMPLES, needs_score=True)
         )
@@ -290,14 +312,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _check_agreement(self, step: int, disagreement: float) -> None:
-        """Stop before training on tokens that the engine sampled from other weights."""
+    def _check_rollout(self, step: int, disagreement: float) -> None:
+        """Refuse to train on tokens that the engine sampled from other weights."""
         limit = self.config.rollout.max_disagreement
         if not disagreement <= limit:
-            raise RuntimeError(
-                f"step {step}: policy and engine disagree by {disagreement:.3g} nats per token, "
-                f"more than rollout.max_disagreement = {limit:g}; the engine's weights are stale "
-                "or its numerics differ"
+            raise DisagreementError(
+                f"step {step}: policy and engine disagree by {disagreement:.3g} nats per sampled "
+                f"token, more than rollout.max_disagreement = {limit:g}; the engine's weights are "
+                "stale or its numerics differ"
             )
 
     @contextmanager
@@ -306,6 +328,15 @@ class Trainer:
         with self.timer(name):
             yield
         self.stop.check()
+
+
+def _as_group(prompt: Prompt) -> Group:
+    """The prompt's own tokens as a completion of its first, to read their log-probs."""
+    head, tail = prompt.prompt_ids[:1], prompt.prompt_ids[1:]
+    held = Completion(
+        completion_ids=tail, rollout_logprobs=(0.0,) * len(tail), finish_reason="length"
+    )
+    return Group(prompt=replace(prompt, prompt_ids=head), completions=(held,))
 
 
 def _has_spread(rewards: list[float | None]) -> bool:
