@@ -148,12 +148,12 @@ def test_eval_keeps_the_order_of_the_file_and_its_limit(tmp_path, tokenizer):
 
 
 def test_every_format_gives_the_same_prompts(tmp_path, tokenizer):
-    rows = [{"problem": f'say "{i}",\nor é', "answer": f"00{i}"} for i in range(3)]
+    rows = [{"problem": f'say "{i}",\nor \u00e9', "answer": f"00{i}"} for i in range(3)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text() + "\n\n")
     (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "a.csv").write_text(
-        "answer,problem\n" + "".join(f'00{i},"say ""{i}"",\nor é"\n' for i in range(3)),
+        "answer,problem\n" + "".join(f'00{i},"say ""{i}"",\nor \u00e9"\n' for i in range(3)),
         encoding="utf-8-sig",
     )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -161,7 +161,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, tokenizer):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
     names = ["a.jsonl", "lines.json", "array.json", "a.csv", "a.parquet", "folder"]
     prompts = [source(str(tmp_path / name), tokenizer).all() for name in names]
-    assert prompts[0][1].text == 'say "1",\nor é'
+    assert prompts[0][1].text == 'say "1",\nor \u00e9'
     assert prompts[0][1].answer == "001"
     for name, other in zip(names, prompts, strict=True):
         assert other == prompts[0], name

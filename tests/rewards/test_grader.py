@@ -138,7 +138,8 @@ def test_format_gate():
 def test_user_function_gets_the_batch(user_module):
     with Grader(RewardConfig(kind=f"{user_module}:equal")) as grader:
         assert grader.grade(["1", "2", "3"], ["1", 2, "4"]) == [1.0, 1.0, 0.0]
-        assert grader.grade([], []) == []
+    with Grader(RewardConfig(kind=f"{user_module}:short")) as grader:
+        assert grader.grade([], []) == []  # never called with nothing
     with Grader(RewardConfig(kind=f"{user_module}:eventful")) as grader:
         assert grader.grade(["a", "b", "c"], ["", "", ""]) == [3.0, 3.0, 3.0]
         assert grader.grade(["a", "none", "c"], ["", "", ""]) == [None, None, None]

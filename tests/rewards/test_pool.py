@@ -63,9 +63,10 @@ def test_a_pool_that_cannot_start_says_why():
 
 
 def test_a_fork_of_the_parent_does_not_end_the_workers(pool):
+    before = pool.run("os:getpid", [()], deadline_s=5.0)
     child = os.fork()
     if child == 0:
         pool.close()
         os._exit(0)
     os.waitpid(child, 0)
-    assert pool.run("operator:add", [(1, 1)], deadline_s=5.0) == [2]
+    assert pool.run("os:getpid", [()], deadline_s=5.0) == before
