@@ -15,10 +15,7 @@ from torch import Tensor
 
 from . import _gemm
 from ._ops import row_chunks
-from ._rows import RowGradient, Statistics
-
-# Workspace that one logit of a chunk takes: float32, and on the CPU its temporary.
-BYTES_PER_LOGIT = {"cuda": 4, "cpu": 8}
+from ._rows import RowGradient, Statistics, concatenate
 
 
 def statistics(
@@ -29,14 +26,13 @@ def statistics(
     with_entropy: bool = False,
 ) -> Statistics:
     """Score any number of rows and keep nothing."""
-    parts = [
-        keep(hidden_states[rows], weight, labels[rows], inv_temperature[rows], with_entropy)[0]
-        for rows in row_chunks(hidden_states, weight, BYTES_PER_LOGIT)
-    ]
-    if not parts:
-        empty = inv_temperature.new_empty(0)
-        return Statistics(empty, empty.clone(), empty.clone())
-    return Statistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    return concatenate(
+        [
+            keep(hidden_states[rows], weight, labels[rows], inv_temperature[rows], with_entropy)[0]
+            for rows in row_chunks(hidden_states, weight, "chunked")
+        ],
+        inv_temperature,
+    )
 
 
 def empty_kept(hidden_states: Tensor, weight: Tensor) -> Tensor:

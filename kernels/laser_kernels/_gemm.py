@@ -1,12 +1,10 @@
 """The three GEMMs around the softmax, each with a float32 accumulator that is never rounded.
 
-On a GPU 16-bit operands go to cuBLAS with float32 output. The CPU has no such GEMM: there a 16-bit
-weight is widened block by block, so that no full float32 copy of it ever exists.
+On a GPU 16-bit operands go to cuBLAS with float32 output. The CPU has no such GEMM: there operands
+are widened, the weight block by block, so that no float32 copy of a 16-bit weight ever exists.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,21 +18,21 @@ BLOCK_V = 8192
 def logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """Return H W^T as float32 [n, V]."""
     if hidden_states.is_cuda:
-        return _mm_float32(hidden_states, weight.T)
+        return _mm(hidden_states, weight.T)
     out = hidden_states.new_empty(len(hidden_states), len(weight), dtype=torch.float32)
-    for columns, block in _float32_blocks(weight):
-        torch.mm(hidden_states.float(), block.T, out=out[:, columns])
+    for columns in _weight_blocks(weight):
+        _mm(hidden_states, weight[columns].T, out=out[:, columns])
     return out
 
 
 def hidden_gradient(dlogits: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return (dZ W) * scale as float32 [n, D]."""
     if dlogits.is_cuda:
-        out = _mm_float32(dlogits, weight)
+        out = _mm(dlogits, weight)
     else:
-        out = dlogits.new_zeros(len(dlogits), weight.shape[1])
-        for columns, block in _float32_blocks(weight):
-            out.addmm_(dlogits[:, columns], block)
+        out = dlogits.new_zeros(len(dlogits), weight.shape[1], dtype=torch.float32)
+        for columns in _weight_blocks(weight):
+            out.addmm_(dlogits[:, columns].float(), weight[columns].float())
     return out if scale is None else out.mul_(scale)
 
 
@@ -49,27 +47,23 @@ def add_weight_gradient(
     if scale is not None:
         for start in range(0, len(out), BLOCK_V):
             columns = slice(start, start + BLOCK_V)
-            product = _mm_float32(dlogits[:, columns].T, hidden_states.to(dlogits.dtype))
-            product.mul_(scale)
+            product = _mm(dlogits[:, columns].T, hidden_states).mul_(scale)
             out[columns].copy_(product) if is_first else out[columns].add_(product)
     elif is_first:
-        _mm_float32(dlogits.T, hidden_states.to(dlogits.dtype), out=out)
-    elif dlogits.dtype == torch.float32:
-        out.addmm_(dlogits.T, hidden_states.float())
-    else:
+        _mm(dlogits.T, hidden_states, out=out)
+    elif _is_cublas_16_bit(dlogits):
         torch.addmm(out, dlogits.T, hidden_states, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(dlogits.T.float(), hidden_states.float())
 
 
 def weight_gradient(dlogits: Tensor, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return dZ^T H of a single chunk [V, D] in the dtype of H; the GEMM rounds where it can."""
-    dtype = hidden_states.dtype
-    if dlogits.dtype == dtype and scale is None:
+    if dlogits.dtype == hidden_states.dtype and scale is None:
         return torch.mm(dlogits.T, hidden_states)
-    out = torch.empty(
-        dlogits.shape[1], hidden_states.shape[1], dtype=torch.float32, device=dlogits.device
-    )
+    out = dlogits.new_empty(dlogits.shape[1], hidden_states.shape[1], dtype=torch.float32)
     add_weight_gradient(out, dlogits, hidden_states, True, scale)
-    return out.to(dtype)
+    return out.to(hidden_states.dtype)
 
 
 def weight_accumulator(weight: Tensor, num_rows: int) -> Tensor:
@@ -86,7 +80,7 @@ def apply_dlogits(
     grad_hidden: Tensor | None,  # [n, D], written
     grad_weight: Tensor | None,  # [V, D] float32, accumulated
     is_first: bool,
-    group: str = "",
+    group: str,
 ) -> None:
     """Turn the dlogits of a chunk into the gradients that are wanted."""
     if grad_hidden is not None:
@@ -95,17 +89,20 @@ def apply_dlogits(
         add_weight_gradient(grad_weight, dlogits, hidden_states, is_first, scale)
 
 
-def _mm_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
+def _is_cublas_16_bit(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a b in float32."""
+    if not _is_cublas_16_bit(a):
+        return torch.mm(a.float(), b.float(), out=out)
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _float32_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield row blocks of the weight in float32; a float32 weight is one block, uncopied."""
+def _weight_blocks(weight: Tensor) -> list[slice]:
+    """Row blocks of the weight; a float32 weight needs no widening and is one block."""
     step = len(weight) if weight.dtype == torch.float32 else BLOCK_V
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        yield rows, weight[rows].float()
+    return [slice(start, start + step) for start in range(0, len(weight), step)]

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._checks import check_head, check_labels, group_name, inverse_temperature
+from ._checks import check_head, check_labels, inverse_temperature
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "cuda")
 # About 4096 bf16 rows of a 152k vocabulary on a GPU; on a CPU a chunk that stays near the caches.
 WORKSPACE_MB = {"cuda": 1300, "cpu": 64}
+# What a logit of a chunk takes: float32, on a CPU with a temporary; 16 bits in the fused kernels.
+BYTES_PER_LOGIT = {
+    ("chunked", "cpu"): 8,
+    ("chunked", "cuda"): 4,
+    ("triton", "cpu"): 2,
+    ("triton", "cuda"): 2,
+    ("cuda", "cuda"): 2,
+}
 # Row chunks are multiples of the tallest GEMM tile.
 ROW_MULTIPLE = 128
 
@@ -29,7 +37,7 @@ def last_impl() -> str | None:
     return _last_impl
 
 
-def choose_impl(op: str, impl: str, hidden_states: Tensor, weight: Tensor) -> str:
+def choose_impl(op: str, impl: str, hidden_states: Tensor) -> str:
     """Resolve `impl`, remember and log the choice; raise if the named one cannot run here."""
     global _last_impl
     if impl not in IMPLEMENTATIONS:
@@ -39,7 +47,7 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor, weight: Tensor) -> st
     if impl == "triton":
         _require_triton(op, hidden_states)
     if impl == "cuda":
-        implementation("cuda")
+        implementation(impl)
     if impl != _last_impl:
         logger.debug("%s: impl=%s", op, impl)
     _last_impl = impl
@@ -47,12 +55,11 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor, weight: Tensor) -> st
 
 
 def _automatic(hidden_states: Tensor) -> str:
-    """Triton where its tiles are made for the device (TMA, 16-bit operands), else chunked."""
+    """Triton where its large tiles and TMA are made for the device, else chunked."""
     if not hidden_states.is_cuda or hidden_states.dtype == torch.float32:
         return "chunked"
-    return (
-        "triton" if torch.cuda.get_device_capability(hidden_states.device) >= (9, 0) else "chunked"
-    )
+    major, _ = torch.cuda.get_device_capability(hidden_states.device)
+    return "triton" if major in (9, 10) else "chunked"
 
 
 def _require_triton(op: str, hidden_states: Tensor) -> None:
@@ -60,6 +67,11 @@ def _require_triton(op: str, hidden_states: Tensor) -> None:
         raise RuntimeError(
             f"{op}: impl='triton' needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "
             f"impl='chunked', or set TRITON_INTERPRET=1 before the first import to debug on a CPU"
+        )
+    if hidden_states.dtype == torch.float32:
+        raise ValueError(
+            f"{op}: impl='triton' expected hidden_states of dtype bfloat16 or float16, got "
+            f"{hidden_states.dtype}; use impl='chunked', which takes float32"
         )
 
 
@@ -81,17 +93,15 @@ def implementation(impl: str) -> ModuleType:
     return importlib.import_module({"chunked": "._chunked", "triton": "._fused"}[impl], __package__)
 
 
-def row_chunks(
-    hidden_states: Tensor, weight: Tensor, bytes_per_logit: dict[str, int]
-) -> list[slice]:
+def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:
     """Split N rows into equal chunks whose logits fit the workspace.
 
     LASER_KERNELS_WORKSPACE_MB overrides the default of the device. A chunk has at least 128 rows,
     however small the workspace.
     """
-    num_rows, device = len(hidden_states), hidden_states.device.type
+    num_rows, device = len(hidden_states), "cuda" if hidden_states.is_cuda else "cpu"
     megabytes = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB[device])
-    limit = int(megabytes * 1e6) // (bytes_per_logit[device] * len(weight))
+    limit = int(megabytes * 1e6) // (BYTES_PER_LOGIT[impl, device] * len(weight))
     limit = max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     num_chunks = max(-(-num_rows // limit), 1)
     step = -(-num_rows // (num_chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
@@ -111,8 +121,14 @@ def check_all(
     check_head(op, hidden_states, weight, allow_float64=impl == "reference")
     check_labels(op, labels, hidden_states)
     inv_temperature = inverse_temperature(op, temperature, hidden_states)
-    impl = choose_impl(op, impl, hidden_states, weight)
-    group = group_name(op, process_group, impl)
+    impl = choose_impl(op, impl, hidden_states)
+    if process_group is not None and impl == "reference":
+        raise ValueError(
+            f"{op}: impl='reference' expected the whole weight and no process_group, got one; use "
+            f"another impl, or gather the weight"
+        )
+    # An op schema can carry the name of a group, not the group.
+    group = "" if process_group is None else process_group.group_name
     return hidden_states.contiguous(), weight.contiguous(), inv_temperature, impl, group
 
 

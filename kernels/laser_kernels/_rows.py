@@ -27,6 +27,13 @@ class Statistics(NamedTuple):
     entropy: Tensor
 
 
+def concatenate(parts: list[Statistics], like: Tensor) -> Statistics:
+    """Join the statistics of row chunks; no chunk means no row."""
+    if not parts:
+        parts = [Statistics(*(like.new_empty(0) for _ in range(3)))]
+    return Statistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
 class RowGradient(NamedTuple):
     """dL/dlogits of a row in three numbers; all float32 [n]."""
 
@@ -65,7 +72,7 @@ def factor_out_exponent(
     """Divide float16 gradients by a power of two, the second result, to keep their digits.
 
     A loss averaged over 1e5 tokens has dlogits below the smallest float16; scaled to their
-    largest row they lose only what is 2^-24 of it. bfloat16 and float32 have the range and need no scale.
+    largest row they lose only what is 2^-24 of it. The other dtypes have the range themselves.
     """
     if dtype != torch.float16:
         return gradient, None

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _gemm, reference
-from ._checks import (
-    check_constants_of_rows,
-    check_head,
-    check_score_constants,
-    check_token_id,
-)
+from ._checks import check_head, check_score, check_targets
 from ._ops import choose_impl, implementation, refuse_double_backward
 from ._rows import factor_out_exponent, row_gradient
 from .linear_logprob import linear_logprob_bwd
@@ -83,10 +78,10 @@ def _last_token_bwd(
     labels, ones = _constant_rows(hidden_states, token_id)
     gradient = row_gradient(logprobs, None, grad_logprobs, None, ones)
     gradient, scale = factor_out_exponent(gradient, dtype)
+    backend = implementation(impl)
     # A copy of the logits is overwritten: a retained graph may need the original again.
-    dlogits = implementation(impl).dlogits_from_kept(
-        kept.clone(), offset, labels, ones, gradient, dtype
-    )
+    kept = backend.empty_kept(hidden_states, weight).copy_(kept)
+    dlogits = backend.dlogits_from_kept(kept, offset, labels, ones, gradient, dtype)
     grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
     if needs_hidden:
         grad_hidden = _gemm.hidden_gradient(dlogits, weight, scale).to(dtype)
@@ -172,10 +167,10 @@ def last_token_score(
         ValueError: shapes, dtypes, devices or values that do not fit.
         RuntimeError: the named implementation cannot run here.
     """
-    zeros = torch.zeros(len(hidden_states), device=hidden_states.device)
+    op = "last_token_score"
     with torch.no_grad():
-        return last_token_loss(
-            hidden_states, weight, token_id, zeros, beta=beta, ref_logprob=ref_logprob, impl=impl
+        return _loss_and_scores(
+            op, hidden_states, weight, token_id, None, beta, ref_logprob, None, impl
         )[1]
 
 
@@ -206,14 +201,34 @@ def last_token_loss(
         impl: see `last_token_score`.
     """
     op = "last_token_loss"
+    return _loss_and_scores(
+        op, hidden_states, weight, token_id, rewards, beta, ref_logprob, sample_weight, impl
+    )
+
+
+def _loss_and_scores(
+    op: str,
+    hidden_states: Tensor,
+    weight: Tensor,
+    token_id: int,
+    rewards: Tensor | None,
+    beta: float,
+    ref_logprob: float,
+    sample_weight: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
     check_head(op, hidden_states, weight, allow_float64=impl == "reference")
-    check_token_id(op, token_id, weight)
-    check_score_constants(op, beta, ref_logprob)
-    rewards = check_constants_of_rows(op, "rewards", rewards, hidden_states)
+    check_score(op, token_id, weight, beta, ref_logprob)
+    num_rows = len(hidden_states)
+    if rewards is None:
+        rewards = hidden_states.new_zeros(num_rows)
     if sample_weight is None:
-        sample_weight = torch.full_like(rewards, 1 / max(len(rewards), 1))
-    sample_weight = check_constants_of_rows(op, "sample_weight", sample_weight, hidden_states)
-    impl = choose_impl(op, impl, hidden_states, weight)
+        sample_weight = hidden_states.new_full(
+            (num_rows,), 1 / max(num_rows, 1), dtype=torch.float32
+        )
+    rewards = check_targets(op, "rewards", rewards, hidden_states)
+    sample_weight = check_targets(op, "sample_weight", sample_weight, hidden_states)
+    impl = choose_impl(op, impl, hidden_states)
     if impl == "reference":
         return reference.last_token_loss(
             hidden_states,
@@ -231,9 +246,9 @@ def last_token_loss(
         token_id,
         rewards,
         sample_weight,
-        float(beta),
-        float(ref_logprob),
-        has_gradient and len(rewards) <= MAX_KEPT_ROWS,
+        beta,
+        ref_logprob,
+        has_gradient and 0 < num_rows <= MAX_KEPT_ROWS,
         impl,
     )
     return loss, scores

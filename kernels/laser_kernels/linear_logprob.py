@@ -43,7 +43,8 @@ def linear_logprob_fwd(
         hidden_states, weight, local_labels.clamp(min=0), inv_temperature, with_entropy
     )
     stats = _vocab_parallel.combine(stats, local_labels, group)
-    return stats.logprobs, stats.entropy, stats.logsumexp
+    entropy = stats.entropy if with_entropy else stats.entropy.new_empty(0)
+    return stats.logprobs, entropy, stats.logsumexp
 
 
 @linear_logprob_fwd.register_fake
@@ -76,7 +77,7 @@ def linear_logprob_bwd(
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
     grad_weight = _gemm.weight_accumulator(weight, len(hidden_states)) if needs_weight else None
-    for rows in row_chunks(hidden_states, weight, backend.BYTES_PER_LOGIT):
+    for rows in row_chunks(hidden_states, weight, impl):
         dlogits = backend.recompute_dlogits(
             hidden_states[rows],
             weight,

@@ -44,8 +44,8 @@ def _loss_chunk_fwd(
         hidden_states, weight, local_labels.clamp(min=0), inv_temperature
     )
     stats = _vocab_parallel.combine(local, local_labels, group)
-    offset = offset + (stats.logsumexp - local.logsumexp)
-    return stats.logprobs, kept, offset
+    # The kept logits become relative to the logsumexp of all shards.
+    return stats.logprobs, kept, offset + (stats.logsumexp - local.logsumexp)
 
 
 @_loss_chunk_fwd.register_fake
@@ -127,8 +127,13 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _backward_loss(ctx, upstream):
+    # Under create_graph the gradients are made to need a gradient, so that asking for it raises.
     grads = [
-        None if grad is None else _scale_gradient(grad, upstream, ctx.dtype)
+        None
+        if grad is None
+        else _scale_gradient(
+            grad.detach().requires_grad_(torch.is_grad_enabled()), upstream, ctx.dtype
+        )
         for grad in ctx.saved_tensors
     ]
     return None, *grads, None, None
@@ -189,23 +194,18 @@ def linear_logprob_loss(
     grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
     grad_weight = _gemm.weight_accumulator(w, len(h)) if needs_weight else None
     loss = torch.zeros((), device=h.device)
-    for rows in row_chunks(h, w, implementation(impl).BYTES_PER_LOGIT):
+    for rows in row_chunks(h, w, impl):
         head = (h[rows], w, labels[rows], inv_temperature[rows])
         if not (needs_hidden or needs_weight):
             logprobs, _, _ = linear_logprob_fwd(*head, False, impl, group)
             loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
             continue
         logprobs, kept, offset = _loss_chunk_fwd(*head, impl, group)
-        with torch.enable_grad():
-            leaf = logprobs.requires_grad_()
-            chunk_loss = _chunk_loss(op, loss_fn, leaf, rows)
-        grad_logprobs = torch.zeros_like(logprobs)
-        if chunk_loss.requires_grad:
-            (grad_logprobs,) = torch.autograd.grad(chunk_loss, leaf, materialize_grads=True)
-        loss += chunk_loss.detach()
+        chunk_loss, grad_logprobs = _loss_and_gradient(op, loss_fn, logprobs, rows)
+        loss += chunk_loss
         _loss_chunk_bwd(
             grad_logprobs,
-            logprobs.detach(),
+            logprobs,
             kept,
             offset,
             *head,
@@ -217,6 +217,24 @@ def linear_logprob_loss(
         )
         del kept  # before the next chunk is allocated
     return _attach_gradients(loss, hidden_states, weight, grad_hidden, grad_weight)
+
+
+def _loss_and_gradient(
+    op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice
+) -> tuple[Tensor, Tensor]:  # scalar, [n]
+    if torch.compiler.is_compiling():
+        # Dynamo traces this form. Eagerly, a plain leaf lets loss_fn keep what it computed.
+        grad, loss = torch.func.grad_and_value(lambda x: _chunk_loss(op, loss_fn, x, rows))(
+            logprobs
+        )
+        return loss, grad
+    leaf = logprobs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = _chunk_loss(op, loss_fn, leaf, rows)
+    if not loss.requires_grad:
+        return loss, torch.zeros_like(logprobs)
+    (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+    return loss.detach(), grad
 
 
 def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tensor:

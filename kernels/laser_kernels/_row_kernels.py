@@ -1,0 +1,139 @@
+"""Row kernels of impl="chunked" on a GPU: one program walks one row of float32 logits [n, V].
+
+    statistics   reads the row once, around a running maximum: logprob, logsumexp, entropy
+    dlogits_     reads it again and writes dL/dlogits in the dtype of the GEMM operands, in place
+
+In place means that a 16-bit row lies in the first half of its float32 row. Block b of B elements is
+read from bytes [4 b B, 4 (b + 1) B) and written to [2 b B, 2 (b + 1) B), which holds only what was
+read already; the barrier makes that true of all threads of the program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._rows import RowGradient, Statistics
+from ._triton import LOG2E, dlogits_from_logprob, row_statistics
+
+# 8 float32 a thread in flight: enough to stream a row at memory speed.
+BLOCK_V = 4096
+NUM_WARPS = 16
+
+
+@triton.jit
+def _row_statistics_kernel(
+    logits_ptr,
+    labels_ptr,
+    inv_temperature_ptr,
+    logprobs_ptr,
+    logsumexp_ptr,
+    entropy_ptr,
+    V,
+    stride_logits_n,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_n
+    scale = tl.load(inv_temperature_ptr + row) * LOG2E
+    # Any finite logit of the row can start the running maximum; 0 or -inf could not.
+    anchor = tl.load(row_ptr) * scale
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        mask = columns < V
+        z = tl.load(row_ptr + columns, mask=mask, other=-float("inf")) * scale
+        highest = tl.maximum(anchor, tl.max(z, 0))
+        rescale = tl.exp2(anchor - highest)
+        weighted = rescale * (weighted + (anchor - highest) * total)
+        total = rescale * total
+        anchor = highest
+        x = tl.where(mask, z - anchor, 0.0)
+        exp = tl.where(mask, tl.exp2(x), 0.0)
+        total += tl.sum(exp, 0)
+        weighted += tl.sum(exp * x, 0)
+    target = tl.load(row_ptr + tl.load(labels_ptr + row)) * scale
+    logprob, logsumexp, entropy = row_statistics(target, anchor, total, weighted)
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(logsumexp_ptr + row, logsumexp)
+    tl.store(entropy_ptr + row, entropy)
+
+
+def statistics(logits: Tensor, labels: Tensor, inv_temperature: Tensor) -> Statistics:
+    """Reduce float32 logits [n, V], not yet tempered, to three numbers a row."""
+    stats = Statistics(*(torch.empty_like(inv_temperature) for _ in range(3)))
+    _row_statistics_kernel[(len(logits),)](
+        logits,
+        labels,
+        inv_temperature,
+        *stats,
+        logits.shape[1],
+        logits.stride(0),
+        BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS,
+    )
+    return stats
+
+
+@triton.jit
+def _row_dlogits_kernel(
+    logits_ptr,
+    dlogits_ptr,
+    labels_ptr,
+    inv_temperature_ptr,
+    logsumexp_ptr,
+    constant_ptr,
+    slope_ptr,
+    target_ptr,
+    V,
+    stride_logits_n,
+    stride_dlogits_n,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    scale = tl.load(inv_temperature_ptr + row) * LOG2E
+    logsumexp2 = tl.load(logsumexp_ptr + row) * LOG2E
+    constant = tl.load(constant_ptr + row)
+    slope = tl.load(slope_ptr + row)
+    target = tl.load(target_ptr + row)
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        mask = columns < V
+        z = tl.load(logits_ptr + row * stride_logits_n + columns, mask=mask, other=0.0)
+        d = dlogits_from_logprob(z * scale - logsumexp2, constant, slope, target, columns == label)
+        tl.debug_barrier()
+        out = dlogits_ptr + row * stride_dlogits_n + columns
+        tl.store(out, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def dlogits_(
+    logits: Tensor,  # [n, V] float32, overwritten
+    logsumexp: Tensor,  # [n]
+    labels: Tensor,  # [n]
+    inv_temperature: Tensor,  # [n]
+    gradient: RowGradient,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Turn logits into dlogits [n, V] of `dtype`, in the memory of the logits."""
+    out = logits.view(dtype)[:, : logits.shape[1]]
+    slope = torch.zeros_like(gradient.constant) if gradient.slope is None else gradient.slope
+    _row_dlogits_kernel[(len(logits),)](
+        logits,
+        out,
+        labels,
+        inv_temperature,
+        logsumexp,
+        gradient.constant,
+        slope,
+        gradient.target,
+        logits.shape[1],
+        logits.stride(0),
+        out.stride(0),
+        BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS,
+    )
+    return out
