@@ -189,6 +189,13 @@ def _load(
         return datasets.Dataset.from_list(records, features=_FEATURES)
     source = open_rows(name, split=config.train_split if split == "train" else config.eval_split)
     _log.info("data.%s = %s: wording and tokenizing, unless the cache has it", split, name)
+    if split == "eval":
+        config = config.model_copy(
+            update={
+                "prompt_field": config.eval_prompt_field or config.prompt_field,
+                "answer_field": config.eval_answer_field or config.answer_field,
+            }
+        )
     try:
         return datasets.Dataset.from_generator(
             lambda: _tokenize(source, config, tokenizer),
