@@ -62,7 +62,8 @@ def test_a_pool_that_cannot_start_says_why():
         WorkerPool("no_such_module:f", num_workers=1)
 
 
-def test_a_fork_of_the_parent_does_not_end_the_workers(pool):
+def test_a_fork_of_the_parent_does_not_end_the_workers():
+    pool = WorkerPool("os:getpid", num_workers=1)
     before = pool.run("os:getpid", [()], deadline_s=5.0)
     child = os.fork()
     if child == 0:
@@ -70,3 +71,20 @@ def test_a_fork_of_the_parent_does_not_end_the_workers(pool):
         os._exit(0)
     os.waitpid(child, 0)
     assert pool.run("os:getpid", [()], deadline_s=5.0) == before
+    pool.close()
+
+
+def test_a_worker_that_no_longer_starts_stops_the_run_but_not_the_next(tmp_path, monkeypatch):
+    flag = tmp_path / "broken"
+    (tmp_path / "sometimes.py").write_text(
+        f"import os\nassert not os.path.exists({str(flag)!r}), 'broken now'\n"
+        "from os import _exit, getpid\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = WorkerPool("sometimes:getpid", num_workers=1)
+    flag.touch()
+    with pytest.raises(WorkerStartError, match="AssertionError: broken now"):
+        pool.run("sometimes:_exit", [(1,), (1,)], deadline_s=5.0)
+    flag.unlink()
+    assert isinstance(pool.run("sometimes:getpid", [()], deadline_s=5.0)[0], int)
+    pool.close()
