@@ -176,9 +176,8 @@ class _V2Processor(SelfScoreProcessor):
             ctx.seq_lens_upper_bound_np[: len(slots)]
             - self._states.prompt_len.np[ctx.idx_mapping_np]
         ).tolist()
-        collect(
-            logits, {row: (r.tempering, num_outputs[row]) for row, r in requests.items() if r.tempering}
-        )
+        tempered = {row: r.tempering for row, r in requests.items() if r.tempering}
+        collect(logits, {row: (tempering, num_outputs[row]) for row, tempering in tempered.items()})
         for (token_id, vocab_size, eos_token_ids), rows in _by_kind(requests).items():
             _ban(logits, rows, token_id, vocab_size)
             # A prompt may end with an EOS id; only a generated one asks for the score.

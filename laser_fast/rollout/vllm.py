@@ -16,12 +16,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Completion, Group, Prompt, Sampling
@@ -87,7 +89,7 @@ class VllmEngine:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._group = _tensor_parallel_group(config.tensor_parallel)
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = self._can_sleep = torch.cuda.is_available()
         self._is_asleep = False
         self._is_synced = False
         if dtype == "auto":
@@ -154,38 +156,35 @@ class VllmEngine:
 
         A fresh forward of the whole sequence: vLLM computes prompt log-probs without its prefix
         cache.
-
-        Raises:
-            ValueError: a temperature other than 1, which vLLM does not apply to given tokens.
         """
-        if temperature != 1.0:
-            raise ValueError(
-                f"token_logprobs: vLLM reads given tokens at temperature 1, got {temperature}; "
-                "compare weights at temperature 1"
-            )
         self._check_ready()
         held = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
         held, own = self._join(held)
-        outputs = self._run(
-            [prompt_ids + completion_ids for prompt_ids, completion_ids in held],
-            [self._plain_params(prompt_logprobs=0, flat_logprobs=True) for _ in held],
-        )
+        with self._logits_divided_by(temperature):
+            outputs = self._run(
+                [prompt_ids + completion_ids for prompt_ids, completion_ids in held],
+                [self._plain_params(prompt_logprobs=0, flat_logprobs=True) for _ in held],
+            )
+        # The first id has no log-prob.
         return [
-            output.prompt_logprobs.logprobs[-len(completion_ids) :]
-            for output, (_, completion_ids) in zip(outputs, held, strict=True)
+            output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :]
+            for output, (prompt_ids, _) in zip(outputs, held, strict=True)
         ][own]
 
     def sleep(self) -> None:
         """Give up the memory of weights and KV cache until the next `sync`."""
-        if self._on_gpu and not self._is_asleep:
+        if self._can_sleep and not self._is_asleep:
             self._llm.sleep(level=2)
             self._is_asleep = True
             self._is_synced = False
 
     def close(self) -> None:
-        """Stop the engine; the training's process group stays."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        """Stop the engine and free its memory; the training's process group stays."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        del self._llm, core
+        gc.unfreeze()  # vLLM froze what lived at its start, itself included
         gc.collect()
 
     def _start(self, model_path: str, dtype: str) -> LLM:
@@ -204,7 +203,7 @@ class VllmEngine:
         try:
             # vLLM seeds every global generator of the process, which belongs to the training.
             with keep_random_state():
-                return llm_class(
+                llm = llm_class(
                     model=model_path,
                     skip_tokenizer_init=True,
                     load_format="dummy",
@@ -222,10 +221,33 @@ class VllmEngine:
                 )
         except ValueError as error:
             raise ConfigError(f'vLLM cannot run "{model_path}": {first_line(error)}') from error
+        # A collected engine would take the process group of the training with it.
+        if finalizer := getattr(llm.llm_engine.engine_core, "_finalizer", None):
+            finalizer.detach()
+        return llm
 
     def _wake(self, tag: str) -> None:
         if self._is_asleep:
             self._llm.wake_up(tags=[tag])
+
+    @contextmanager
+    def _logits_divided_by(self, temperature: float) -> Iterator[None]:
+        """Temper the log-probs of given tokens, to which vLLM applies no sampling temperature."""
+        if temperature == 1.0:
+            yield
+            return
+
+        def set_scale(model: nn.Module, scale: float | None = None) -> float:
+            layer = model.logits_processor
+            previous = layer.scale
+            layer.scale = previous / temperature if scale is None else scale
+            return previous
+
+        (previous,) = self._llm.apply_model(set_scale)
+        try:
+            yield
+        finally:
+            self._llm.apply_model(partial(set_scale, scale=previous))
 
     def _check_ready(self) -> None:
         if not self._is_synced:

@@ -1,0 +1,217 @@
+"""The real engine against transformers, on the tiny model of conftest.py."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from laser_fast.config import ConfigError
+from laser_fast.records import Prompt, Sampling
+
+pytestmark = pytest.mark.vllm
+TOLERANCE = 2e-5  # float32, against a float64 softmax of transformers' float32 logits
+
+
+def make_prompts(num=6):
+    # Different lengths; one ends with an EOS id, which asks for no score.
+    prompts = [tuple(range(10, 12 + i)) for i in range(num - 1)] + [(20, 21, 2)]
+    return [
+        Prompt(prompt_id=f"p{i}", text="", prompt_ids=ids, answer="")
+        for i, ids in enumerate(prompts)
+    ]
+
+
+def make_sampling(**changes):
+    options = {"group_size": 8, "temperature": 1.0, "max_new_tokens": 32, "seed": 3}
+    return Sampling(**{**options, **changes})
+
+
+def pairs(groups):
+    return [(group, completion) for group in groups for completion in group.completions]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+def test_logprobs_and_scores_equal_transformers(engine, tiny, temperature):
+    groups = engine.generate(make_prompts(), make_sampling(temperature=temperature))
+    expected = tiny.token_logprobs(groups, temperature)
+    num_scores = 0
+    for (group, completion), logprobs in zip(pairs(groups), expected, strict=True):
+        assert completion.rollout_logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+        if completion.is_finished:
+            # At temperature 1, whatever the completion was drawn at.
+            score = tiny.score_logprob(group, completion)
+            assert completion.score_logprob == pytest.approx(score, abs=TOLERANCE)
+            num_scores += 1
+    assert num_scores > 8
+
+
+def test_completions_keep_the_protocol(engine, tiny):
+    prompts = make_prompts()
+    groups = engine.generate(prompts, make_sampling(max_new_tokens=20))
+    assert [group.prompt for group in groups] == prompts
+    assert {len(group.completions) for group in groups} == {8}
+    reasons = set()
+    for _, completion in pairs(groups):
+        *body, last = completion.completion_ids
+        assert not set(body) & set(tiny.eos)
+        assert completion.is_finished == (last in tiny.eos)
+        assert completion.is_finished or len(completion.completion_ids) == 20
+        assert (completion.score_logprob is not None) == completion.is_finished
+        reasons.add((completion.finish_reason, last if completion.is_finished else None))
+    assert {("length", None), ("stop", 2), ("stop", 3)} <= reasons
+
+
+def test_score_token_and_padding_are_never_sampled(engine, tiny):
+    groups = engine.generate(make_prompts(), make_sampling(group_size=40, needs_score=False))
+    drawn = [i for _, completion in pairs(groups) for i in completion.completion_ids]
+    rows = torch.cat(
+        [tiny.logprobs(g.prompt.prompt_ids, c.completion_ids)[:-1] for g, c in pairs(groups)]
+    )
+    banned = [tiny.score_token, *range(tiny.vocab, tiny.vocab + 8)]
+    assert rows[:, banned].exp().sum() > 50  # so many would be expected without the ban
+    assert not set(drawn) & set(banned)
+
+
+def test_inline_score_costs_exactly_one_token(engine, tiny):
+    seen = []
+    run = engine._llm.generate
+    engine._llm.generate = lambda *args, **options: seen.append(run(*args, **options)) or seen[-1]
+    try:
+        scored = engine.generate(make_prompts(), make_sampling())
+        plain = engine.generate(make_prompts(), make_sampling(needs_score=False))
+    finally:
+        engine._llm.generate = run
+    with_score, without = (
+        [len(output.outputs[0].token_ids) for output in outputs] for outputs in seen
+    )
+    for (_, completion), long, short in zip(pairs(scored), with_score, without, strict=True):
+        assert short == len(completion.completion_ids)
+        assert long == short + 1
+    # Asking for the score changes nothing else.
+    stripped = [dataclasses.replace(c, score_logprob=None) for _, c in pairs(scored)]
+    for ours, theirs in zip(stripped, [c for _, c in pairs(plain)], strict=True):
+        assert ours.completion_ids == theirs.completion_ids
+        assert ours.rollout_logprobs == pytest.approx(theirs.rollout_logprobs, abs=TOLERANCE)
+
+
+def test_eos_in_the_last_slot_of_the_model_gets_its_score(engine, tiny):
+    long = engine.generate(make_prompts(), make_sampling(group_size=24))
+    group, completion = next(
+        (g, c) for g, c in pairs(long) if c.is_finished and len(c.completion_ids) > 3
+    )
+    # Fill the window: prompt + completion + score is all that fits.
+    num = len(completion.completion_ids)
+    filler = random.Random(0).choices(range(10, 100), k=tiny.max_model_len - num - 1)
+    prompt = Prompt(prompt_id="long", text="", prompt_ids=tuple(filler), answer="")
+    found = None
+    for seed in range(40):
+        sampling = make_sampling(group_size=64, max_new_tokens=num, seed=seed)
+        (again,) = engine.generate([prompt], sampling)
+        found = next(
+            (c for c in again.completions if c.is_finished and len(c.completion_ids) == num), None
+        )
+        if found:
+            break
+    assert found.score_logprob == pytest.approx(tiny.score_logprob(again, found), abs=TOLERANCE)
+
+
+def test_a_completion_does_not_depend_on_its_neighbours(engine):
+    together = engine.generate(make_prompts(), make_sampling())
+    for prompt, expected in zip(make_prompts(), together, strict=True):
+        (alone,) = engine.generate([prompt], make_sampling())
+        assert [c.completion_ids for c in alone.completions] == [
+            c.completion_ids for c in expected.completions
+        ]
+    assert len({c.completion_ids for _, c in pairs(together)}) == len(pairs(together))
+    (other,) = engine.generate(make_prompts()[:1], make_sampling(seed=4))
+    assert other.completions[0] != together[0].completions[0]
+
+
+def test_no_prompts_no_groups(engine):
+    assert engine.generate([], make_sampling()) == []
+    assert engine.token_logprobs([], temperature=1.0) == []
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_equal_transformers(engine, tiny, temperature):
+    groups = engine.generate(make_prompts(), make_sampling(group_size=3))
+    found = engine.token_logprobs(groups, temperature=temperature)
+    for ours, theirs in zip(found, tiny.token_logprobs(groups, temperature), strict=True):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+
+
+def test_a_tempered_reading_leaves_no_trace(engine):
+    groups = engine.generate(make_prompts(), make_sampling())
+    engine.token_logprobs(groups, temperature=0.3)
+    assert engine.generate(make_prompts(), make_sampling()) == groups
+
+
+def test_second_request_gives_the_same_score_at_any_temperature(engine, tiny):
+    inline = engine.generate(make_prompts(), make_sampling(temperature=0.7))
+    config = engine._config
+    engine._config = config.model_copy(update={"score": "request"})
+    try:
+        request = engine.generate(make_prompts(), make_sampling(temperature=0.7))
+    finally:
+        engine._config = config
+    scores = []
+    for (_, ours), (_, theirs) in zip(pairs(inline), pairs(request), strict=True):
+        assert ours.completion_ids == theirs.completion_ids
+        assert ours.score_logprob == pytest.approx(theirs.score_logprob, abs=TOLERANCE)
+        scores.append(theirs.score_logprob)
+    assert any(score is not None for score in scores)
+
+
+def test_score_off_gives_none(engine):
+    config = engine._config
+    engine._config = config.model_copy(update={"score": "off"})
+    try:
+        groups = engine.generate(make_prompts(), make_sampling())
+    finally:
+        engine._config = config
+    assert {c.score_logprob for _, c in pairs(groups)} == {None}
+    assert any(c.is_finished for _, c in pairs(groups))
+
+
+def test_a_prompt_that_does_not_fit_is_named(engine, tiny):
+    room = tiny.max_model_len - 32 - 1
+    fits = Prompt(prompt_id="fits", text="", prompt_ids=(9,) * room, answer="")
+    long = dataclasses.replace(fits, prompt_id="long", prompt_ids=(9,) * (room + 1))
+    engine.generate([fits], make_sampling(group_size=1))
+    with pytest.raises(ValueError, match=f"prompt long: expected 1 to {room} ids.*got {room + 1}"):
+        engine.generate([fits, long], make_sampling())
+    with pytest.raises(ValueError, match="prompt empty: expected 1 to"):
+        engine.generate(
+            [dataclasses.replace(fits, prompt_id="empty", prompt_ids=())], make_sampling()
+        )
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"max_new_tokens": 200}, r"max_model_len = 160 cannot hold.*at least 202"),
+        ({"tensor_parallel": 2}, r"tensor_parallel = 2 does not divide the world size 1"),
+    ],
+)
+def test_impossible_configurations_are_refused_before_loading(tiny, rollout, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.engine(**rollout)
+
+
+def test_a_model_that_is_too_short_is_refused_by_name(tiny):
+    short = dataclasses.replace(tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tiny), "max_model_len", 300)
+        with pytest.raises(ConfigError, match="vLLM cannot run.*max_model_len"):
+            short.engine()
+
+
+def test_building_an_engine_leaves_the_random_state_alone(tiny):
+    import numpy as np
+
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    expected = torch.rand(3).tolist(), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    tiny.engine().close()
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected

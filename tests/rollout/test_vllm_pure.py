@@ -1,0 +1,133 @@
+"""What of the vLLM engine needs no vLLM: reading answers, accounting for tensors, versions."""
+
+import pytest
+import torch
+
+from laser_fast.config import ConfigError
+from laser_fast.rollout.score_request import read_completion, score_request
+from laser_fast.rollout.tempering import Tempering, collect
+from laser_fast.rollout.vllm_setup import check_version, first_line
+from laser_fast.rollout.weight_sync import account_for, checkpoint_names
+
+EOS, SCORE = (2, 3), 7
+
+
+def read(ids, *, max_new_tokens=4, score_token_id=SCORE):
+    return read_completion(
+        ids,
+        [-float(t + 1) for t in range(len(ids))],
+        eos_token_ids=EOS,
+        max_new_tokens=max_new_tokens,
+        score_token_id=score_token_id,
+    )
+
+
+def test_the_score_token_is_cut_and_its_logprob_is_the_score():
+    completion = read([9, 3, SCORE])
+    assert completion.completion_ids == (9, 3)
+    assert completion.rollout_logprobs == (-1.0, -2.0)
+    assert completion.finish_reason == "stop"
+    assert completion.score_logprob == -3.0
+
+
+def test_eos_in_the_last_slot_is_finished_and_scored():
+    completion = read([9, 9, 9, 2, SCORE])
+    assert completion.completion_ids == (9, 9, 9, 2)
+    assert completion.score_logprob == -5.0
+
+
+def test_the_token_after_a_full_completion_is_dropped_even_if_it_is_an_eos():
+    completion = read([9, 9, 9, 9, 2])
+    assert completion.completion_ids == (9, 9, 9, 9)
+    assert completion.finish_reason == "length"
+    assert completion.score_logprob is None
+
+
+def test_without_a_score_the_eos_is_the_last_id():
+    completion = read([9, 2], score_token_id=None)
+    assert completion.finish_reason == "stop"
+    assert completion.score_logprob is None
+
+
+def test_a_server_without_the_processor_is_found_out():
+    with pytest.raises(ValueError, match="SelfScoreProcessor"):
+        read([9, 2, 9, 9])
+
+
+def test_score_request_stops_at_the_score_and_not_before():
+    fields = score_request(SCORE)
+    assert fields["ignore_eos"] is True
+    assert fields["stop_token_ids"] == [SCORE]
+    assert fields["vllm_xargs"] == {"laser_score_token_id": SCORE}
+
+
+def test_tempering_turns_raw_into_tempered_logprobs():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 11, dtype=torch.float64) * 3  # rows 0 and 2 belong to the request
+    tempering = Tempering(0.7)
+    collect(logits, {0: (tempering, 1), 2: (tempering, 0)})
+    chosen = [4, 9]
+    raw = [logits[2].log_softmax(0)[4].item(), logits[0].log_softmax(0)[9].item()]
+    expected = [
+        (logits[row] / 0.7).log_softmax(0)[y].item() for row, y in zip((2, 0), chosen, strict=True)
+    ]
+    assert tempering.apply(raw) == pytest.approx(expected, abs=1e-12)
+    assert tempering.apply([]) == []
+
+
+def test_fused_parameters_are_listed_under_the_names_of_a_checkpoint():
+    class Fused(torch.nn.Module):
+        packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(4, 2)
+            self.attn = torch.nn.Module()
+            self.attn.qkv_proj = torch.nn.Linear(2, 6)
+            self.lm_head = torch.nn.Linear(2, 4, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+    parts = [f"attn.{p}_proj.{leaf}" for leaf in ("weight", "bias") for p in "qkv"]
+    assert checkpoint_names(Fused()) == ["embed.weight", *parts, "lm_head.weight"]
+
+
+def test_a_complete_stream_passes_unchanged():
+    tensors = {"a": torch.ones(1), "b": torch.zeros(2)}
+    assert dict(account_for(tensors.items(), {"b", "a"})) == tensors
+
+
+def test_missing_unknown_and_repeated_tensors_are_named_after_all_were_drawn():
+    drawn = []
+
+    def stream():
+        for name in ("a", "x", "a"):
+            drawn.append(name)
+            yield name, torch.ones(1)
+
+    passed = []
+    with pytest.raises(ValueError, match=r"missing: b; unexpected: a \(twice\), x"):
+        for name, _ in account_for(stream(), {"a", "b"}):
+            passed.append(name)
+    assert drawn == ["a", "x", "a"]
+    assert passed == ["a"]
+
+
+@pytest.mark.parametrize("version", [(0, 26, 0), (0, 29, 1), (0, 32, 0)])
+def test_supported_versions_pass(version):
+    assert check_version(version) is None
+
+
+@pytest.mark.parametrize("version", [(0, 25, 9), (0, 33, 0), (1, 0, 0)])
+def test_other_versions_are_refused_with_the_range(version):
+    with pytest.raises(ConfigError, match=r"0\.26 to 0\.32.*pip install 'vllm>=0\.26,<0\.33'"):
+        check_version(version)
+
+
+def test_first_line_unwraps_a_pydantic_error():
+    wrapped = (
+        "1 validation error for VllmConfig\n  Value error, heads do not divide [type=value_error]"
+        "\n    For further information visit ..."
+    )
+    assert first_line(ValueError(wrapped)) == "heads do not divide"
+    assert first_line(ValueError("plain\nmore")) == "plain"
+    assert first_line(ValueError()) == "ValueError"
