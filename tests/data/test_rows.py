@@ -1,0 +1,144 @@
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from laser_fast.config import ConfigError
+from laser_fast.data.rows import answer_text, open_rows, question_text
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def read(path, question="problem", answer="answer", split="train"):
+    fields = {question: "data.prompt_field", answer: "data.answer_field"}
+    return [
+        (question_text(row, fields, question, place), answer_text(row, fields, answer, place))
+        for place, row in open_rows(str(path), split=split).read(fields)
+    ]
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [{"problem": f'say "{i}",\nor \u00e9', "answer": f"00{i}", "id": i} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "lines.json").write_text("\n" + lines + "\n\n")
+    (tmp_path / "array.json").write_text("\n" + json.dumps(rows, indent=1))
+    (tmp_path / "a.csv").write_text(
+        "answer,problem\n" + "".join(f'00{i},"say ""{i}"",\nor \u00e9"\n' for i in range(3)),
+        encoding="utf-8-sig",
+    )
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
+    for name in ("a.jsonl", "lines.json", "array.json", "a.csv", "a.parquet", "folder"):
+        expected = [(row["problem"], row["answer"]) for row in rows]
+        assert read(tmp_path / name) == expected, name
+
+
+def test_json_arrays_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("laser_fast.data.rows._CHUNK", 16)
+    rows = [
+        {"problem": "x" * (7 * i % 50 + 1), "more": [{"a": "]"}], "answer": i} for i in range(60)
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=2))
+    assert read(path) == [(row["problem"], str(row["answer"])) for row in rows]
+    # Lines are counted across pieces: an item takes nine.
+    path.write_text(json.dumps(rows, indent=2)[:-2] + ",\n{}]")
+    with pytest.raises(ConfigError, match=f"a.json:{2 + 60 * 9}: no field"):
+        read(path)
+
+
+def test_answers_become_text(tmp_path):
+    answers = ["5", 70, 2.5, r"\frac{1}{2}", [3, "4"], " x "]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"problem": "?", "answer": a}) + "\n" for a in answers))
+    texts = [answer for _, answer in read(path)]
+    assert texts == ["5", "70", "2.5", r"\frac{1}{2}", "3, 4", " x "]
+
+
+def test_the_identity_follows_the_content(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    first = open_rows(str(path), split="train").identity
+    assert open_rows(str(path), split="train").identity == first
+    path.write_text("{} \n")
+    assert open_rows(str(path), split="train").identity != first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"problem": "a", "answer": 1}\n[1]\n', "a.jsonl:2: expected an object"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": 1, "id": 3}\n',
+            'a.jsonl:1: no field "problem" .data.prompt_field.; .* are question, answer, id$',
+        ),
+        (
+            "a.jsonl",
+            '\n{"problem": "a", "answer": 1}\n\n{"problem": "a"}',
+            'a.jsonl:4: no field "answer" .data.answer_field.; the fields are problem$',
+        ),
+        ("a.jsonl", '{"problem": "a", "answer": null}', 'a.jsonl:1: field "answer" .* is null'),
+        ("a.jsonl", '{"problem": "a", "answer": NaN}', 'a.jsonl:1: field "answer" .* is null'),
+        ("a.jsonl", '{"problem": " ", "answer": "1"}', 'a.jsonl:1: field "problem" .* is empty'),
+        ("a.jsonl", '{"problem": ["a"], "answer": 1}', "expected text, got list"),
+        ("a.jsonl", '{"problem": "a", "answer": {"b": 1}}', "expected text, a number or a list"),
+        ("a.jsonl", '{"problem": "a", "answer": true}', "expected text, a number or a list"),
+        ("a.jsonl", '{"problem": "a", "answer": []}', "expected text, a number or a list"),
+        ("a.jsonl", r'{"problem": "\ud83d", "answer": 1}', "a.jsonl:1: .* is not valid Unicode"),
+        ("a.jsonl", b'{"problem": "\xff", "answer": 1}', "a.jsonl:1: not valid UTF-8"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n{"problem": }]', "a.json:3: not valid JSON"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n\n', "a.json:4: not valid JSON"),
+        ("a.json", '[\n{"problem": "a", "answer": 1},\n{"answer": 1}]', "a.json:3: no field"),
+        ("a.json", b'[{"problem": "\xff", "answer": 1}]', "a.json: not valid UTF-8"),
+        ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 columns"),
+        ("a.csv", "problem,answer\na,1\nb,2,3\n", "a.csv:3: expected 2 columns"),
+        ("a.csv", 'problem,answer\na,1\n"b,2\n', "a.csv:3: not valid CSV"),
+        ("a.csv", b"problem,answer\n\xff,1\n", "a.csv: not valid UTF-8"),
+        ("a.csv", "problem,answer\na,\n", 'a.csv:2: field "answer" .* is empty'),
+        ("a.parquet", "nothing like it", "a.parquet: not a readable parquet file"),
+        ("a.txt", "problem", "expected a data file ending in one of .jsonl, .json, .csv, .parq"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line_and_fault(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_is_named_with_those_there(tmp_path):
+    rows = [{"question": "a", "answer": 1.5, "id": 0}, {"question": "b", "answer": None, "id": 1}]
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "a.parquet", tmp_path / "folder" / "train.parquet"):
+        pq.write_table(pa.Table.from_pylist(rows[:1]), path)
+        data = path if path.parent == tmp_path else path.parent
+        message = f'{data.name}: no field "problem" .*; the fields are question, answer, id'
+        with pytest.raises(ConfigError, match=message):
+            read(data)
+        assert read(data, question="question") == [("a", "1.5")]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        with pytest.raises(ConfigError, match=f'{data.name} row 1: field "answer" .* is null'):
+            read(data, question="question")
+
+
+def test_what_is_not_there_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"missing.jsonl: no such data file"):
+        open_rows(str(tmp_path / "missing.jsonl"), split="train")
+    with pytest.raises(ConfigError, match='"no-one/nothing" is no file here, and as a data set'):
+        open_rows("no-one/nothing", split="train")
+    (tmp_path / "train.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
+    with pytest.raises(ConfigError, match='split "test".* does not load: .*test') as caught:
+        open_rows(str(tmp_path), split="test")
+    assert "\n" not in str(caught.value)
