@@ -1,0 +1,235 @@
+"""The joint loss of a packed microbatch equals its definition on full logits."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import (
+    SCORE_TOKEN,
+    make_model,
+    make_sequences,
+    naive_logprobs,
+    naive_loss,
+)
+
+from laser_fast.config import LossConfig
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.objective import Objective, joint_loss
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import Policy
+from laser_fast.training.reading import read_rows
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(autouse=True)
+def two_chunks(monkeypatch):
+    """The head works in its smallest chunks, 128 rows; the score rows begin within the second."""
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.001")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    hf = make_model()
+    hf.set_attn_implementation("laser_sdpa")
+    policy = Policy(hf, attention="sdpa", compute_dtype=torch.float32)
+    policy.reshard = lambda: None  # a policy outside FSDP2 has nothing to give back
+    return policy
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The same model in float64, as transformers runs it."""
+    return make_model().double()
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    sequences = make_sequences(32)
+    assert 128 < pack(sequences).num_policy_rows < 256
+    return sequences
+
+
+def make_objective(*, score_coef=0.8, **loss):
+    return Objective(
+        loss=LossConfig(**{"tis_cap": 0.0, **loss}),
+        beta=0.2,
+        ref_logprob=-7.5,
+        score_coef=score_coef,
+    )
+
+
+def pack(sequences):
+    packer = Packer(
+        budget=600,
+        score_token_id=SCORE_TOKEN,
+        temperature=TEMPERATURE,
+        device=torch.device("cpu"),
+    )
+    return packer.pack(sequences)
+
+
+def perturbed_logprobs(exact, sequences, *, spread, seed):
+    """Log-probs of other policies: those of `exact` with noise, by sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for sequence in sequences:
+        with torch.no_grad():
+            rows, _ = naive_logprobs(exact, sequence, temperature=TEMPERATURE)
+        chosen = rows.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
+        noise = torch.randn(len(chosen), generator=generator, dtype=torch.float64)
+        found.append(chosen + spread * noise)
+    return found
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "first_update"),
+    [
+        ({}, True),
+        ({"tis_cap": 2.0}, True),
+        ({"kind": "cispo", "tis_cap": 1.5}, True),
+        ({"kind": "gspo"}, True),
+        ({"entropy_coef": 0.05}, True),
+        ({"kl_coef": 0.1, "tis_cap": 2.0}, True),
+        ({"clip_low": 0.1, "clip_high": 0.3, "tis_cap": 2.0}, False),
+        ({"clip_dual": 1.2}, False),
+        ({"kind": "cispo", "clip_low": 0.1, "clip_high": 0.3}, False),
+        ({"kind": "gspo", "clip_low": 0.1, "clip_high": 0.1}, False),
+        ({"kind": "gspo", "entropy_coef": 0.05, "kl_coef": 0.2}, False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_joint_loss_equals_its_definition(policy, exact, sequences, loss, first_update):
+    objective = make_objective(**loss)
+    old = None if first_update else perturbed_logprobs(exact, sequences, spread=0.4, seed=1)
+    ref = perturbed_logprobs(exact, sequences, spread=0.5, seed=2) if "kl_coef" in loss else None
+    expected = naive_loss(exact, sequences, objective, temperature=TEMPERATURE, old=old, ref=ref)
+    head = joint_loss(
+        objective,
+        pack(sequences),
+        old_logprobs=None if old is None else torch.cat(old).float(),
+        ref_logprobs=None if ref is None else torch.cat(ref).float(),
+    )
+    result = policy(pack(sequences), head)
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+    names, parameters = zip(*policy.hf.named_parameters(), strict=True)
+    # A non-trivial upstream gradient: the trainer multiplies the loss by the world size.
+    actual = torch.autograd.grad(result.loss * 3, parameters)
+    gradients = torch.autograd.grad(expected * 3, list(exact.parameters()))
+    for name, got, want in zip(names, actual, gradients, strict=True):
+        assert relative_error(got, want) < 2e-5, name
+
+
+@pytest.mark.parametrize("kind", ["grpo", "cispo", "gspo"])
+def test_clipping_is_reached_by_the_cases_above(exact, sequences, kind):
+    old = perturbed_logprobs(exact, sequences, spread=0.4, seed=1)
+    wide = make_objective(kind=kind, clip_low=1.0, clip_high=100.0)
+    narrow = make_objective(kind=kind, clip_low=0.1, clip_high=0.1)
+    losses = [
+        naive_loss(exact, sequences, objective, temperature=TEMPERATURE, old=old)
+        for objective in (wide, narrow)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_parts_of_the_loss_and_logprobs_are_reported(policy, exact, sequences):
+    objective = make_objective(tis_cap=2.0)
+    batch = pack(sequences)
+    result = policy(batch, joint_loss(objective, batch))
+    policy_alone = naive_loss(
+        exact, sequences, replace(objective, score_coef=0.0), temperature=TEMPERATURE
+    )
+    both = naive_loss(exact, sequences, objective, temperature=TEMPERATURE)
+    torch.testing.assert_close(result.policy_loss.double(), policy_alone.detach())
+    torch.testing.assert_close(
+        result.score_loss.double(), (both - policy_alone).detach() / objective.score_coef
+    )
+    policy_rows, score_rows = [], []
+    for sequence in sequences:
+        rows, last = naive_logprobs(exact, sequence, temperature=TEMPERATURE)
+        policy_rows.append(rows.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0])
+        if sequence.has_score_row:
+            score_rows.append(last[SCORE_TOKEN, None])
+    expected = torch.cat([*policy_rows, *score_rows]).detach()
+    torch.testing.assert_close(result.logprobs.double(), expected, rtol=1e-4, atol=1e-4)
+    assert not any(x.requires_grad for x in result[1:])
+
+
+@pytest.mark.parametrize("loss", [{}, {"kind": "gspo"}, {"entropy_coef": 0.05}], ids=str)
+def test_score_rows_change_no_policy_row(policy, sequences, loss):
+    without = [replace(sequence, has_score_row=False) for sequence in sequences]
+    boundary = pack(sequences).num_policy_rows
+    [with_rows], [without_rows] = (read_rows(policy, [pack(s)]) for s in (sequences, without))
+    assert len(with_rows) > boundary == len(without_rows)
+    torch.testing.assert_close(with_rows[:boundary], without_rows, rtol=0, atol=1e-6)
+
+    # alpha = 0: loss and gradients of plain GRPO.
+    objective = make_objective(score_coef=0.0, **loss)
+    parameters = list(policy.parameters())
+    losses, gradients = [], []
+    for batch in (pack(sequences), pack(without)):
+        result = policy(batch, joint_loss(objective, batch))
+        losses.append(result.loss.detach())
+        gradients.append(torch.autograd.grad(result.loss, parameters))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=0)
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error(got, want.double()) < 1e-6
+
+
+def test_plain_grpo_needs_no_reference_logprob(policy, sequences):
+    without = pack([replace(sequence, has_score_row=False) for sequence in sequences])
+    objective = replace(make_objective(), ref_logprob=None, score_coef=0.0)
+    assert policy(without, joint_loss(objective, without)).score_loss == 0
+
+
+def test_an_empty_microbatch_gives_a_zero_loss_with_zero_gradients(policy):
+    for loss in ({}, {"kind": "gspo"}, {"entropy_coef": 0.1}, {"kind": "cispo"}):
+        batch = pack([])
+        result = policy(batch, joint_loss(make_objective(**loss), batch))
+        result.loss.backward()  # the rank must take part in the collectives of the backward
+        assert result.loss == 0
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        assert gradients
+        assert all((gradient == 0).all() for gradient in gradients)
+        policy.zero_grad()
+
+
+class OneRank:
+    """The world of a single process, without a process group."""
+
+    size = 1
+
+    def sum(self, tensor):
+        return tensor
+
+
+def test_gradient_norms_are_those_of_autograd():
+    torch.manual_seed(0)
+    objective = make_objective(score_coef=0.5)
+    cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
+    weight = torch.randn(97, 16) * 0.3
+    squares = torch.zeros(2, dtype=torch.float64)
+    for part in (make_sequences(5, seed=1), make_sequences(4, seed=2)):
+        batch = pack(part)
+        hidden = torch.randn(len(batch.rows), 16, requires_grad=True)
+        observe = cap.observer(batch.num_policy_rows)
+        joint_loss(objective, batch, on_gradient=observe)(hidden, weight).loss.backward()
+
+        exact = hidden.detach().double().requires_grad_()
+        logits = exact @ weight.double().T / batch.temperature[:, None]
+        logprobs = logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
+        chosen, scores = logprobs.split([batch.num_policy_rows, len(batch.rewards)])
+        policy_term = -(batch.token_weight * batch.advantages * (chosen - chosen.detach()).exp())
+        score_term = batch.score_weight * (0.2 * (scores + 7.5) - batch.rewards) ** 2
+        for place, term in enumerate((policy_term.sum(), 0.5 * score_term.sum())):
+            [gradient] = torch.autograd.grad(term, exact, retain_graph=True)
+            squares[place] += gradient.square().sum()
+    norms = cap.update(OneRank(), coef=0.5)
+    assert norms["loss/head_grad_norm"] == pytest.approx(math.sqrt(squares[0]), rel=1e-5)
+    assert norms["score/head_grad_norm"] == pytest.approx(math.sqrt(squares[1]), rel=1e-5)

@@ -1,0 +1,113 @@
+"""Tiny models, sequences and the naive loss that the tests of laser_fast.training compare with."""
+
+import random
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from laser_fast.records import Sequence
+
+VOCAB = 97  # odd: no number of ranks divides it
+EOS = 2
+SCORE_TOKEN = 5
+
+_FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def make_model(family="qwen2", *, tied=True, seed=0):
+    """A random float32 model of two layers whose logits are far from uniform."""
+    config_class, model_class = _FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        initializer_range=0.15,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms start at 1 and biases at 0, where a lost one is unseen
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def make_sequences(count=12, *, seed=0, longest=12):
+    """Random sequences of mixed lengths; two of three have a score row."""
+    rng = random.Random(seed)
+    sequences = []
+    for index in range(count):
+        length = 1 if index == 1 else rng.randint(2, longest)
+        has_score_row = index % 3 != 2
+        ids = [rng.randrange(6, VOCAB) for _ in range(length)]
+        sequences.append(
+            Sequence(
+                prompt_ids=tuple(rng.randrange(6, VOCAB) for _ in range(rng.randint(1, longest))),
+                completion_ids=(*ids[:-1], EOS if has_score_row else ids[-1]),
+                rollout_logprobs=tuple(rng.uniform(-6, -1) for _ in ids),
+                has_score_row=has_score_row,
+                advantage=rng.gauss(0, 1),
+                token_weight=rng.uniform(0.01, 0.03),
+                reward=float(rng.random() < 0.5),
+                score_weight=rng.uniform(0.05, 0.3),
+            )
+        )
+    return sequences
+
+
+def naive_logprobs(model, sequence, *, temperature):
+    """Log-probs [n, V] of a completion's rows and those [V] of its last row at temperature 1."""
+    logits = model(torch.tensor([sequence.prompt_ids + sequence.completion_ids])).logits[0]
+    rows = logits[len(sequence.prompt_ids) - 1 : -1] / temperature
+    return rows.log_softmax(-1), logits[-1].log_softmax(-1)
+
+
+def naive_loss(model, sequences, objective, *, temperature=1.0, old=None, ref=None):
+    """The joint loss by its definition, one sequence at a time, from full logits."""
+    config, total = objective.loss, 0.0
+    for index, sequence in enumerate(sequences):
+        rows, last = naive_logprobs(model, sequence, temperature=temperature)
+        chosen = rows.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
+        behaviour = chosen.detach() if old is None else old[index]
+        ratio, advantage = (chosen - behaviour).exp(), sequence.advantage
+        if config.kind == "gspo":
+            ratio = (chosen - behaviour).mean().exp().expand_as(chosen)
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        terms = -torch.minimum(ratio * advantage, clipped * advantage)
+        if config.clip_dual and advantage < 0:
+            terms = terms.clamp(max=-config.clip_dual * advantage)
+        if config.kind == "cispo":
+            terms = -clipped.detach() * advantage * chosen
+        if config.tis_cap:
+            rollout = torch.tensor(sequence.rollout_logprobs, dtype=chosen.dtype)
+            terms = terms * (behaviour - rollout).exp().clamp(max=config.tis_cap)
+        if ref is not None:
+            gap = ref[index] - chosen
+            terms = terms + config.kl_coef * (gap.exp() - 1 - gap)
+        terms = terms + config.entropy_coef * (rows.exp() * rows).sum(-1)
+        total = total + sequence.token_weight * terms.sum()
+        if sequence.has_score_row:
+            score = objective.beta * (last[SCORE_TOKEN] - objective.ref_logprob)
+            error = sequence.score_weight * (score - sequence.reward) ** 2
+            total = total + objective.score_coef * error
+    return total
