@@ -200,16 +200,7 @@ def test_an_empty_microbatch_gives_a_zero_loss_with_zero_gradients(policy):
         policy.zero_grad()
 
 
-class OneRank:
-    """The world of a single process, without a process group."""
-
-    size = 1
-
-    def sum(self, tensor):
-        return tensor
-
-
-def test_gradient_norms_are_those_of_autograd():
+def test_gradient_norms_are_those_of_autograd(world):
     torch.manual_seed(0)
     objective = make_objective(score_coef=0.5)
     cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
@@ -230,6 +221,6 @@ def test_gradient_norms_are_those_of_autograd():
         for place, term in enumerate((policy_term.sum(), 0.5 * score_term.sum())):
             [gradient] = torch.autograd.grad(term, exact, retain_graph=True)
             squares[place] += gradient.square().sum()
-    norms = cap.update(OneRank(), coef=0.5)
+    norms = cap.update(world, coef=0.5)
     assert norms["loss/head_grad_norm"] == pytest.approx(math.sqrt(squares[0]), rel=1e-5)
     assert norms["score/head_grad_norm"] == pytest.approx(math.sqrt(squares[1]), rel=1e-5)

@@ -12,7 +12,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from laser_fast.records import Sequence
+from laser_fast.config import parse_config
+from laser_fast.records import Completion, Group, Prompt, Sequence
 
 VOCAB = 97  # odd: no number of ranks divides it
 EOS = 2
@@ -50,6 +51,34 @@ def make_model(family="qwen2", *, tied=True, seed=0):
             if parameter.ndim == 1:  # norms start at 1 and biases at 0, where a lost one is unseen
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
+
+
+def make_config(**sections):
+    """A valid configuration; `sections` are merged over the required keys."""
+    required = {
+        "model": {"path": "model"},
+        "data": {"train": "train.jsonl", "max_prompt_tokens": 24},
+        "rollout": {"max_new_tokens": 10},
+        "optim": {"steps": 10},
+    }
+    for name, keys in sections.items():
+        required[name] = {**required.get(name, {}), **keys}
+    return parse_config({"output_dir": "run", **required}, source="test")
+
+
+def make_group(name, members):
+    """A group of completions (length, is_finished, score log-prob)."""
+    completions = tuple(
+        Completion(
+            completion_ids=(*range(10, 9 + length), EOS if is_finished else 90),
+            rollout_logprobs=tuple(-0.1 * (t + 1) for t in range(length)),
+            finish_reason="stop" if is_finished else "length",
+            score_logprob=score,
+        )
+        for length, is_finished, score in members
+    )
+    prompt = Prompt(prompt_id=name, text=name, prompt_ids=(7, 8, 9), answer="1")
+    return Group(prompt=prompt, completions=completions)
 
 
 def make_sequences(count=12, *, seed=0, longest=12):

@@ -1,0 +1,128 @@
+"""Metrics of a step, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import SCORE_TOKEN, make_group
+
+from laser_fast.config import LossConfig
+from laser_fast.records import Sequence
+from laser_fast.training.objective import HeadResult
+from laser_fast.training.outcome import gather_outcome
+from laser_fast.training.packing import Packer
+from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
+
+CPU = torch.device("cpu")
+
+
+def make_batch(members):
+    """One microbatch of (rollout log-probs, advantage, reward or None without a score row)."""
+    sequences = [
+        Sequence(
+            prompt_ids=(7,),
+            completion_ids=tuple(range(10, 10 + len(rollout))),
+            rollout_logprobs=rollout,
+            has_score_row=reward is not None,
+            advantage=advantage,
+            token_weight=0.1,
+            reward=reward or 0.0,
+            score_weight=0.1,
+        )
+        for rollout, advantage, reward in members
+    ]
+    packer = Packer(budget=99, score_token_id=SCORE_TOKEN, temperature=1.0, device=CPU)
+    return packer.pack(sequences)
+
+
+def make_result(logprobs, *, policy_loss, score_loss):
+    return HeadResult(
+        loss=torch.tensor(0.0),
+        logprobs=torch.tensor(logprobs),
+        policy_loss=torch.tensor(policy_loss),
+        score_loss=torch.tensor(score_loss),
+    )
+
+
+FIRST = make_batch([((-1.0, -2.0), 1.0, 1.0), ((-3.0,), -1.0, 0.0)])
+SECOND = make_batch([((-2.0, -4.0), -1.0, None)])
+FIRST_RESULT = make_result([-1.1, -2.0, -3.5, -2.0, -6.0], policy_loss=0.25, score_loss=0.5)
+SECOND_RESULT = make_result([-2.0, -4.2], policy_loss=-0.75, score_loss=0.0)
+
+
+def test_sums_over_microbatches(world):
+    rows = RowMetrics(LossConfig(), CPU)
+    rows.add(FIRST, FIRST_RESULT, None, None)
+    assert rows.disagreement(world) == pytest.approx((0.1 + 0.0 + 0.5) / 3)
+    rows.add(SECOND, SECOND_RESULT, None, None)
+    assert rows.disagreement(world) == pytest.approx(0.8 / 5)
+    metrics = rows.finish(world, has_reference=False)
+    assert metrics == {
+        "loss/policy": pytest.approx(-0.5),
+        "loss/score": pytest.approx(0.5),
+        "loss/clip_frac": 0.0,
+        "loss/entropy": pytest.approx(12 / 5),
+        "rollout/disagreement": pytest.approx(0.8 / 5),
+        "rollout/tokens": 5.0,
+    }
+
+
+def test_clipped_share_and_kl(world):
+    rows = RowMetrics(LossConfig(clip_low=0.2, clip_high=0.3), CPU)
+    # Ratios e^.4 and 1 at A > 0, e^-.5 at A < 0: the first and the third are clipped.
+    old = torch.tensor([-1.5, -2.0, -3.0])
+    ref = torch.tensor([-1.1, -1.0, -3.5])
+    rows.add(FIRST, FIRST_RESULT, old, ref)
+    # Ratio e^.1 at A < 0 passes, and so does e^-.2 = 0.82.
+    rows.add(SECOND, SECOND_RESULT, torch.tensor([-2.1, -4.0]), torch.tensor([-2.0, -4.2]))
+    metrics = rows.finish(world, has_reference=True)
+    assert metrics["loss/clip_frac"] == pytest.approx(2 / 5)
+    # One token differs by 1: k3 = e - 1 - 1.
+    assert metrics["loss/kl"] == pytest.approx((math.e - 2) / 5)
+    # The engine is compared with the policy that it sampled from.
+    assert metrics["rollout/disagreement"] == pytest.approx((0.5 + 0.0 + 0.0 + 0.1 + 0.0) / 5)
+
+
+def test_scores_count_truncated_completions_as_rejected(world):
+    rows = RowMetrics(LossConfig(), CPU)
+    rows.add(FIRST, FIRST_RESULT, None, None)
+    rows.add(SECOND, SECOND_RESULT, None, None)
+    # Scores 0.1 (logprob + 10): 0.8 of a correct answer, 0.4 of an incorrect one. A third
+    # completion was truncated though right, the fourth was truncated and could not be graded.
+    group = make_group("a", [(2, True, None), (1, True, None), (2, False, None), (2, False, None)])
+    outcome = gather_outcome([group], [[1.0, 0.0, 1.0, None]], world)
+    metrics = rows.score_metrics(world, outcome, beta=0.1, ref_logprob=-10.0)
+    assert metrics == {
+        "score/mean_correct": pytest.approx(0.8),
+        "score/mean_incorrect": pytest.approx(0.4),
+        "score/tpr": pytest.approx(1 / 2),
+        "score/tnr": pytest.approx(1.0),
+        "score/f1": pytest.approx(2 / 3),
+        "score/auroc": pytest.approx(1 / 2),
+    }
+
+
+def test_scores_of_a_step_without_score_rows(world):
+    rows = RowMetrics(LossConfig(), CPU)
+    rows.add(SECOND, SECOND_RESULT, None, None)
+    group = make_group("a", [(2, False, None), (2, False, None)])
+    outcome = gather_outcome([group], [[None, None]], world)
+    metrics = rows.score_metrics(world, outcome, beta=0.1, ref_logprob=-10.0)
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_metrics_of_the_tables(world):
+    groups = [
+        make_group("a", [(2, True, -1.0), (3, True, -2.0)]),
+        make_group("b", [(10, False, None), (1, True, -2.0)]),
+    ]
+    outcome = gather_outcome(groups, [[1.0, None], [0.5, 0.0]], world)
+    advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5]])
+    assert outcome_metrics(outcome, advantages) == {
+        "rollout/mean_length": pytest.approx(4.0),
+        "rollout/truncated": pytest.approx(1 / 4),
+        "reward/mean": pytest.approx(1.5 / 3),
+        "reward/failed": 1.0,
+        "advantage/zero_std_groups": pytest.approx(1 / 2),
+        "advantage/mean_abs": pytest.approx(0.25),
+    }
