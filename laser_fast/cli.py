@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from laser_fast.config import ConfigError, dump_config, load_config
+from laser_fast.rewards import RewardError
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +63,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command line; user errors are one sentence on rank 0 and exit code 2 on all."""
+    """Run the command line; a user's error is one sentence on rank 0 and exit code 2 on all."""
     is_main = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
@@ -70,7 +71,7 @@ def main() -> None:
     )
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, RewardError) as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -29,11 +29,13 @@ from laser_fast.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from laser_fast.training.collector import Collector
 from laser_fast.training.distributed import StopRun, StopSignal, World, open_world
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy, build_policy, load_model_config
+from laser_fast.training.stages import Stages
 from laser_fast.training.trainer import Trainer
 from laser_fast.training.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.training.warm_start import make_sandbox_model
@@ -133,26 +135,35 @@ def _build(
     stack.callback(engine.close)
     stop = StopSignal(world)
     stack.callback(stop.restore)
+    stages = Stages(StageTimer(world.device), stop)
+    packer = Packer(
+        budget=config.optim.tokens_per_microbatch,
+        score_token_id=vocabulary.score_token_id,
+        temperature=config.rollout.temperature,
+        device=world.device,
+        agree=world.max,
+    )
+    collector = Collector(
+        config=config,
+        world=world,
+        stages=stages,
+        vocabulary=vocabulary,
+        prompts=prompts,
+        engine=engine,
+        grader=grader,
+        policy=policy,
+        packer=packer,
+    )
     trainer = Trainer(
         config=config,
         world=world,
-        vocabulary=vocabulary,
-        prompts=prompts,
+        stages=stages,
+        collector=collector,
+        packer=packer,
         policy=policy,
         reference=reference,
         optimizer=build_optimizer(policy, config.optim),
-        engine=engine,
-        grader=grader,
-        packer=Packer(
-            budget=config.optim.tokens_per_microbatch,
-            score_token_id=vocabulary.score_token_id,
-            temperature=config.rollout.temperature,
-            device=world.device,
-            agree=world.max,
-        ),
         cap=GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio),
-        stop=stop,
-        timer=StageTimer(world.device),
     )
     return trainer, held_out
 
@@ -204,7 +215,7 @@ def _settle_ref_logprob(trainer: Trainer) -> None:
     if trainer.ref_logprob is None and score.ref_logprob != "auto":
         trainer.ref_logprob = score.ref_logprob
     if trainer.ref_logprob is None and (trains_score or trainer.config.data.eval):
-        trainer.ref_logprob = trainer.measure_ref_logprob()
+        trainer.ref_logprob = trainer.collector.measure_ref_logprob()
         logger.info("measured score.ref_logprob = %.3f", trainer.ref_logprob)
     if trains_score:
         try:
@@ -215,7 +226,7 @@ def _settle_ref_logprob(trainer: Trainer) -> None:
 
 def _run_step(trainer: Trainer, log: RunLog | NullLog, step: int) -> None:
     metrics, groups, rewards = trainer.step(step)
-    times = trainer.timer.pop()
+    times = trainer.stages.timer.pop()
     metrics |= times
     metrics["memory/peak_gb"] = peak_memory_gb(trainer.world.device)
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
@@ -224,7 +235,7 @@ def _run_step(trainer: Trainer, log: RunLog | NullLog, step: int) -> None:
         step,
         groups,
         [reward for group in rewards for reward in group],
-        decode=trainer.vocabulary.decode,
+        decode=trainer.collector.vocabulary.decode,
         ref_logprob=trainer.ref_logprob,
     )
 
@@ -233,25 +244,25 @@ def _evaluate(
     trainer: Trainer, held_out: list[Prompt], log: RunLog | NullLog, *, step: int
 ) -> None:
     """Evaluate on the held-out prompts; the draws are the same at every step. Collective."""
-    config = trainer.config
+    config, collector = trainer.config, trainer.collector
     if not config.data.eval:
         return
-    trainer.sync(held_out)
+    collector.sync(held_out)
     records = collect(
         held_out,
-        engine=trainer.engine,
-        decode=trainer.vocabulary.decode,
-        grader=trainer.grader,
-        sampling=trainer.sampling("eval", group_size=config.data.eval_samples, needs_score=True),
+        engine=collector.engine,
+        decode=collector.vocabulary.decode,
+        grader=collector.grader,
+        sampling=collector.sampling("eval", group_size=config.data.eval_samples, needs_score=True),
         beta=config.score.beta,
         ref_logprob=0.0 if trainer.ref_logprob is None else trainer.ref_logprob,
     )
-    trainer.engine.sleep()
+    collector.engine.sleep()
     records = trainer.world.gather(records)
     if trainer.world.is_main:
-        report = summarize(records, same_answer=trainer.grader.same_answer)
+        report = summarize(records, same_answer=collector.grader.same_answer)
         log.log_evaluation(step, report.to_dict())
-    trainer.timer.pop()  # evaluation is not part of any step
+    trainer.stages.timer.pop()  # evaluation is not part of any step
 
 
 def _save(trainer: Trainer, folder: RunFolder, completed: int) -> Path:

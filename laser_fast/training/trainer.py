@@ -2,33 +2,26 @@
 
     prompt -> rollout -> reward -> score -> advantage -> pack -> loss -> step
 
-`Trainer` holds what lives from step to step; laser_fast/training/run.py builds it, evaluates
-and saves.
+The first three are the collector's (laser_fast/training/collector.py). `Trainer` holds what lives
+from step to step; laser_fast/training/run.py builds it, evaluates and saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from laser_fast.algorithm.advantage import has_reward_spread
-from laser_fast.config import Config, ConfigError
-from laser_fast.data.prompts import PromptSource
-from laser_fast.observe.timer import StageTimer
-from laser_fast.records import Completion, Group, Microbatch, Prompt, Sampling
+from laser_fast.config import Config
+from laser_fast.records import Group, Microbatch
 from laser_fast.records import Sequence as TrainingSequence
-from laser_fast.rewards import Grader
-from laser_fast.rollout.agreement import DisagreementError, check_agreement
-from laser_fast.rollout.engine import Engine, draw_seed
-from laser_fast.training.distributed import StopSignal, World
+from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.training.collector import Collector, Rewards
+from laser_fast.training.distributed import World
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.optimizer import learning_rate
@@ -40,18 +33,9 @@ from laser_fast.training.outcome import (
 )
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy
-from laser_fast.training.reading import read_completions, read_rows, with_scores
+from laser_fast.training.reading import read_rows, with_scores
+from laser_fast.training.stages import Stages
 from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
-from laser_fast.training.vocabulary import Vocabulary
-
-Rewards = list[list[float | None]]  # by group, then by completion
-
-# 256 completions put the standard error of c_ref, whose spread is .04 to 1.2 nats
-# (reference measurements of the paper), at or below 0.08.
-CALIBRATION_PROMPTS = 64
-CALIBRATION_SAMPLES = 4
-# Prompts per rank whose tokens prove a weight sync: one stale tensor moves every token.
-HELD_PROMPTS = 4
 
 
 @dataclass(kw_only=True)
@@ -60,37 +44,32 @@ class Trainer:
 
     config: Config
     world: World
-    vocabulary: Vocabulary
-    prompts: PromptSource
+    stages: Stages
+    collector: Collector
+    packer: Packer
     policy: Policy
     reference: Policy | None  # frozen initial policy of the KL penalty
     optimizer: Optimizer
-    engine: Engine
-    grader: Grader
-    packer: Packer
     cap: GradientCap
-    stop: StopSignal
     ref_logprob: float | None = None  # c_ref; None until measured
-    sync_disagreement: float = 0.0  # of the last weight sync, on this rank
-    timer: StageTimer = field(default_factory=StageTimer)
 
     def step(self, step: int) -> tuple[dict[str, float], list[Group], Rewards]:
         """Run step 0, 1, ...: metrics over all ranks, this rank's groups and their rewards."""
         config, scoring = self.config, self.config.score
-        groups, rewards = self.collect(step)
+        groups, rewards = self.collector.collect(step)
 
         mixes_scores = config.advantage.score_coef > 0 and step >= (
             scoring.warmup_steps + config.advantage.score_warmup_steps
         )
-        with self._stage("score"):
+        with self.stages("score"):
             if mixes_scores and config.rollout.score == "off":
                 groups = with_scores(self.policy, groups, self.packer)
-        with self._stage("advantage"):
+        with self.stages("advantage"):
             outcome = gather_outcome(groups, rewards, self.world)
             advantages = step_advantages(
                 outcome, config, ref_logprob=self.ref_logprob, mixes_scores=mixes_scores
             )
-        with self._stage("pack"):
+        with self.stages("pack"):
             sequences = training_sequences(
                 groups,
                 self.world.rank * len(groups),
@@ -100,7 +79,7 @@ class Trainer:
                 with_score_rows=scoring.loss_coef > 0,
             )
             updates = [self.packer.microbatches(part) for part in self._minibatches(sequences)]
-        with self._stage("loss"):
+        with self.stages("loss"):
             # One update per rollout: the old log-probs are the current ones, detached.
             old = self._read(self.policy if len(updates) > 1 else None, updates)
             ref = self._read(self.reference, updates)
@@ -117,10 +96,10 @@ class Trainer:
         rows = RowMetrics(config.loss, self.world.device)
         grad_norms = []
         for microbatches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
-            with self.timer("loss"):
+            with self.stages.timer("loss"):
                 self._backward(objective, microbatches, old_logprobs, ref_logprobs, rows)
             self._check_rollout(step, rows.disagreement(self.world))
-            with self.timer("step"):
+            with self.stages.timer("step"):
                 grad_norms.append(self._update(step))
 
         metrics = outcome_metrics(outcome, advantages)
@@ -133,114 +112,8 @@ class Trainer:
         metrics["score/coef"] = objective.score_coef
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
-        metrics["rollout/sync_disagreement"] = self.sync_disagreement
+        metrics["rollout/sync_disagreement"] = self.collector.sync_disagreement
         return metrics, groups, rewards
-
-    def collect(self, step: int) -> tuple[list[Group], Rewards]:
-        """Sample and grade this rank's groups of a step.
-
-        Dynamic sampling (DAPO): a group whose rewards do not differ is replaced by one of a new
-        prompt, at most `rollout.resample_rounds` times.
-        """
-        rounds = self.config.rollout.resample_rounds
-        groups: dict[int, Group] = {}
-        rewards: dict[int, list[float | None]] = {}
-        slots = list(range(self.config.data.prompts_per_step // self.world.size))
-        for attempt in range(rounds + 1):
-            with self._stage("prompt"):
-                prompts = self.prompts.prompts(
-                    step,
-                    attempt=attempt,
-                    rounds=rounds,
-                    rank=self.world.rank,
-                    world_size=self.world.size,
-                )
-            if attempt == 0:
-                with self._stage("sync"):
-                    self.sync(prompts)
-            with self._stage("rollout"):
-                sampling = self.sampling(
-                    "train",
-                    step,
-                    attempt,
-                    group_size=self.config.rollout.group_size,
-                    needs_score=self.config.score.loss_coef > 0,
-                )
-                sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
-            with self._stage("reward"):
-                graded = self.grade(sampled)
-            groups |= zip(slots, sampled, strict=True)
-            rewards |= zip(slots, graded, strict=True)
-            slots = [slot for slot in slots if not _has_spread(rewards[slot])]
-            if attempt == rounds or self.world.max(len(slots)) == 0:
-                break
-        self.engine.sleep()
-        return [groups[slot] for slot in sorted(groups)], [rewards[s] for s in sorted(rewards)]
-
-    def sync(self, prompts: Sequence[Prompt]) -> None:
-        """Hand the policy's weights to the engine and prove that they arrived. Collective.
-
-        Engine and policy read the log-probs of the tokens of a few of this rank's `prompts`,
-        which need no sampling.
-
-        Raises:
-            DisagreementError: above `rollout.max_disagreement`.
-        """
-        self.engine.sync(self.policy.stream_weights(self.world.device))
-        config = self.config.rollout
-        if config.engine == "hf":  # samples with the policy's own parameters
-            return
-        held = [_as_group(prompt) for prompt in prompts[:HELD_PROMPTS]]
-        self.sync_disagreement = check_agreement(
-            self.engine.token_logprobs(held, temperature=config.temperature),
-            [tokens for tokens, _ in read_completions(self.policy, held, self.packer)],
-            max_disagreement=config.max_disagreement,
-        )
-
-    def sampling(self, *draw: int | str, group_size: int, needs_score: bool) -> Sampling:
-        """How the completions of the named draw are sampled."""
-        config = self.config.rollout
-        return Sampling(
-            group_size=group_size,
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            seed=draw_seed(self.config.seed, *draw),
-            needs_score=needs_score and config.score != "off",
-        )
-
-    def grade(self, groups: Sequence[Group]) -> Rewards:
-        """Rewards by group and completion; None where grading failed."""
-        texts = [self.vocabulary.decode(c.completion_ids) for g in groups for c in g.completions]
-        answers = [group.prompt.answer for group in groups for _ in group.completions]
-        prompts = [group.prompt.text for group in groups for _ in group.completions]
-        grades = iter(self.grader.grade(texts, answers, prompts=prompts))
-        return [[next(grades) for _ in group.completions] for group in groups]
-
-    def measure_ref_logprob(self) -> float:
-        """c_ref: mean log pi(z_c | x, y) of the untrained model. Collective.
-
-        Over the finished completions of about CALIBRATION_PROMPTS prompts of step 0, the same
-        ones on any number of ranks.
-        """
-        share = self.config.data.prompts_per_step // self.world.size
-        stride = max(1, self.config.data.prompts_per_step // CALIBRATION_PROMPTS)
-        prompts = self.prompts.prompts(0, rank=self.world.rank, world_size=self.world.size)
-        chosen = [p for i, p in enumerate(prompts, self.world.rank * share) if i % stride == 0]
-        self.sync(prompts)
-        groups = self.engine.generate(
-            chosen, self.sampling("calibrate", group_size=CALIBRATION_SAMPLES, needs_score=True)
-        )
-        self.engine.sleep()
-        if self.config.rollout.score == "off":
-            groups = with_scores(self.policy, groups, self.packer)
-        found = [c.score_logprob for g in groups for c in g.completions if c.is_finished]
-        sums = self.world.sum(torch.tensor([sum(found), len(found)], dtype=torch.float32))
-        if sums[1] == 0:
-            raise ConfigError(
-                'score.ref_logprob = "auto" found no finished completion to measure; raise '
-                "rollout.max_new_tokens or give a number"
-            )
-        return float(sums[0] / sums[1])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds besides model and optimizer."""
@@ -321,25 +194,3 @@ class Trainer:
                 f"token, more than rollout.max_disagreement = {limit:g}; the engine's weights are "
                 "stale or its numerics differ"
             )
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Time a stage; after it, leave if any rank was asked to stop. Collective."""
-        with self.timer(name):
-            yield
-        self.stop.check()
-
-
-def _as_group(prompt: Prompt) -> Group:
-    """The prompt's own tokens as a completion of its first, to read their log-probs."""
-    head, tail = prompt.prompt_ids[:1], prompt.prompt_ids[1:]
-    held = Completion(
-        completion_ids=tail, rollout_logprobs=(0.0,) * len(tail), finish_reason="length"
-    )
-    return Group(prompt=replace(prompt, prompt_ids=head), completions=(held,))
-
-
-def _has_spread(rewards: list[float | None]) -> bool:
-    values = torch.tensor([[0.0 if reward is None else reward for reward in rewards]])
-    is_graded = torch.tensor([[reward is not None for reward in rewards]])
-    return bool(has_reward_spread(values, is_graded))
