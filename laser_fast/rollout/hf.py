@@ -1,17 +1,18 @@
-"""The engine that samples with the policy's own Hugging Face model, by transformers' `generate`.
+"""The engine that samples with the policy's own Hugging Face model.
 
-Rows are left-padded and decoded together (static batching). One logits processor sees every
-step's raw logits l [B, V] and does all of the sampling, by the Gumbel-max trick:
+Rows are left-padded and decoded together (static batching). A prompt is read once for its whole
+group, and rows that have ended leave the batch. With the logits l [R, V] that follow what a row
+has read, each step takes, by the Gumbel-max trick,
 
     choice   = argmax_v  l_v / T - log E_v,   E_v ~ Exp(1),  v not banned
     logprob  = log_softmax(l / T)[choice]                    (full distribution, ban or not)
-    score    = log_softmax(l)[z_c]                           (read where the input is EOS)
+    score    = log_softmax(l)[z_c]                           (of use where EOS was read last)
 
-so greedy decoding of the processed logits is pure sampling. E comes from a generator of the
-completion's own, keyed by (seed, prompt_id, sample index): a completion depends on weights,
-prompt and seed, never on its neighbours in the batch, the world size or a resume.
+E comes from a generator of the completion's own, keyed by (seed, prompt_id, sample index): a
+completion depends on weights, prompt and seed, never on its neighbours in the batch, the world
+size or a resume.
 
-The sampled EOS is fed back like any token, so the score costs exactly one extra decode step.
+The sampled EOS is read like any token, so the score costs exactly one extra decode step.
 """
 
 from __future__ import annotations
@@ -23,22 +24,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache
 
 from laser_fast.records import Completion, Group, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Noise is drawn for several steps at once: one call per row and step would cost more than the
-# forward of a small model. A constant, since the block length is part of the random stream.
+# Numbers drawn at once per row: one call per row and step would cost more than the forward of a
+# small model. A constant, since the length of a draw is part of the random stream.
 _NOISE_BLOCK = 1024
+# Rows leave the batch when at most this share of it is still open: each time copies the cache.
+_SHRINK_BELOW = 0.75
 # Positions that go through the head at once in `token_logprobs`.
 _HEAD_ROWS = 1024
 
@@ -147,74 +144,89 @@ class HfEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Full parameters, evaluation mode, and no generation defaults of the model's own.
-
-        `generate` fills whatever it is not told from `model.generation_config`: repetition
-        penalties or a stop at EOS there would change the sampled distribution or skip the score.
-        """
+        """Full parameters, evaluation mode, no gradients."""
         was_training = self.model.training
-        defaults = self.model.generation_config
-        self.model.generation_config = GenerationConfig()
         self.model.eval()
         try:
             with torch.no_grad(), self.unsharded():
                 yield
         finally:
             self.model.train(was_training)
-            self.model.generation_config = defaults
 
     def _decode(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Completion]:
+        """Sample one completion for each (prompt, sample index)."""
         device = self.model.device
-        width = max(len(prompt.prompt_ids) for prompt, _ in rows)
-        padding = [width - len(prompt.prompt_ids) for prompt, _ in rows]
-        ids = [
-            [self.pad_token_id] * num_pad + list(prompt.prompt_ids)
-            for num_pad, (prompt, _) in zip(padding, rows, strict=True)
-        ]
-        input_ids = torch.tensor(ids, device=device)
-        mask = torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]
-        sampler = _GumbelSampler(
-            temperature=sampling.temperature,
-            banned_ids=torch.tensor(self.banned_ids, device=device),
-            score_token_id=self.score_token_id if sampling.needs_score else None,
-            generators=[
-                _generator(sampling.seed, prompt.prompt_id, sample, device)
-                for prompt, sample in rows
-            ],
+        context = self._read_prompts([prompt for prompt, _ in rows])
+        noise = _Noise([_generator(sampling.seed, prompt, g, device) for prompt, g in rows])
+        eos_token_ids = torch.tensor(self.eos_token_ids, device=device)
+        banned_ids = torch.tensor(self.banned_ids, device=device)
+        num_steps = sampling.max_new_tokens + sampling.needs_score
+        completion_ids = torch.zeros(len(rows), num_steps, dtype=torch.int64, device=device)
+        logprobs, scores = torch.zeros(2, len(rows), num_steps, device=device)
+        row = torch.arange(len(rows), device=device)  # [R], the rows in the batch
+        has_ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for step in range(num_steps):
+            logits = context.logits
+            if sampling.needs_score:
+                scores[row, step] = logits[:, self.score_token_id] - logits.logsumexp(1)
+            tempered = logits / sampling.temperature
+            noisy = tempered - noise.step(row, tempered)
+            noisy[:, banned_ids] = -torch.inf
+            choice = noisy.argmax(1, keepdim=True)
+            completion_ids[row, step] = choice[:, 0]
+            logprobs[row, step] = tempered.gather(1, choice)[:, 0] - tempered.logsumexp(1)
+            had_ended, has_ended = has_ended, has_ended | torch.isin(choice[:, 0], eos_token_ids)
+            is_open = ~(had_ended if sampling.needs_score else has_ended)
+            num_open = int(is_open.sum())
+            if num_open == 0 or step + 1 == num_steps:
+                break
+            if num_open <= _SHRINK_BELOW * len(row):
+                kept = is_open.nonzero()[:, 0]
+                row, choice, has_ended = row[kept], choice[kept], has_ended[kept]
+                context.select(kept)
+            context.read(choice, torch.ones_like(choice, dtype=torch.bool))
+        return self._cut(completion_ids, logprobs, scores, sampling)
+
+    def _read_prompts(self, prompts: Sequence[Prompt]) -> _Context:
+        """Every distinct prompt read once, then one row for each entry of `prompts`."""
+        device = self.model.device
+        distinct = list(dict.fromkeys(prompt.prompt_ids for prompt in prompts))
+        place = {prompt_ids: i for i, prompt_ids in enumerate(distinct)}
+        width = max(map(len, distinct))
+        ids = [[self.pad_token_id] * (width - len(p)) + list(p) for p in distinct]
+        padding = torch.tensor([width - len(p) for p in distinct], device=device)
+        context = _Context(self.model)
+        context.read(
+            torch.tensor(ids, device=device),
+            torch.arange(width, device=device) >= padding[:, None],
         )
-        extra_steps = int(sampling.needs_score)
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens + extra_steps,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList(
-                [_AfterEos(self.eos_token_ids, extra_steps, len(rows), device)]
-            ),
-            pad_token_id=self.pad_token_id,
-            synced_gpus=False,
-        )
-        return self._cut(output[:, width:], sampler, sampling)
+        context.select(torch.tensor([place[p.prompt_ids] for p in prompts], device=device))
+        return context
 
     def _cut(
-        self, drawn_ids: Tensor, sampler: _GumbelSampler, sampling: Sampling
+        self,
+        completion_ids: Tensor,  # [R, steps]
+        logprobs: Tensor,
+        scores: Tensor,
+        sampling: Sampling,
     ) -> list[Completion]:
-        """End every row at its first EOS, by position; what was decoded after it is noise."""
-        ids = drawn_ids[:, : sampling.max_new_tokens].tolist()
-        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        scores = torch.stack(sampler.scores, dim=1).tolist() if sampling.needs_score else None
+        """End every row at its first EOS, by position; whatever was decoded after it is noise."""
         completions = []
-        for b, row in enumerate(ids):
-            end = next((t for t, i in enumerate(row) if i in self.eos_token_ids), None)
-            length = len(row) if end is None else end + 1
+        for ids, values, score in zip(
+            completion_ids[:, : sampling.max_new_tokens].tolist(),
+            logprobs.tolist(),
+            scores.tolist(),
+            strict=True,
+        ):
+            end = next((t for t, i in enumerate(ids) if i in self.eos_token_ids), None)
+            length = len(ids) if end is None else end + 1
+            has_score = sampling.needs_score and end is not None
             completions.append(
                 Completion(
-                    completion_ids=tuple(row[:length]),
-                    rollout_logprobs=tuple(logprobs[b][:length]),
+                    completion_ids=tuple(ids[:length]),
+                    rollout_logprobs=tuple(values[:length]),
                     finish_reason="length" if end is None else "stop",
-                    # The step after the EOS was the one that had it as its last input.
-                    score_logprob=None if end is None or scores is None else scores[b][length],
+                    score_logprob=score[length] if has_score else None,
                 )
             )
         return completions
@@ -246,82 +258,60 @@ class HfEngine:
         return [part.tolist() for part in torch.cat(pieces).split(lengths)]
 
 
-class _GumbelSampler(LogitsProcessor):
-    """Turns raw logits [B, V] into scores whose argmax is a sample; keeps the log-probs.
+class _Context:
+    """What the model has read of R rows, and the logits [R, V] in float32 that follow it."""
 
-    `logprobs` and `scores` hold one float32 [B] per step; `scores[t]` is log pi(z_c | prompt and
-    the first t tokens) at temperature 1.
-    """
+    logits: Tensor
 
-    def __init__(
-        self,
-        *,
-        temperature: float,
-        banned_ids: Tensor,
-        score_token_id: int | None,
-        generators: Sequence[torch.Generator],
-    ) -> None:
-        self.temperature = temperature
-        self.banned_ids = banned_ids
-        self.score_token_id = score_token_id
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.mask: Tensor | None = None  # [R, tokens read], False on padding
+
+    def read(self, ids: Tensor, mask: Tensor) -> None:
+        """Append tokens [R, n]; `mask` is False on padding."""
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1].float()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, repeat or drop rows."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+
+
+class _Noise:
+    """log E, minus which is Gumbel noise; each row draws from a generator of its own."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = generators
-        self.logprobs: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self._noise: Iterator[Tensor] = iter(())
+        self.num_steps = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` are the raw logits in float32; the name is transformers'."""
-        if self.score_token_id is not None:
-            self.scores.append(scores[:, self.score_token_id] - scores.logsumexp(1))
-        tempered = scores / self.temperature
-        noisy = tempered - self._next_noise(tempered)
-        noisy[:, self.banned_ids] = -torch.inf
-        chosen = tempered.gather(1, noisy.argmax(1, keepdim=True))[:, 0]
-        self.logprobs.append(chosen - tempered.logsumexp(1))
-        return noisy
-
-    def _next_noise(self, like: Tensor) -> Tensor:
-        """Return log E [B, V] of this step; minus it is Gumbel noise."""
-        noise = next(self._noise, None)
-        if noise is None:
-            self._noise = iter(self._draw_block(like))
-            noise = next(self._noise)
-        return noise
-
-    def _draw_block(self, like: Tensor) -> Tensor:
-        """The next steps' noise [steps, B, V]; each row is its own generator's stream."""
-        num_rows, vocab = like.shape
-        block = like.new_empty(num_rows, max(1, _NOISE_BLOCK // vocab), vocab)
-        for row, generator in zip(block, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        # An exact 0 would become +inf and win against every token.
-        return block.clamp_(min=torch.finfo(block.dtype).tiny).log_().transpose(0, 1)
+    def step(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The next step's noise for `rows`, of the shape and kind of `like` [R, V]."""
+        vocab = like.shape[1]
+        block = max(1, _NOISE_BLOCK // vocab)
+        if self.num_steps % block == 0:
+            self.block = like.new_empty(len(self.generators), block, vocab)
+            for row in rows.tolist():
+                self.block[row].exponential_(generator=self.generators[row])
+            # An exact 0 would become infinite and win against every token.
+            self.block.clamp_(min=torch.finfo(like.dtype).tiny).log_()
+        self.num_steps += 1
+        return self.block[rows, (self.num_steps - 1) % block]
 
 
-class _AfterEos(StoppingCriteria):
-    """A row is done `extra_steps` (0 or 1) tokens after its first EOS."""
-
-    def __init__(
-        self,
-        eos_token_ids: Sequence[int],
-        extra_steps: int,
-        num_rows: int,
-        device: torch.device,
-    ) -> None:
-        self.eos_token_ids = torch.tensor(eos_token_ids, device=device)
-        self.extra_steps = extra_steps
-        self.has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        """Which rows [B] need no further token."""
-        had_ended = self.has_ended
-        self.has_ended = had_ended | torch.isin(input_ids[:, -1], self.eos_token_ids)
-        return had_ended if self.extra_steps else self.has_ended
-
-
-def _generator(seed: int, prompt_id: str, sample: int, device: torch.device) -> torch.Generator:
+def _generator(seed: int, prompt: Prompt, sample: int, device: torch.device) -> torch.Generator:
     """The noise source of one completion."""
     # prompt_id comes last: the numbers before it cannot run into it.
-    key = blake2b(f"{seed}/{sample}/{prompt_id}".encode(), digest_size=8).digest()
+    key = blake2b(f"{seed}/{sample}/{prompt.prompt_id}".encode(), digest_size=8).digest()
     generator = torch.Generator(device=device)
     return generator.manual_seed(int.from_bytes(key, "big", signed=True))

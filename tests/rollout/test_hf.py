@@ -1,12 +1,17 @@
+import json
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.rollout import hf
 from laser_fast.rollout.hf import HfEngine
 
 VOCAB = 13  # the tokenizer's; the head has three rows of padding more
@@ -30,6 +35,7 @@ def make_model(model_class, config_class):
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
+        attention_dropout=0.5,  # shows a forward in training mode
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -67,9 +73,13 @@ def sampling(**changes):
 
 
 def full_logits(model, ids):
-    """Raw logits [len(ids), ROWS] of one unpadded sequence, float64 softmax input."""
+    """Raw logits [len(ids), ROWS] of one unpadded sequence, without dropout, in float64."""
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0].double()
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    model.train(was_training)
+    return logits
 
 
 def flat(groups):
@@ -138,7 +148,7 @@ def test_without_scores_the_completions_are_the_same(model):
     for (_, a), (_, b) in zip(flat(scored), flat(bare), strict=True):
         assert b.score_logprob is None
         assert (a.completion_ids, a.finish_reason) == (b.completion_ids, b.finish_reason)
-        assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=1e-6)
+        assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=1e-5)
 
 
 def test_a_completion_depends_on_neither_batch_nor_company(model):
@@ -204,28 +214,57 @@ def test_samples_follow_the_tempered_distribution(model):
     assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / len(second))
 
 
-def test_generation_defaults_and_mode_of_the_model_are_ignored_and_kept(model):
-    plain = make_engine(model).generate(make_prompts(), sampling())
-    defaults = GenerationConfig(
-        repetition_penalty=1.8, temperature=0.2, do_sample=True, top_k=2, eos_token_id=EOS
-    )
-    before, model.generation_config = model.generation_config, defaults
-    try:
-        assert make_engine(model).generate(make_prompts(), sampling()) == plain
-        assert model.generation_config is defaults
-    finally:
-        model.generation_config = before
-    assert model.training
-    model.eval()
-    make_engine(model).token_logprobs(plain, temperature=1.0)
-    assert not model.training
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_mode_of_the_model_is_restored(model, is_training):
+    model.train(is_training)
+    groups = make_engine(model).generate(make_prompts(), sampling())
+    assert model.training is is_training
+    make_engine(model).token_logprobs(groups, temperature=1.0)
+    assert model.training is is_training
     model.train()
 
 
-def test_token_logprobs_repeat_the_rollout(model):
+def test_prompts_are_read_once_and_ended_rows_leave(model):
+    reads, last_positions = [], []
+
+    def watch(module, args, kwargs):
+        reads.append(tuple(kwargs["input_ids"].shape))
+        last_positions.append(kwargs["position_ids"][:, -1].tolist())
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    settings = sampling(max_new_tokens=60, group_size=16, temperature=1.5)
+    groups = make_engine(model, max_num_seqs=96).generate(make_prompts(), settings)
+    scored = list(reads)
+    reads.clear()
+    settings = sampling(max_new_tokens=60, group_size=16, temperature=1.5, needs_score=False)
+    make_engine(model, max_num_seqs=96).generate(make_prompts(), settings)
+    hook.remove()
+    lengths = sorted(len(c.completion_ids) for _, c in flat(groups))
+    assert lengths[-1] < 60  # every row ended
+    assert scored[0] == reads[0] == (6, 8)
+    assert sorted(last_positions[0]) == [0, 1, 2, 4, 4, 7]  # padding takes no position
+    # One read per token, and the EOS itself only for the score.
+    assert len(scored) == lengths[-1] + 1
+    assert len(reads) == lengths[-1]
+    for step, (num_rows, _) in enumerate(reads[1:], start=1):
+        num_open = sum(length > step for length in lengths)
+        assert num_open <= num_rows <= num_open / 0.75 + 1
+
+
+def test_an_exact_zero_from_the_generator_is_harmless(model, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())
+    groups = make_engine(model).generate(make_prompts(), sampling(group_size=1))
+    for prompt, completion in flat(groups):  # equal noise everywhere is greedy decoding
+        logits = full_logits(model, prompt.prompt_ids)[-1]
+        logits[[SCORE, *range(VOCAB, ROWS)]] = -math.inf
+        assert completion.completion_ids[0] == logits.argmax()
+
+
+def test_token_logprobs_repeat_the_rollout(model, monkeypatch):
     engine = make_engine(model)
     groups = engine.generate(make_prompts(), sampling())
-    for max_num_seqs in (64, 5):
+    for max_num_seqs, head_rows in ((64, 1024), (5, 7)):
+        monkeypatch.setattr(hf, "_HEAD_ROWS", head_rows)
         logprobs = make_engine(model, max_num_seqs=max_num_seqs).token_logprobs(
             groups, temperature=0.7
         )
@@ -282,3 +321,47 @@ def test_no_prompts_give_no_groups(model):
     groups: list[Group] = engine.generate([], sampling())
     assert groups == []
     assert engine.token_logprobs([], temperature=1.0) == []
+
+
+RANK = """
+import json, sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+from laser_fast.config import ModelConfig
+from laser_fast.training.distributed import open_world
+from laser_fast.training.policy import build_policy
+
+spec = spec_from_file_location("test_hf", sys.argv[1])
+test_hf = module_from_spec(spec)
+spec.loader.exec_module(test_hf)
+
+with open_world() as world:
+    policy = build_policy(ModelConfig(path=sys.argv[2]), world)
+    engine = test_hf.make_engine(policy.hf, unsharded=policy.unsharded, max_num_seqs=3)
+    # Uneven shares: the ranks run different numbers of batches and of steps.
+    share = test_hf.make_prompts()[slice(0, 5) if world.rank == 0 else slice(5, 6)]
+    for seed in (5, 6):
+        groups = engine.generate(share, test_hf.sampling(seed=seed))
+        logprobs = engine.token_logprobs(groups, temperature=0.7)
+    ids = [[c.completion_ids for c in group.completions] for group in groups]
+    with open(f"{sys.argv[2]}/{world.rank}.json", "w") as file:
+        json.dump({"ids": ids, "logprobs": logprobs}, file)
+"""
+
+
+def test_sharded_ranks_out_of_step_draw_the_same_samples(model, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    model.save_pretrained(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", tmp_path / "rank.py"]
+    result = subprocess.run(
+        [*launch, Path(__file__).resolve(), tmp_path], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    alone = make_engine(model).generate(make_prompts(), sampling(seed=6))
+    ids = [list(c.completion_ids) for _, c in flat(alone)]
+    assert [i for rank in ranks for group in rank["ids"] for i in group] == ids
+    logprobs = [values for rank in ranks for values in rank["logprobs"]]
+    for values, (_, completion) in zip(logprobs, flat(alone), strict=True):
+        assert values == pytest.approx(completion.rollout_logprobs, abs=1e-5)
