@@ -162,7 +162,11 @@ def shard(policy: Policy, config: ModelConfig, world: World) -> None:
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=policy.compute_dtype, reduce_dtype=torch.float32
         ),
-        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if config.cpu_offload
+            else OffloadPolicy()
+        ),
     }
     for block in policy.hf.model.layers:
         fully_shard(block, **options)
