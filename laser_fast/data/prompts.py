@@ -216,7 +216,7 @@ def _tokenize(
         config.prompt_field: "data.prompt_field",
         config.answer_field: "data.answer_field",
     }
-    word = _wording(config, tokenizer)
+    word = wording(config, tokenizer)
     rows = iter(source.read(fields))
     num_rows = 0
     while batch := list(islice(rows, _BATCH)):
@@ -247,8 +247,8 @@ def _tokenize(
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
-def _wording(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """The function from a question to the text that the model reads."""
+def wording(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Return the function from a question to the text that the model reads."""
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
     return lambda question: tokenizer.apply_chat_template(

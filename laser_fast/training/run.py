@@ -116,7 +116,7 @@ def _build(
     vocabulary = load_vocabulary(
         config.model.path, score_token=config.score.token, model_config=model_config
     )
-    _check_lengths(config, model_config.max_position_embeddings)
+    check_lengths(config, model_config.max_position_embeddings)
     tokenizer = vocabulary.tokenizer
     prompts = PromptSource(config.data, tokenizer, seed=config.seed, split="train")
     held_out: list[Prompt] = []
@@ -199,7 +199,8 @@ def max_positions(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
 
 
-def _check_lengths(config: Config, available: int) -> None:
+def check_lengths(config: Config, available: int) -> None:
+    """Refuse lengths that the model's `available` positions cannot hold."""
     needed = max_positions(config)
     if needed > available:
         raise ConfigError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from laser_fast.config import ConfigError
+
+# Some tokenizers keep their reserved tokens among the ordinary added ones.
+_UNUSED = re.compile(r"reserved|unused", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +31,13 @@ class Vocabulary:
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
 
 
-def load_vocabulary(path: str, *, score_token: str, model_config: PreTrainedConfig) -> Vocabulary:
+def load_vocabulary(
+    path: str, *, score_token: str | None, model_config: PreTrainedConfig
+) -> Vocabulary:
     """Load the tokenizer and resolve the special ids.
+
+    Without a `score_token` the first of `reserved_tokens` stands in, for those who sample before
+    they choose one.
 
     Raises:
         ConfigError: no tokenizer, no EOS, or a score token that cannot serve.
@@ -40,6 +49,14 @@ def load_vocabulary(path: str, *, score_token: str, model_config: PreTrainedConf
         raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
     eos_token_ids = _eos_token_ids(path, tokenizer, model_config)
     size = max(tokenizer.get_vocab().values()) + 1
+    if score_token is None:
+        reserved = reserved_tokens(tokenizer, eos_token_ids, num_rows=model_config.vocab_size)
+        if not reserved:
+            raise ConfigError(
+                f'score.token: the tokenizer of "{path}" has no reserved token; name one that '
+                "ordinary text never contains"
+            )
+        score_token = next(iter(reserved))
     score_token_id = tokenizer.get_vocab().get(score_token)
     if score_token_id is None:
         raise ConfigError(
@@ -88,9 +105,26 @@ def _eos_token_ids(
     return tuple(found)
 
 
-def _suggest(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> str:
-    """Special tokens that could serve: neither an end nor padding."""
+def reserved_tokens(
+    tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...], *, num_rows: int
+) -> dict[str, int]:
+    """Special tokens, with their ids, that could serve as the score token.
+
+    Neither an end, padding nor a begin, not written by the chat template, and with one of the
+    `num_rows` rows of the model's head.
+    """
     taken = {*eos_token_ids, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
-    added = tokenizer.added_tokens_decoder.items()
-    free = [token.content for i, token in added if token.special and i not in taken]
+    template = tokenizer.chat_template or ""
+    return {
+        token.content: token_id
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        if (token.special or _UNUSED.search(token.content))
+        and token_id not in taken
+        and token_id < num_rows
+        and token.content not in template
+    }
+
+
+def _suggest(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> str:
+    free = list(reserved_tokens(tokenizer, eos_token_ids, num_rows=len(tokenizer)))
     return f", such as {' '.join(free[:4])}" if free else ""
