@@ -6,16 +6,16 @@ file is refused in one sentence before any model is loaded.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laser_fast.algorithm.score import check_score_target
+from laser_fast.config_errors import explain
 
 
 class ConfigError(ValueError):
@@ -26,6 +26,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(_Section):
@@ -198,7 +201,7 @@ class OptimConfig(_Section):
     """Steps of linear learning-rate warm-up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Final learning rate relative to the peak, for linear and cosine."""
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    betas: tuple[_DecayRate, _DecayRate] = Field((0.9, 0.999), strict=False)
     """AdamW's moment decay rates."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
@@ -265,11 +268,35 @@ class Config(_Section):
                 "set advantage.score_coef = 0 or train the score"
             )
         if self.score.loss_coef > 0 and self.score.ref_logprob != "auto":
-            check_score_target(beta=self.score.beta, ref_logprob=self.score.ref_logprob)
+            try:
+                check_score_target(beta=self.score.beta, ref_logprob=self.score.ref_logprob)
+            except ValueError as error:
+                raise ValueError(f"score.beta = {self.score.beta:g}: {error}") from None
+        if 0 < self.loss.clip_dual <= 1:
+            raise ValueError(
+                f"loss.clip_dual = {self.loss.clip_dual:g} would cut the gradient of every "
+                "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
+            )
         if self.rollout.engine == "vllm_server" and not self.rollout.server_url:
-            raise ValueError('rollout.engine = "vllm_server" needs rollout.server_url')
+            raise ValueError(
+                'rollout.engine = "vllm_server" needs rollout.server_url; set it to the base URL '
+                "of the server"
+            )
+        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.tensor_parallel = {self.rollout.tensor_parallel} splits the engine "
+                f'"vllm" alone, and rollout.engine is "{self.rollout.engine}"; set it to 1'
+            )
+        if self.data.eval_every > 0 and not self.data.eval:
+            raise ValueError(
+                f"data.eval_every = {self.data.eval_every} has nothing to evaluate; name held-out "
+                "prompts in data.eval or set data.eval_every = 0"
+            )
         if self.data.template != "chat" and "{prompt}" not in self.data.template:
-            raise ValueError('data.template must be "chat" or a text with {prompt} in it')
+            raise ValueError(
+                f"data.template = {self.data.template!r} has no place for the question; put "
+                '{prompt} into it, or set it to "chat"'
+            )
         if self.reward.overlong == "penalty" and not (
             0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
         ):
@@ -280,13 +307,13 @@ class Config(_Section):
             )
         if self.optim.minibatches > self.data.prompts_per_step:
             raise ValueError(
-                f"optim.minibatches = {self.optim.minibatches} exceeds "
-                f"data.prompts_per_step = {self.data.prompts_per_step}"
+                f"optim.minibatches = {self.optim.minibatches} exceeds data.prompts_per_step = "
+                f"{self.data.prompts_per_step}, so that updates would be empty; lower it"
             )
         if self.optim.warmup_steps > self.optim.steps:
             raise ValueError(
-                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds "
-                f"optim.steps = {self.optim.steps}"
+                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds optim.steps = "
+                f"{self.optim.steps}; lower it or train for longer"
             )
         return self
 
@@ -301,9 +328,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration: {error.strerror}; name a TOML file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
@@ -316,7 +345,7 @@ def parse_config(data: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        raise ConfigError(f"{source}: {explain(error, all_keys())}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -345,39 +374,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *sections, last = key.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f'override "{override}": {section} is a value, not a section')
+            path = ".".join(sections[:depth])
+            raise ConfigError(
+                f'override "{override}": {path} is a value, not a section; write {path}=value'
+            )
     data[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem as one sentence."""
-    first = error.errors()[0]
-    # Union members append their own tag ("float", "literal[...]") to the location.
-    path = ".".join(str(part) for part in first["loc"][:2])
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.5) or _same_name(path)
-        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
-        return (
-            f'unknown key "{path}"{hint} Remove or rename it.'
-            if hint
-            else (f'unknown key "{path}"; remove it, --print-config lists the valid ones')
-        )
-    if first["type"] == "missing":
-        return f'"{path}" is required; add it'
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    got = f", got {first['input']!r}"
-    about = all_keys().get(path, "")
-    return f'"{path}": {_lower_first(first["msg"])}{got}' + (f" ({about})" if about else "")
-
-
-def _same_name(path: str) -> list[str]:
-    """A key of that last name in another section."""
-    return [key for key in all_keys() if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

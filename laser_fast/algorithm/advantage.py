@@ -29,6 +29,8 @@ def group_advantages(
     """
     if rewards.ndim != 2:
         raise ValueError(f"group_advantages: expected rewards [P, G], got {tuple(rewards.shape)}")
+    if scale not in ("std", "none"):
+        raise ValueError(f'group_advantages: expected scale "std" or "none", got "{scale}"')
     if is_valid is None:
         is_valid = torch.ones_like(rewards, dtype=torch.bool)
     if is_valid.shape != rewards.shape:
@@ -48,6 +50,7 @@ def has_reward_spread(rewards: Tensor, is_valid: Tensor) -> Tensor:
 
     Groups without it teach the policy nothing; dynamic sampling replaces them.
     """
+    rewards = rewards.float()
     highest = rewards.masked_fill(~is_valid, -torch.inf).amax(dim=1)
     lowest = rewards.masked_fill(~is_valid, torch.inf).amin(dim=1)
     return highest > lowest
@@ -71,10 +74,11 @@ def mix_advantages(
             "mix_advantages: expected advantages, scores and is_finished of one shape [P, G], got "
             f"{tuple(advantages.shape)}, {tuple(scores.shape)}, {tuple(is_finished.shape)}"
         )
+    advantages = advantages.float()
     scores = torch.where(is_finished, scores.float().clamp(0.0, 1.0), 0.0)
     mean, std = _group_stats(scores, torch.ones_like(is_finished))
     mixed = (1 - tau) * advantages + tau * (scores - mean) / std
-    return torch.where(std > min_std, mixed, advantages.float())
+    return torch.where(std > min_std, mixed, advantages)
 
 
 def overlong_penalty(

@@ -40,12 +40,15 @@ def policy_loss(
         kind: "grpo", "gspo" or "cispo".
         clip_low: ratios below 1 - clip_low are clipped.
         clip_high: ratios above 1 + clip_high are clipped.
-        clip_dual: dual clip c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729).
+        clip_dual: dual clip c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729). Not
+            for "cispo", whose weight never exceeds 1 + clip_high.
         sequence_ids: sequence of each token; "gspo" needs it.
 
     Raises:
-        ValueError: unknown kind, or "gspo" without sequence_ids.
+        ValueError: unknown kind, "gspo" without sequence_ids, or clip_dual <= 1.
     """
+    if clip_dual is not None and not clip_dual > 1:
+        raise ValueError(f"policy_loss: expected clip_dual > 1 or None, got {clip_dual:g}")
     log_ratio = logprobs - old_logprobs.detach()
     if kind == "cispo":
         weight = log_ratio.detach().exp().clamp(1 - clip_low, 1 + clip_high)
@@ -53,8 +56,10 @@ def policy_loss(
     if kind == "gspo":
         if sequence_ids is None:
             raise ValueError('policy_loss: kind="gspo" needs sequence_ids [T]')
-        # The value is the sequence's ratio, the gradient that of the single token.
-        log_ratio = sequence_mean(log_ratio.detach(), sequence_ids) + logprobs - logprobs.detach()
+        # The value is the sequence's ratio, the gradient that of the single token. Its term is
+        # exactly 0, where adding and then subtracting logprobs would round the ratio.
+        own_gradient = logprobs - logprobs.detach()
+        log_ratio = sequence_mean(log_ratio.detach(), sequence_ids) + own_gradient
     elif kind != "grpo":
         raise ValueError(f'policy_loss: expected kind "grpo", "gspo" or "cispo", got "{kind}"')
     ratio = log_ratio.exp()
@@ -72,12 +77,22 @@ def is_clipped(
     *,
     clip_low: float,
     clip_high: float,
+    kind: PolicyLossKind = "grpo",
+    sequence_ids: Tensor | None = None,  # [T] int64, for "gspo"
 ) -> Tensor:
-    """Tokens whose clipped term decides the "grpo" loss, so that they pass no gradient, [T]."""
-    ratio = (logprobs - old_logprobs).exp()
-    too_high = (advantages > 0) & (ratio > 1 + clip_high)
-    too_low = (advantages < 0) & (ratio < 1 - clip_low)
-    return too_high | too_low
+    """Tokens whose clipped ratio decides the loss, [T] bool; for the metrics.
+
+    With "grpo" and "gspo" they pass no gradient; with "cispo" a smaller or larger one.
+    """
+    log_ratio = logprobs - old_logprobs
+    if kind == "gspo":
+        assert sequence_ids is not None
+        log_ratio = sequence_mean(log_ratio, sequence_ids)
+    ratio = log_ratio.exp()
+    too_high, too_low = ratio > 1 + clip_high, ratio < 1 - clip_low
+    if kind == "cispo":
+        return too_high | too_low
+    return (too_high & (advantages > 0)) | (too_low & (advantages < 0))
 
 
 def tis_weights(
@@ -138,7 +153,10 @@ def token_weights(
     elif aggregation == "seq-mean-token-sum-norm":
         weights = 1 / (num_trained * max_new_tokens).float().expand_as(lengths)
     else:
-        raise ValueError(f'token_weights: unknown aggregation "{aggregation}"')
+        raise ValueError(
+            'token_weights: expected aggregation "token-mean", "seq-mean-token-mean" or '
+            f'"seq-mean-token-sum-norm", got "{aggregation}"'
+        )
     return torch.where(is_trained, weights, 0.0)
 
 

@@ -89,17 +89,23 @@ def check_score_target(*, beta: float, ref_logprob: float) -> None:
     """Refuse a beta whose target log-prob for a correct answer is no longer improbable.
 
     Raises:
-        ValueError: if ref_logprob + 1/beta > -1; between -3 and -1 it warns.
+        ValueError: if ref_logprob + 1/beta > -1; between -3 and -1 it warns. Also if beta is not
+            positive or ref_logprob not finite, as for a token whose logit is masked.
     """
+    if not beta > 0 or not math.isfinite(ref_logprob):
+        raise ValueError(
+            f"expected beta > 0 and a finite ref_logprob, got beta = {beta:g} and ref_logprob = "
+            f"{ref_logprob:g}; choose a token that the untrained model can sample, though rarely"
+        )
     target = ref_logprob + 1 / beta
     if target <= WARN_TARGET:
         return
-    smallest = 1 / (-ref_logprob + WARN_TARGET) if ref_logprob < WARN_TARGET else math.inf
-    remedy = (
-        f"choose beta >= {smallest:.3g}"
-        if math.isfinite(smallest)
-        else "choose a token that the untrained model finds less probable"
-    )
+    if ref_logprob < WARN_TARGET:
+        # Rounded up, so that following the advice ends the complaint.
+        smallest = math.ceil(1e3 / (WARN_TARGET - ref_logprob)) / 1e3
+        remedy = f"choose beta >= {smallest:g}"
+    else:
+        remedy = "choose a token that the untrained model finds less probable"
     message = (
         f"the target log-prob of a correct answer, ref_logprob + 1/beta = {ref_logprob:g} + "
         f"1/{beta:g} = {target:.3g}, must stay well below 0; {remedy}"
