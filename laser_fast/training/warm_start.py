@@ -2,7 +2,8 @@
 
 The labels of a row are its response, EOS and one <pad> after EOS. That last label gives the EOS
 position a distribution like a pretrained model's: certain, with every reserved token equally
-improbable, so that log pi(z_c | x, y) starts as the same constant (about -11.7) for all answers.
+improbable, so that log pi(z_c | x, y) starts as nearly the same constant for all answers
+(measured means for seeds 0, 1, 2: -11.5, -11.2, -11.5).
 """
 
 from __future__ import annotations

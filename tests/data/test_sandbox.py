@@ -3,12 +3,14 @@ import re
 from itertools import islice
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2Config
 
 from laser_fast.data.sandbox import (
     EOS_TOKEN,
     PAD_TOKEN,
     RESERVED_TOKENS,
+    SPECIAL_TOKENS,
     TOKENS,
     Chain,
     reward,
@@ -117,6 +119,7 @@ def test_reward_refuses_uneven_lists():
 
 def test_tokenizer_is_one_character_a_token(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     assert len(tokenizer) == len(TOKENS) == 33
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
     for chain_text in (EXAMPLE.problem, EXAMPLE.solution, EXAMPLE.boxed_answer):
@@ -124,11 +127,15 @@ def test_tokenizer_is_one_character_a_token(tokenizer_folder):
         expected = re.findall(r"\\boxed\{|.", chain_text)
         assert [TOKENS[i] for i in ids] == expected
         assert tokenizer.decode(ids) == chain_text
+        # The file alone, as engines without transformers read it.
+        assert raw.encode(chain_text).ids == ids
+        assert raw.decode(ids) == chain_text
 
 
 def test_special_tokens_are_distinct_and_skipped_when_decoding(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     assert (tokenizer.pad_token, tokenizer.eos_token) == (PAD_TOKEN, EOS_TOKEN)
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
     assert tokenizer.bos_token is None and tokenizer.unk_token is None
     assert len(RESERVED_TOKENS) == 5
     special = (EOS_TOKEN, RESERVED_TOKENS[0], PAD_TOKEN, RESERVED_TOKENS[4])

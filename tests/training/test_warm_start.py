@@ -54,6 +54,17 @@ def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
     )
 
 
+def test_the_seed_names_the_problems_too(hardly_trained):
+    tokenizer = AutoTokenizer.from_pretrained(hardly_trained)
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        model = warm_start._new_model()
+        warm_start._train(model, tokenizer, seed=seed, steps=1)
+        weights.append(model.lm_head.weight.detach())
+    assert not torch.equal(*weights)
+
+
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError), warm_start._threads(before + 1):
