@@ -79,8 +79,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    dcp.save(_state(policy, optimizer), checkpoint_id=partial)
     if world.is_main:
         (partial / "trainer.json").write_text(json.dumps({"step": step, **trainer_state}))
         (partial / "config.toml").write_text(config_toml)
@@ -93,8 +92,7 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """Restore model and optimizer in place and return the trainer's state. Collective."""
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = _state(policy, optimizer)
     dcp.load(state, checkpoint_id=path)
     set_state_dict(
         policy,
@@ -104,3 +102,14 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
         options=StateDictOptions(strict=True),
     )
     return json.loads((path / "trainer.json").read_text())
+
+
+def _state(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+    """Sharded state of model and optimizer; its tensors are theirs. Collective."""
+    is_new = not optimizer.state
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    if is_new:
+        # torch makes the missing moments by an update of zero gradients, which AdamW counts.
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    return {"model": model_state, "optimizer": optimizer_state}
