@@ -90,10 +90,10 @@ def _eos_token_ids(
     """Every id that the model, its generation defaults or its tokenizer call an end."""
     found: list[int] = []
     try:
-        declared = GenerationConfig.from_pretrained(path).eos_token_id
+        default = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
-        declared = getattr(model_config, "eos_token_id", None)
-    for ids in (declared, tokenizer.eos_token_id):
+        default = None
+    for ids in (default, model_config.eos_token_id, tokenizer.eos_token_id):
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is not None and token_id not in found:
                 found.append(token_id)
