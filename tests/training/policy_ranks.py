@@ -1,0 +1,223 @@
+"""What the ranks of a sharded policy compute, for test_policy.py and test_checkpoint.py.
+
+    torchrun --nproc-per-node N policy_ranks.py MODELS OUT
+
+MODELS holds the folders of MODEL_CASES, OUT receives world-N.pt and a run with a checkpoint. One
+process start serves many checks, since starting ranks costs more than all of them.
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from laser_fast.config import LossConfig, ModelConfig, OptimConfig
+from laser_fast.records import Prompt, Sampling
+from laser_fast.rollout.hf import HfEngine
+from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from laser_fast.training.distributed import open_world
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.objective import Objective, joint_loss
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import build_policy
+
+TEMPERATURE = 0.7
+OBJECTIVE = Objective(loss=LossConfig(), beta=0.2, ref_logprob=-7.5, score_coef=0.8)
+OPTIM = OptimConfig(steps=9, lr=0.05, weight_decay=0.1)
+SAMPLING = Sampling(group_size=2, temperature=0.9, max_new_tokens=6, seed=3)
+PROMPTS = [
+    Prompt(prompt_id=f"p{n}", text="", prompt_ids=tuple(range(10, 11 + n)), answer="")
+    for n in range(4)
+]
+# On four ranks the last one gets two of these 14, the others four each.
+SEQUENCES = make_sequences(14, seed=5)
+LARGEST = max(sequence.num_tokens for sequence in SEQUENCES)
+
+MODEL_CASES = {
+    "qwen2-tied": ("qwen2", True),
+    "qwen2-untied": ("qwen2", False),
+    "llama-untied": ("llama", False),
+    "qwen3-tied": ("qwen3", True),
+}
+
+
+def save_models(folder):
+    """Write the model folder of every case."""
+    for name, (family, tied) in MODEL_CASES.items():
+        make_model(family, tied=tied).save_pretrained(folder / name)
+
+
+def full(tensor):
+    """A copy of a tensor with all of its shards."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def full_parameters(policy):
+    """Every parameter by its name in the Hugging Face model. Collective."""
+    return {name: full(parameter) for name, parameter in policy.hf.named_parameters()}
+
+
+def backward(policy, world, sequences, *, budget=4 * LARGEST):
+    """Gradients of the joint loss, each rank with its contiguous share of the sequences."""
+    share = -(-len(sequences) // world.size)
+    own = sequences[world.rank * share : (world.rank + 1) * share]
+    packer = Packer(
+        budget=budget,
+        score_token_id=SCORE_TOKEN,
+        temperature=TEMPERATURE,
+        device=world.device,
+        agree=world.max,
+    )
+    cap = GradientCap(loss_coef=OBJECTIVE.score_coef, max_ratio=1.0)
+    batches = packer.microbatches(own)
+    loss = torch.zeros(())
+    for batch in batches:
+        observe = cap.observer(batch.num_policy_rows)
+        result = policy(batch, joint_loss(OBJECTIVE, batch, on_gradient=observe))
+        (result.loss * world.size).backward()
+        loss += result.loss.detach()
+    return {
+        "loss": world.sum(loss),
+        "norm": full(clip_grad_norm_(policy.parameters(), float("inf"))),
+        "head_norms": cap.update(world, coef=OBJECTIVE.score_coef),
+        "num_batches": len(batches),
+    }
+
+
+def measure_gradients(policy, world, sequences, **options):
+    """`backward` with the gradients themselves, which it then clears."""
+    found = backward(policy, world, sequences, **options)
+    found["gradients"] = {name: full(p.grad) for name, p in policy.hf.named_parameters()}
+    policy.zero_grad()
+    return found
+
+
+def update(policy, world, optimizer):
+    """One optimizer step on all sequences; returns the parameters after it."""
+    backward(policy, world, SEQUENCES)
+    optimizer.step()
+    optimizer.zero_grad()
+    return full_parameters(policy)
+
+
+def make_engine(model, **options):
+    return HfEngine(
+        model,
+        score_token_id=SCORE_TOKEN,
+        eos_token_ids=(EOS, *range(75, VOCAB)),  # many, so that random models come to an end
+        vocab_size=VOCAB,
+        pad_token_id=EOS,
+        max_num_seqs=3,
+        **options,
+    )
+
+
+@contextmanager
+def count_calls(module):
+    """Number of forwards of a module, as a list of one entry each."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(None))
+    yield calls
+    handle.remove()
+
+
+def measure_rollout(policy, world):
+    """Sample out of lock-step, rank r for r + 1 prompts, then train as before."""
+    before = measure_gradients(policy, world, SEQUENCES)
+    engine = make_engine(policy.hf, unsharded=policy.unsharded)
+    groups = engine.generate(PROMPTS[: world.rank + 1], SAMPLING)
+    after = measure_gradients(policy, world, SEQUENCES)
+    return {
+        "groups": world.gather([groups]),
+        "before": before,
+        "after": after,
+        "is_sharded": [isinstance(p, DTensor) for p in policy.parameters()],
+    }
+
+
+def measure_checkpoint(config, world, run):
+    """Updates before and after a checkpoint, undisturbed and resumed."""
+    policy = build_policy(config, world)
+    optimizer = build_optimizer(policy, OPTIM)
+    first = update(policy, world, optimizer)
+    save_checkpoint(
+        run,
+        1,
+        policy=policy,
+        optimizer=optimizer,
+        trainer_state={"ref_logprob": -7.25},
+        config_toml="# resolved\n",
+        keep=2,
+        world=world,
+    )
+    second = update(policy, world, optimizer)
+
+    policy = build_policy(config, world)
+    optimizer = build_optimizer(policy, OPTIM)
+    state = load_checkpoint(run / "checkpoints" / "step-000001", policy=policy, optimizer=optimizer)
+    loaded = full_parameters(policy)
+    return {
+        "first": first,
+        "second": second,
+        "loaded": loaded,
+        "resumed": update(policy, world, optimizer),
+        "state": state,
+    }
+
+
+def measure(world, models, out):
+    """Everything that the tests ask of this number of ranks."""
+
+    def build(name, **keys):
+        return build_policy(ModelConfig(path=str(models / name), **keys), world)
+
+    found = {"gradients": {}}
+    for name in MODEL_CASES if world.size == 2 else ("qwen2-tied", "qwen2-untied"):
+        found["gradients"][name] = measure_gradients(build(name), world, SEQUENCES)
+
+    policy = build("qwen2-tied")
+    found["stream"] = dict(policy.stream_weights(world.device))
+    found["variants"] = {
+        "small budget": measure_gradients(policy, world, SEQUENCES, budget=LARGEST),
+        "reversed": measure_gradients(policy, world, SEQUENCES[::-1]),
+    }
+    found["rollout"] = measure_rollout(policy, world)
+    found["checkpoint"] = measure_checkpoint(
+        ModelConfig(path=str(models / "qwen2-tied")), world, out / f"run-{world.size}"
+    )
+    if world.size == 2:
+        policy = build("qwen2-tied", gradient_checkpointing=True)
+        with count_calls(policy.hf.model.layers[0].mlp) as calls:
+            found["variants"]["gradient_checkpointing"] = measure_gradients(
+                policy, world, SEQUENCES
+            )
+        found["recomputed_calls"] = len(calls)
+        policy = build("qwen2-untied", compute_dtype="bfloat16")
+        found["bfloat16"] = measure_gradients(policy, world, SEQUENCES)
+        found["bfloat16_stream"] = dict(policy.stream_weights(world.device))
+        found["bfloat16_masters"] = {p.dtype for p in policy.parameters()}
+        policy = build("qwen2-tied", cpu_offload=True)
+        found["variants"]["cpu_offload"] = measure_gradients(policy, world, SEQUENCES)
+    if world.size == 4:
+        policy = build("qwen2-tied", replicas=2)
+        found["variants"]["replicas"] = measure_gradients(policy, world, SEQUENCES)
+        found["mesh"] = tuple(policy.hf.lm_head.weight.device_mesh.shape)
+        found["replicas_stream"] = dict(policy.stream_weights(world.device))
+    return found
+
+
+def main():
+    models, out = map(Path, sys.argv[1:])
+    with open_world() as world:
+        found = measure(world, models, out)
+        if world.is_main:
+            torch.save(found, out / f"world-{world.size}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A checkpoint gives the same next step, on as many ranks or on others."""
+
+import json
+
+import pytest
+import torch
+from policy_ranks import OPTIM, full, full_parameters, update
+
+from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.training.checkpoint import (
+    checkpoint_path,
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.policy import build_policy
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        assert torch.equal(actual[name], want), name
+
+
+@pytest.fixture
+def fresh(world, model_folders):
+    """A policy of the base model and an optimizer without history."""
+    policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-tied")), world)
+    return policy, build_optimizer(policy, OPTIM)
+
+
+def save(run, step, fresh, world, *, keep=2, **state):
+    policy, optimizer = fresh
+    return save_checkpoint(
+        run,
+        step,
+        policy=policy,
+        optimizer=optimizer,
+        trainer_state=state,
+        config_toml=f"# step {step}\n",
+        keep=keep,
+        world=world,
+    )
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks", "four_ranks"])
+def test_resumed_update_is_the_undisturbed_one(ranks, request):
+    found = request.getfixturevalue(ranks)["checkpoint"]
+    assert all(
+        not torch.equal(found["second"][name], first) for name, first in found["first"].items()
+    )
+    assert_equal(found["loaded"], found["first"])
+    assert_equal(found["resumed"], found["second"])
+    assert found["state"] == {"step": 1, "ref_logprob": -7.25}
+
+
+@pytest.mark.parametrize(("saved_on", "ranks"), [(2, "two_ranks"), (4, "four_ranks")])
+def test_checkpoint_loads_on_another_world_size(
+    saved_on, ranks, request, ranks_folder, fresh, world
+):
+    found = request.getfixturevalue(ranks)["checkpoint"]
+    policy, optimizer = fresh
+    path = checkpoint_path(ranks_folder / f"run-{saved_on}", 1)
+    assert load_checkpoint(path, policy=policy, optimizer=optimizer)["step"] == 1
+    assert_equal(full_parameters(policy), found["first"])
+    # AdamW's moments too: the next update is the same, up to the order of its sums.
+    for name, got in update(policy, world, optimizer).items():
+        torch.testing.assert_close(got, found["second"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_checkpoint_is_whole_and_named_by_its_step(tmp_path, fresh, world):
+    path = save(tmp_path, 7, fresh, world, ref_logprob=-11.5, cap={"policy_square": 0.25})
+    assert path == tmp_path / "checkpoints" / "step-000007"
+    assert checkpoint_step(path) == 7
+    assert latest_checkpoint(tmp_path) == path
+    assert (path / "config.toml").read_text() == "# step 7\n"
+    state = {"step": 7, "ref_logprob": -11.5, "cap": {"policy_square": 0.25}}
+    assert json.loads((path / "trainer.json").read_text()) == state
+    assert load_checkpoint(path, policy=fresh[0], optimizer=fresh[1]) == state
+    assert [p.name for p in path.parent.iterdir()] == ["step-000007"]  # no temporary folder
+
+
+def test_only_the_newest_are_kept(tmp_path, fresh, world):
+    for step in (999_999, 1_000_000, 1_000_001):  # by number, not by name
+        save(tmp_path, step, fresh, world, keep=2)
+    assert [checkpoint_step(p) for p in list_checkpoints(tmp_path)] == [1_000_000, 1_000_001]
+
+
+def test_a_partial_checkpoint_is_ignored_and_replaced(tmp_path, fresh, world):
+    save(tmp_path, 1, fresh, world)
+    partial = tmp_path / "checkpoints" / ".step-000002.partial"
+    partial.mkdir()
+    (partial / "stale").write_text("of a run that was killed")
+    (tmp_path / "checkpoints" / "step-000003.partial").mkdir()
+    assert checkpoint_step(latest_checkpoint(tmp_path)) == 1
+    path = save(tmp_path, 2, fresh, world)
+    assert checkpoint_step(latest_checkpoint(tmp_path)) == 2
+    assert not (path / "stale").exists()
+    assert not partial.exists()
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path, fresh, world):
+    path = save(tmp_path, 1, fresh, world, ref_logprob=-1.0)
+    assert save(tmp_path, 1, fresh, world, ref_logprob=-2.0) == path
+    assert json.loads((path / "trainer.json").read_text())["ref_logprob"] == -1.0
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(ConfigError, match="no complete checkpoint to resume from"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_before_the_first_update(tmp_path, world, model_folders):
+    """A run stopped in its first step: AdamW has yet to count its first update."""
+    config = ModelConfig(path=str(model_folders / "qwen2-tied"))
+    found = {}
+    for name in ("undisturbed", "saved", "resumed"):
+        policy = build_policy(config, world)
+        optimizer = build_optimizer(policy, OPTIM)
+        if name == "saved":
+            save(tmp_path, 0, (policy, optimizer), world)
+        if name == "resumed":
+            load_checkpoint(checkpoint_path(tmp_path, 0), policy=policy, optimizer=optimizer)
+        found[name] = update(policy, world, optimizer)
+        assert {int(full(state["step"])) for state in optimizer.state.values()} == {1}, name
+    assert_equal(found["saved"], found["undisturbed"])
+    assert_equal(found["resumed"], found["undisturbed"])
