@@ -62,13 +62,17 @@ class Policy(nn.Module):
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Gather every parameter once, so that ranks may then run the model out of step."""
+        """Gather every parameter once, so that ranks may then run the model out of step.
+
+        Compiled blocks run eagerly in here: decoding changes its shapes with every token.
+        """
         modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for module in modules:
                 module.reshard()
