@@ -336,7 +336,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     return parse_config(data, source=str(path))
 
 
@@ -365,7 +365,8 @@ def all_keys() -> dict[str, str]:
     return keys
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one key of nested sections from `section.key=value`, in place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f'override "{override}": expected section.key=value')

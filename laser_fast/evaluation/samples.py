@@ -17,8 +17,8 @@ class SampleRecord:
     r"""One graded and scored completion of a held-out prompt.
 
     Example: the second of eight completions of "2+3=" is `SampleRecord(prompt_id="eval-17",
-    sample=1, gold="5", text="2+3 is \boxed{5}", answer="5", reward=1.0, score=0.8,
-    score_logprob=-15.1, finish_reason="stop", num_tokens=9)`.
+    sample=1, prompt="2+3=", gold="5", text="2+3 is \boxed{5}", answer="5", reward=1.0,
+    score=0.8, score_logprob=-15.1, finish_reason="stop", num_tokens=9)`.
 
     `answer` is what votes, None if the completion gave none. `reward` is None if grading failed.
     `score` is 0 for an unfinished completion and None for a finished one that was not scored.
@@ -26,6 +26,7 @@ class SampleRecord:
 
     prompt_id: str
     sample: int
+    prompt: str
     gold: str
     text: str
     answer: str | None

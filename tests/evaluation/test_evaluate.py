@@ -7,8 +7,9 @@ import math
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.evaluate import EvalReport, collect, evaluate, summarize
+from laser_fast.evaluation.evaluate import collect, evaluate
 from laser_fast.evaluation.samples import SampleRecord, read_samples, rescore, write_samples
+from laser_fast.evaluation.summary import EvalReport, summarize
 from laser_fast.records import Completion, Group, Prompt, Sampling
 
 EOS = 0
@@ -42,7 +43,8 @@ class ScriptedEngine:
 class ExactGrader:
     """1 if the boxed digit is the gold one; the digit 9 breaks it."""
 
-    def grade(self, texts, answers):
+    def grade(self, texts, answers, *, prompts):
+        assert prompts == ["?"] * len(texts)
         return [
             None if "{9}" in text else float(text == rf"\boxed{{{answer}}}")
             for text, answer in zip(texts, answers, strict=True)
@@ -216,6 +218,7 @@ def test_answer_is_the_last_boxed():
     assert record == SampleRecord(
         prompt_id="a",
         sample=1,
+        prompt="?",
         gold="1",
         text=r"\boxed{1}",
         answer="1",
