@@ -15,12 +15,11 @@ from laser_fast.config import ConfigError
 
 OLDEST, NEWEST = (0, 26), (0, 32)
 # Read by vLLM while it is imported; a user's own values win.
-_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    # CPU builds only: threads stay as torchrun set them, and the KV cache is this many GiB.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+_CPU_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings there are about libraries for servers
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads stay as torchrun set them
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB of each engine
 }
 
 
@@ -30,7 +29,8 @@ def import_vllm() -> ModuleType:
     Raises:
         ConfigError: missing, broken or of an unsupported version.
     """
-    for name, value in _ENVIRONMENT.items():
+    on_gpu = torch.cuda.is_available()
+    for name, value in (_ENVIRONMENT | ({} if on_gpu else _CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     # Streamed weights and the trainer's process group live in this process; an engine core in
     # another one could reach neither.
