@@ -1,0 +1,55 @@
+"""Run by test_vllm_self_reward.py in a process of its own: vLLM's V2 model runner on a CPU.
+
+That runner wants Triton kernels. Triton's interpreter runs them on CPU tensors, so all that is
+needed is a vLLM that believes in a CPU backend of Triton; the sampler, its logits processors and
+the scheduler are the real ones.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import triton.backends
+from transformers import AutoModelForCausalLM
+
+from laser_fast.config import RolloutConfig
+from laser_fast.records import Prompt, Sampling
+from laser_fast.rollout.vllm import VllmEngine
+
+# Asked by vLLM while it is imported, which the engine does when it starts.
+triton.backends.backends["cpu"] = SimpleNamespace(
+    driver=SimpleNamespace(is_active=lambda: True), compiler=None
+)
+
+
+def main(path, score_token, eos, vocab, max_model_len):
+    engine = VllmEngine(
+        path,
+        RolloutConfig(engine="vllm", max_new_tokens=10, max_num_seqs=16),
+        score_token_id=score_token,
+        eos_token_ids=eos,
+        vocab_size=vocab,
+        max_model_len=max_model_len,
+    )
+    engine.sync(iter(AutoModelForCausalLM.from_pretrained(path).state_dict().items()))
+    # The last prompt ends with an EOS id, which asks for no score.
+    ids = [(10, 11, 12), (30, 31), (20, 21, eos[0])]
+    prompts = [
+        Prompt(prompt_id=f"p{i}", text="", prompt_ids=p, answer="") for i, p in enumerate(ids)
+    ]
+    found = {}
+    for temperature in (1.0, 0.7):
+        sampling = Sampling(group_size=6, temperature=temperature, max_new_tokens=10, seed=1)
+        groups = engine.generate(prompts, sampling)
+        found[temperature] = [
+            (g.prompt.prompt_ids, c.completion_ids, c.rollout_logprobs, c.score_logprob)
+            for g in groups
+            for c in g.completions
+        ]
+    held = engine.token_logprobs(groups, temperature=0.7)
+    is_v2 = engine._llm.llm_engine.vllm_config.use_v2_model_runner
+    print(json.dumps({"is_v2": is_v2, "rollout": found, "held": held}))
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
