@@ -63,7 +63,12 @@ def _expected(problem: Mapping[str, Any]) -> str:
     """Pydantic's "Input should be ...", fit to follow the word expected."""
     if problem["type"] == "missing":
         return "one more value"
-    text = problem["msg"].removeprefix("Input should be ").replace("valid ", "")
+    text = (
+        problem["msg"]
+        .removeprefix("Input should be ")
+        .replace("a valid int", "an int")
+        .replace("valid ", "")
+    )
     is_bound = problem["type"].startswith(("greater_than", "less_than"))
     return f"a number {text}" if is_bound else text[:1].lower() + text[1:]
 

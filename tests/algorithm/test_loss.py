@@ -208,8 +208,8 @@ def test_gspo_token_form_has_the_gradient_of_the_sequence_objective():
 
 def test_gspo_ratio_is_not_rounded_at_the_size_of_logprobs():
     # GSPO clips at about 3e-4, so an error of 1e-6 in the ratio would show.
-    old = torch.full((4,), -17.3)
-    logprobs = old + 3e-5
+    old = torch.tensor([-17.3, -0.01, -3.0, -0.2])
+    logprobs = old + torch.tensor([0.0, 3e-5, 0.0, 7e-5])
     sequence_ids = torch.zeros(4, dtype=torch.int64)
     loss = policy_loss(logprobs, old, -torch.ones(4), kind="gspo", sequence_ids=sequence_ids)
     exact = (logprobs - old).double().mean().exp()

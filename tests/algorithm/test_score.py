@@ -61,6 +61,8 @@ def test_correct_means_above_one_half():
         ([[1, 0], [0, 0]], [[T, T], [T, T]], [[2, 2 / 3], [2 / 3, 2 / 3]]),
         # The unfinished correct one enters no count: 1 and 2 of 3 finished, 3/2 and 3/4.
         ([[1, 1], [0, 0]], [[T, F], [T, T]], [[1.5, 0], [0.75, 0.75]]),
+        # An unfinished incorrect one: 1 and 1 of 2 finished.
+        ([[1, 0], [0, 0]], [[T, T], [F, F]], [[1, 1], [0, 0]]),
         # One class only: N / 2N.
         ([[1, 1], [1, 1]], [[T, T], [T, T]], [[0.5, 0.5], [0.5, 0.5]]),
         ([[0, 0], [0, 1]], [[T, T], [T, F]], [[0.5, 0.5], [0.5, 0]]),
