@@ -91,8 +91,8 @@ def check_score(op: str, token_id: int, weight: Tensor, beta: float, ref_logprob
     """Check the reserved token and the two constants of its score."""
     if not isinstance(token_id, int) or not 0 <= token_id < len(weight):
         raise ValueError(
-            f"{op}: expected token_id as an int in [0, {len(weight)}), got {token_id!r}; use the id "
-            f"that the tokenizer gives to the reserved token"
+            f"{op}: expected token_id as an int in [0, {len(weight)}), got {token_id!r}; use the "
+            f"id that the tokenizer gives to the reserved token"
         )
     _check_positive(op, "beta", beta)
     if not math.isfinite(ref_logprob):

@@ -23,7 +23,7 @@ from ._rows import RowGradient, Statistics, concatenate
 
 # Rows scored at a time: bounds the partials to 120 MB at V = 152k.
 SCORE_ROWS = 16384
-UNPACK_BLOCK = 4096
+UNPACK_BLOCK, UNPACK_WARPS = 4096, 8
 VECTOR_BLOCK = 1024
 
 
@@ -199,11 +199,11 @@ def dlogits_from_kept(
     """Turn kept logits into dlogits [n, V], in place."""
     assert gradient.slope is None  # kept logits serve a loss of log-probs alone
     num_rows, num_columns = kept.shape
-    assert kept.stride(0) == triton.cdiv(num_columns, 8) * 8
     dlogits = kept.view(dtype)
     rows = (labels, offset, gradient.constant, gradient.target)
+    sizes = (num_columns, kept.stride(0))
     kernels.unpack_kernel[(num_rows, triton.cdiv(num_columns, UNPACK_BLOCK))](
-        kept, dlogits, *rows, num_columns, BLOCK_V=UNPACK_BLOCK, num_warps=8
+        kept, dlogits, *rows, *sizes, BLOCK_V=UNPACK_BLOCK, num_warps=UNPACK_WARPS
     )
     return dlogits
 

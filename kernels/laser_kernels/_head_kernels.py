@@ -74,12 +74,6 @@ def _tile_logits(
 
 
 @triton.jit
-def _row_stride(V):
-    """Rows of a stored [N, V] matrix are padded to 16 bytes, which TMA asks for."""
-    return tl.cdiv(V, 8) * 8
-
-
-@triton.jit
 def _store_tile(
     out, x, row, column, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, TMA: tl.constexpr
 ):
@@ -88,7 +82,9 @@ def _store_tile(
     else:
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         columns = column + tl.arange(0, BLOCK_V)[None, :]
-        tl.store(out + rows * _row_stride(V) + columns, x, mask=(rows < N) & (columns < V))
+        # Rows of `out` are padded to 16 bytes, which TMA asks for.
+        position = rows * (tl.cdiv(V, 8) * 8) + columns
+        tl.store(out + position, x, mask=(rows < N) & (columns < V))
 
 
 @triton.jit
@@ -255,13 +251,14 @@ def unpack_kernel(
     constant_ptr,
     target_ptr,
     V,
+    stride_n,
     BLOCK_V: tl.constexpr,
 ):
     """Kept logits to dlogits, element by element, hence in place; grid (rows, column blocks)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = columns < V
-    position = row * _row_stride(V) + columns
+    position = row * stride_n + columns
     x = tl.load(kept_ptr + position, mask=mask, other=0).to(tl.float32) / STEPS
     d = dlogits_from_logprob(
         x - tl.load(offset_ptr + row) * LOG2E,

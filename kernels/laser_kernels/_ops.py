@@ -116,8 +116,8 @@ def check_all(
     temperature: float | Tensor,
     impl: str,
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor, str, str]:
-    """Check all inputs; return dense matrices, 1/T, the implementation and the group's name."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
+    """Check all inputs; return H, W, labels and 1/T, all dense, implementation and group name."""
     check_head(op, hidden_states, weight, allow_float64=impl == "reference")
     check_labels(op, labels, hidden_states)
     inv_temperature = inverse_temperature(op, temperature, hidden_states)
@@ -129,7 +129,8 @@ def check_all(
         )
     # An op schema can carry the name of a group, not the group.
     group = "" if process_group is None else process_group.group_name
-    return hidden_states.contiguous(), weight.contiguous(), inv_temperature, impl, group
+    tensors = (hidden_states, weight, labels, inv_temperature)
+    return *(x.contiguous() for x in tensors), impl, group
 
 
 def refuse_double_backward(op: torch.library.CustomOpDef) -> None:

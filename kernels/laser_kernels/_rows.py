@@ -6,9 +6,8 @@ With log p_iv = z_iv - lse_i and upstream gradients g = dL/dlogprob, e = dL/dent
              = p_iv (constant_i + slope_i log p_iv)                  v != y_i
              = target_i                                              v  = y_i
 
-so three numbers a row describe the whole row of dlogits. They carry the factor 1/T_i, because the
-GEMMs multiply by untempered logits' inputs. 1 - p_iy is formed as -expm1(logprob_i): it keeps its
-digits when the model is sure, and it is the entry that dominates such a row.
+so three numbers a row describe the whole row of dlogits. They carry the factor 1/T_i
+of z = H W^T / T.
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ def _last_token_bwd(
     gradient, scale = factor_out_exponent(gradient, dtype)
     backend = implementation(impl)
     # A copy of the logits is overwritten: a retained graph may need the original again.
-    kept = backend.empty_kept(hidden_states, weight).copy_(kept)
-    dlogits = backend.dlogits_from_kept(kept, offset, labels, ones, gradient, dtype)
+    dlogits = backend.dlogits_from_kept(kept.clone(), offset, labels, ones, gradient, dtype)
     grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
     if needs_hidden:
         grad_hidden = _gemm.hidden_gradient(dlogits, weight, scale).to(dtype)

@@ -201,7 +201,7 @@ def _logprob_and_entropy(
     process_group: ProcessGroup | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden_states, weight, inv_temperature, impl, group = check_all(
+    hidden_states, weight, labels, inv_temperature, impl, group = check_all(
         op, hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":

@@ -180,7 +180,7 @@ def linear_logprob_loss(
         RuntimeError: the named implementation cannot run here.
     """
     op = "linear_logprob_loss"
-    hidden_states, weight, inv_temperature, impl, group = check_all(
+    hidden_states, weight, labels, inv_temperature, impl, group = check_all(
         op, hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":

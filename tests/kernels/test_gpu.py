@@ -1,0 +1,232 @@
+"""What only a GPU can show: real sizes, both ways of addressing, memory, and no synchronisation."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import laser_kernels
+from laser_kernels import (
+    last_token_loss,
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_logprob_loss,
+    reference,
+)
+
+pytestmark = pytest.mark.gpu
+IMPLS = ["chunked", "triton"]
+# Hidden size and vocabulary of Qwen2.5 1.5B and 7B, Llama 3 8B, and one that no tile divides.
+MODELS = [(1536, 151936), (3584, 152064), (4096, 128256), (1000, 32003)]
+SCORE = dict(beta=0.1, ref_logprob=-23.0)
+
+
+def random_head(num_rows, hidden_size, vocabulary, dtype=torch.bfloat16, max_logit=30.0):
+    weight = torch.randn(vocabulary, hidden_size, device="cuda", dtype=dtype) / 4
+    labels = torch.randint(vocabulary, (num_rows,), device="cuda")
+    hidden_states = torch.randn(num_rows, hidden_size, device="cuda")
+    hidden_states[::2] += 3 * weight[labels[::2]]
+    logits = hidden_states[:64] @ weight.float().T
+    hidden_states = (hidden_states * (max_logit / logits.abs().max())).to(dtype)
+    return hidden_states.requires_grad_(), weight.requires_grad_(), labels
+
+
+def float64(head):
+    return *(x.detach().double().requires_grad_() for x in head[:2]), head[2]
+
+
+def tolerance(head):
+    with torch.no_grad():
+        largest = (head[0].float() @ head[1].float().T).abs().max().item()
+    return 2e-5 * max(1.0, largest / 32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("max_logit", [30, 70])
+@pytest.mark.parametrize(("hidden_size", "vocabulary"), MODELS)
+def test_logprobs_and_entropy_of_real_heads(impl, max_logit, hidden_size, vocabulary):
+    head = random_head(200, hidden_size, vocabulary, max_logit=max_logit)
+    with torch.no_grad():
+        actual = linear_logprob_entropy(*head, impl=impl)
+        exact = reference.linear_logprob_entropy(*float64(head))
+    for a, e in zip(actual, exact, strict=True):
+        assert (a - e).abs().max() <= tolerance(head)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", ["logprob", "loss", "last_token"])
+def test_gradients_of_a_real_head(impl, form, relative_error, baseline_gradients):
+    h, w, labels = head = random_head(200, 1536, 151936)
+    g = torch.randn(200, device="cuda")
+    if form == "logprob":
+        actual = torch.autograd.grad(linear_logprob(*head, impl=impl), head[:2], g)
+    elif form == "loss":
+        loss = linear_logprob_loss(*head, lambda x, rows: (g[rows] * x).sum(), impl=impl)
+        actual = torch.autograd.grad(loss, head[:2])
+    else:
+        labels.fill_(5)
+        rewards = torch.rand(200, device="cuda")
+        loss, scores = last_token_loss(h, w, 5, rewards, impl=impl, **SCORE)
+        actual = torch.autograd.grad(loss, head[:2])
+        g = 2 * SCORE["beta"] * (scores - rewards) / 200
+    double = float64(head)
+    exact = torch.autograd.grad(reference.linear_logprob(*double), double[:2], g.double())
+    baseline = baseline_gradients(head, g, torch.ones_like(g))
+    for a, b, e in zip(actual, baseline, exact, strict=True):
+        assert relative_error(a, e) <= min(4e-3, 1.1 * relative_error(b, e))
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 64, 300])
+def test_descriptors_and_pointers_agree(num_rows):
+    """Rows that start off a 16-byte boundary cannot be addressed by TMA."""
+    h, w, labels = random_head(num_rows, 1536, 32000)
+    rewards = torch.rand(num_rows, device="cuda")
+    memory = torch.empty(h.numel() + 1, dtype=h.dtype, device="cuda")
+    shifted = memory[1:].view_as(h).copy_(h.detach()).requires_grad_()
+    for function in (
+        lambda h: linear_logprob(h, w, labels, impl="triton").square().sum(),
+        lambda h: linear_logprob_loss(h, w, labels, lambda x, _: x.square().sum(), impl="triton"),
+        lambda h: last_token_loss(h, w, 5, rewards, impl="triton", **SCORE)[0],
+    ):
+        a, b = function(h), function(shifted)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        grads = torch.autograd.grad(a, h) + torch.autograd.grad(b, shifted)
+        torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_runs_repeat_and_rows_do_not_depend_on_their_batch(impl):
+    h, w, labels = random_head(700, 1536, 32000)
+
+    def run():
+        loss = linear_logprob_loss(h, w, labels, lambda x, _: x.square().sum(), impl=impl)
+        return torch.autograd.grad(loss, (h, w))
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+    if impl == "triton":
+        with torch.no_grad():
+            batch = linear_logprob(h, w, labels, impl=impl)
+            alone = linear_logprob(h[600:601], w, labels[600:601], impl=impl)
+        assert torch.equal(alone, batch[600:601])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_guard_of_far_targets_at_real_tile_sizes(impl):
+    h, w, labels = random_head(300, 1536, 32000, max_logit=3)
+    with torch.no_grad():
+        w[:, 0] = 0
+        w[5, 0] = -1
+        h[:, 0] = 0
+        for row, gap in ((0, 45), (130, 120), (299, 1000)):
+            labels[row] = 5
+            h[row, 0] = gap
+    double = float64((h, w, labels))
+    loss = linear_logprob_loss(h, w, labels, lambda x, _: x.sum(), impl=impl)
+    exact = reference.linear_logprob(*double)
+    actual = linear_logprob(h, w, labels, impl=impl)
+    assert (actual - exact).abs().max() <= tolerance((h, w))
+    for a, e in zip(
+        torch.autograd.grad(loss, (h, w)), torch.autograd.grad(exact.sum(), double[:2]), strict=True
+    ):
+        assert (a.double() - e).norm() <= 4e-3 * e.norm()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_waits_for_the_device(impl):
+    h, w, labels = random_head(600, 1536, 32000)
+    temperature = torch.rand(600, device="cuda") + 0.5
+    rewards = torch.rand(600, device="cuda")
+
+    def step():
+        logprobs, entropy = linear_logprob_entropy(h, w, labels, temperature=temperature, impl=impl)
+        (logprobs * rewards + entropy).sum().backward()
+        linear_logprob_loss(h, w, labels, lambda x, _: x.square().sum(), impl=impl).backward()
+        last_token_loss(h[:64], w, 5, rewards[:64], impl=impl, **SCORE)[0].backward()
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_peak_memory_obeys_the_formula(impl):
+    num_rows, hidden_size, vocabulary = 8192, 1536, 151936
+    h, w, labels = random_head(num_rows, hidden_size, vocabulary)
+
+    def peak(function):
+        h.grad = w.grad = None
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - held
+
+    def score():
+        with torch.no_grad():
+            linear_logprob(h, w, labels, impl=impl)
+
+    def train():
+        linear_logprob_loss(h, w, labels, lambda x, _: x.sum(), impl=impl).backward()
+
+    train(), score()  # cuBLAS takes its own workspace once
+    workspace, dh, dw = 1.3e9, 4 * num_rows * hidden_size, 4 * vocabulary * hidden_size
+    assert peak(train) <= dh + dw + max(workspace, (dh + dw) / 2) + 64e6
+    # The partials: three numbers a row and tile of 256 columns.
+    partials = 12 * num_rows * (vocabulary / 256 + 1)
+    assert peak(score) <= (partials if impl == "triton" else workspace) + 64e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_logits_than_32_bits_can_count(impl, monkeypatch):
+    """One chunk of 16384 x 152064 logits; the last row lies beyond 2^31 of them."""
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "20000")
+    h, w, labels = random_head(16384, 64, 152064)
+    g = torch.randn(16384, device="cuda")
+    loss = linear_logprob_loss(h, w, labels, lambda x, rows: (g[rows] * x).sum(), impl=impl)
+    (grad,) = torch.autograd.grad(loss, h)
+    tail = slice(16384 - 64, 16384)
+    h64, w64, _ = float64((h[tail], w, labels))
+    exact = reference.linear_logprob(h64, w64, labels[tail])
+    with torch.no_grad():
+        assert (linear_logprob(h, w, labels, impl=impl)[tail] - exact).abs().max() <= 1e-4
+    (exact_grad,) = torch.autograd.grad(exact, h64, g[tail].double())
+    assert (grad[tail].double() - exact_grad).norm() <= 4e-3 * exact_grad.norm()
+
+
+def test_tensors_on_two_devices_are_refused():
+    h, w, labels = random_head(4, 64, 100)
+    with pytest.raises(ValueError, match="expected weight on cuda:0 like hidden_states, got cpu"):
+        linear_logprob(h, w.detach().cpu(), labels)
+    with pytest.raises(ValueError, match="expected labels on cuda:0 like hidden_states, got cpu"):
+        linear_logprob(h, w, labels.cpu())
+
+
+def test_debug_mode_reports_a_bad_label():
+    """In a process of its own: a failed device assertion ends the CUDA context."""
+    code = (
+        "import torch; from laser_kernels import linear_logprob\n"
+        "h, w = (torch.ones(8, 64, device='cuda').bfloat16() for _ in range(2))\n"
+        "linear_logprob(h, w, torch.full((8,), 8, device='cuda'))\n"
+        "torch.cuda.synchronize()"
+    )
+    path = os.path.dirname(laser_kernels.__path__[0])
+    env = {**os.environ, "PYTHONPATH": path, "LASER_KERNELS_DEBUG": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode != 0 and "assert" in run.stderr
+
+
+def test_auto_follows_the_device():
+    h, w, labels = random_head(4, 64, 100)
+    linear_logprob(h, w, labels)
+    major, _ = torch.cuda.get_device_capability()
+    assert laser_kernels.last_impl() == ("triton" if major in (9, 10) else "chunked")
+    linear_logprob(h.float(), w.float(), labels)
+    assert laser_kernels.last_impl() == "chunked"

@@ -1,0 +1,275 @@
+"""Per-row log-probs and entropies, and their gradients, of every implementation."""
+
+import pytest
+import torch
+
+import laser_kernels
+from laser_kernels import linear_logprob, linear_logprob_entropy, reference
+
+# N below, at and above a tile; D and V that no tile divides, and that TMA cannot address.
+SHAPES = [(1, 16, 97), (37, 48, 203), (33, 25, 64)]
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1.5e-3}
+
+
+def logprob_tolerance(head, temperature=1.0) -> float:
+    logits = head.hidden_states.detach().double() @ head.weight.detach().double().T
+    largest = (logits / torch.as_tensor(temperature).double().reshape(-1, 1).to(logits)).abs().max()
+    return 2e-5 * max(1.0, largest.item() / 32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("max_logit", [30, 70])
+def test_logprobs_and_entropy_are_exact(case, shape, max_logit, make_head):
+    impl, dtype = case
+    head = make_head(*shape, dtype, max_logit)
+    temperature = torch.rand(shape[0], device=head.labels.device) + 0.5
+    logprobs, entropy = linear_logprob_entropy(*head, temperature=temperature, impl=impl)
+    exact = reference.linear_logprob_entropy(*head.float64(), temperature=temperature)
+    tolerance = logprob_tolerance(head, temperature)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert (logprobs - exact[0]).abs().max() <= tolerance
+    assert (entropy - exact[1]).abs().max() <= tolerance
+    assert laser_kernels.last_impl() == impl
+
+
+@pytest.mark.parametrize("vocabulary", [151936, 152064, 128256, 32003, 97])
+def test_logprobs_are_exact_for_real_vocabularies(vocabulary, make_head, device):
+    # The Triton kernels take their turn on a GPU; the interpreter would step over 10^4 tiles.
+    impl = "triton" if device == "cuda" else "chunked"
+    head = make_head(5, 64, vocabulary, torch.bfloat16, max_logit=70)
+    with torch.no_grad():
+        logprobs = linear_logprob(*head, impl=impl)
+        exact = reference.linear_logprob(*head.float64())
+    assert (logprobs - exact).abs().max() <= logprob_tolerance(head)
+
+
+def test_all_negative_logits(case, make_head):
+    impl, dtype = case
+    head = make_head(8, 16, 97, dtype)
+    with torch.no_grad():
+        head.hidden_states.copy_(head.hidden_states.abs())
+        head.weight.copy_(-head.weight.abs() - 1)
+        logprobs = linear_logprob(*head, impl=impl)
+        exact = reference.linear_logprob(*head.float64())
+    assert (logprobs - exact).abs().max() <= logprob_tolerance(head)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
+@pytest.mark.parametrize("gap", [60, 120, 1000])
+def test_target_far_below_the_maximum(case, gap, make_head):
+    """The anchor's guard: e^gap overflows or nearly so, in two of otherwise plain rows."""
+    impl, dtype = case
+    head = make_head(20, 16, 97, dtype, max_logit=3)
+    with torch.no_grad():
+        head.weight[:, 0] = 0
+        head.weight[5, 0] = -1
+        head.hidden_states[:, 0] = 0
+        for row in (1, 18):
+            head.labels[row] = 5
+            head.hidden_states[row, 0] = gap
+        logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
+        exact = reference.linear_logprob_entropy(*head.float64())
+    assert exact[0][1] < -gap + 10
+    assert (logprobs - exact[0]).abs().max() <= logprob_tolerance(head)
+    assert (entropy - exact[1]).abs().max() <= logprob_tolerance(head)
+
+
+def test_common_offset_of_all_logits_costs_only_the_rounding_of_the_gemm(make_head):
+    head = make_head(8, 16, 97, torch.float32)
+    with torch.no_grad():
+        head.weight[:, 0] = 64
+        head.hidden_states[:, 0] = 64
+        logprobs = linear_logprob(*head, impl="chunked")
+        exact = reference.linear_logprob(*head.float64())
+    assert (logprobs - exact).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("upstream", ["logprobs", "entropy", "both"])
+def test_gradients_are_exact(case, upstream, make_head, relative_error):
+    impl, dtype = case
+    head = make_head(37, 48, 203, dtype)
+    temperature = torch.rand(37, device=head.labels.device) + 0.5
+    gradients = (torch.randn_like(temperature), torch.randn_like(temperature))
+    chosen = {"logprobs": [0], "entropy": [1], "both": [0, 1]}[upstream]
+
+    def grads(outputs, inputs):
+        outputs = [outputs[i] for i in chosen]
+        upstreams = [gradients[i].to(output) for i, output in zip(chosen, outputs, strict=True)]
+        return torch.autograd.grad(outputs, inputs, upstreams)
+
+    actual = grads(linear_logprob_entropy(*head, temperature=temperature, impl=impl), head[:2])
+    double = head.float64()
+    exact = grads(reference.linear_logprob_entropy(*double, temperature=temperature), double[:2])
+    for a, e, x in zip(actual, exact, head[:2], strict=True):
+        assert a.dtype == x.dtype
+        assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
+
+
+def test_gradients_are_as_good_as_rounding_dlogits_alone(
+    case, make_head, relative_error, baseline_gradients
+):
+    impl, dtype = case
+    head = make_head(37, 48, 203, dtype)
+    temperature = torch.rand(37, device=head.labels.device) + 0.5
+    g = torch.randn_like(temperature)
+    logprobs = linear_logprob(*head, temperature=temperature, impl=impl)
+    actual = torch.autograd.grad(logprobs, head[:2], g)
+    baseline = baseline_gradients(head, g, temperature)
+    double = head.float64()
+    logprobs = reference.linear_logprob(*double, temperature=temperature)
+    exact = torch.autograd.grad(logprobs, double[:2], g.double())
+    for a, b, e in zip(actual, baseline, exact, strict=True):
+        assert relative_error(a, e) <= 1.1 * relative_error(b, e)
+
+
+def test_tiny_float16_gradients_do_not_vanish(make_head):
+    """dlogits of a loss averaged over 2^20 tokens lie below float16; their sums need not."""
+    head = make_head(16, 16, 97, torch.float16)
+    g = torch.rand(16, device=head.labels.device)
+    (unit,) = torch.autograd.grad(linear_logprob(*head), head.weight, g)
+    (tiny,) = torch.autograd.grad(linear_logprob(*head), head.weight, g * 2.0**-20)
+    assert unit.abs().max() > 1
+    assert (tiny.double() - unit.double() * 2.0**-20).abs().max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("frozen", ["hidden_states", "weight"])
+def test_a_frozen_input_gets_no_gradient(case, frozen, make_head):
+    impl, dtype = case
+    head = make_head(5, 16, 97, dtype)
+    g = torch.randn(5, device=head.labels.device)
+    both = torch.autograd.grad(linear_logprob(*head, impl=impl), head[:2], g)
+    getattr(head, frozen).requires_grad_(False)
+    linear_logprob(*head, impl=impl).backward(g)
+    assert getattr(head, frozen).grad is None
+    kept, expected = (head.weight, both[1]) if frozen == "hidden_states" else (head[0], both[0])
+    assert torch.equal(kept.grad, expected)
+
+
+def test_rows_without_upstream_gradient_contribute_exactly_nothing(case, make_head):
+    impl, dtype = case
+    head = make_head(40, 16, 97, dtype)
+    g = torch.randn(40, device=head.labels.device)
+    g[::3] = 0
+    grad_hidden, grad_weight = torch.autograd.grad(linear_logprob(*head, impl=impl), head[:2], g)
+    assert grad_hidden[::3].abs().max() == 0
+    with torch.no_grad():
+        head.hidden_states[::3] = 1
+    (again,) = torch.autograd.grad(linear_logprob(*head, impl=impl), head.weight, g)
+    assert torch.equal(again, grad_weight)
+
+
+def test_tied_weight_sums_both_gradients(case, make_head, relative_error):
+    """The same matrix embeds the inputs and scores the outputs."""
+    impl, dtype = case
+    head = make_head(9, 16, 97, dtype)
+    tokens = torch.randint(97, (9,), device=head.labels.device)
+    g = torch.randn(9, device=head.labels.device)
+    actual = linear_logprob(head.weight[tokens], head.weight, head.labels, impl=impl)
+    (actual,) = torch.autograd.grad(actual, head.weight, g)
+    weight = head.float64().weight
+    exact = reference.linear_logprob(weight[tokens], weight, head.labels)
+    (exact,) = torch.autograd.grad(exact, weight, g.double())
+    assert relative_error(actual, exact) <= 2 * GRADIENT_TOLERANCE[dtype]
+
+
+def test_empty_input_is_connected(case, make_head):
+    impl, dtype = case
+    head = make_head(0, 16, 97, dtype)
+    logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert head.hidden_states.grad.shape == (0, 16)
+    assert head.weight.grad.abs().max() == 0
+
+
+def test_non_contiguous_inputs(case, make_head):
+    impl, dtype = case
+    head = make_head(12, 16, 97, dtype)
+    g = torch.randn(12, device=head.labels.device)
+    logprobs = linear_logprob(*head, temperature=1.5 - g.sigmoid(), impl=impl)
+    expected = torch.autograd.grad(logprobs, head[:2], g)
+    h, w = (x.detach().T.contiguous().T.requires_grad_() for x in head[:2])
+    labels, temperature = (torch.stack([x, x], 1)[:, 0] for x in (head.labels, 1.5 - g.sigmoid()))
+    logprobs = linear_logprob(h, w, labels, temperature=temperature, impl=impl)
+    actual = torch.autograd.grad(logprobs, (h, w), g)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_no_grad_gives_the_same_logprobs(case, make_head):
+    impl, dtype = case
+    head = make_head(12, 16, 97, dtype)
+    logprobs = linear_logprob(*head, impl=impl)
+    with torch.no_grad():
+        alone = linear_logprob(*head, impl=impl)
+    assert logprobs.requires_grad and not alone.requires_grad
+    assert torch.equal(alone, logprobs)
+
+
+def test_graph_can_be_retained(case, make_head):
+    impl, dtype = case
+    head = make_head(12, 16, 97, dtype)
+    g = torch.randn(12, device=head.labels.device)
+    logprobs = linear_logprob(*head, impl=impl)
+    first = torch.autograd.grad(logprobs, head[:2], g, retain_graph=True)
+    second = torch.autograd.grad(logprobs, head[:2], g)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_workspaces_may_hold_anything_and_runs_repeat(case, make_head):
+    """Deterministic mode fills every uninitialised buffer with NaN or the largest integer."""
+    impl, dtype = case
+    head = make_head(37, 48, 203, dtype)
+    g = torch.randn(37, device=head.labels.device)
+
+    def run():
+        logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
+        grads = torch.autograd.grad([logprobs, entropy], head[:2], [g, g.flip(0)])
+        return logprobs, entropy, *grads
+
+    plain = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        poisoned = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(plain, poisoned, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_a_row_alone_equals_the_row_in_a_batch(dtype, make_head):
+    head = make_head(37, 48, 203, dtype)
+    with torch.no_grad():
+        batch = linear_logprob_entropy(*head, impl="triton")
+        for row in (0, 17, 36):
+            i = slice(row, row + 1)
+            alone = linear_logprob_entropy(head[0][i], head.weight, head.labels[i], impl="triton")
+            assert all(torch.equal(a, b[i]) for a, b in zip(alone, batch, strict=True))
+
+
+def test_chunks_are_invisible(case, make_head, monkeypatch, relative_error):
+    impl, dtype = case
+    head = make_head(130, 16, 40, dtype)
+    g = torch.randn(130, device=head.labels.device)
+
+    def run():
+        logprobs = linear_logprob(*head, impl=impl)
+        return logprobs, *torch.autograd.grad(logprobs, head[:2], g)
+
+    whole = run()
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.01")
+    split = run()
+    torch.testing.assert_close(split[0], whole[0], rtol=0, atol=1e-5)
+    for a, b in zip(split[1:], whole[1:], strict=True):
+        assert relative_error(a, b.double()) <= GRADIENT_TOLERANCE[dtype]
+
+
+def test_double_backward_is_refused(case, make_head):
+    impl, dtype = case
+    head = make_head(5, 16, 97, dtype)
+    loss = linear_logprob(*head, impl=impl).square().sum()
+    (grad,) = torch.autograd.grad(loss, head.hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()

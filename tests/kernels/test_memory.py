@@ -1,0 +1,65 @@
+"""Peak memory obeys the documented formula, seen by the allocator hooks of the profiler."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from laser_kernels import linear_logprob, linear_logprob_entropy, linear_logprob_loss
+
+N, D, V = 700, 64, 4000
+WORKSPACE_MB = 5
+
+
+def peak_bytes(function) -> int:
+    """Largest number of bytes that `function` held at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = peak = 0
+    for event in memory:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_peak_of_a_known_function():
+    def function():
+        a = torch.empty(1000)
+        b = a + 1
+        del a
+        return b.exp()
+
+    assert 8000 <= peak_bytes(function) < 8100
+
+
+@pytest.mark.parametrize("form", ["score", "logprob", "loss"])
+def test_peak_memory_is_bounded_by_the_formula(form, monkeypatch):
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", str(WORKSPACE_MB))
+    h, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    labels = torch.randint(V, (N,))
+
+    def function():
+        if form == "score":
+            with torch.no_grad():
+                linear_logprob_entropy(h, w, labels, impl="chunked")
+        elif form == "logprob":
+            linear_logprob(h, w, labels, impl="chunked").sum().backward()
+        else:
+            linear_logprob_loss(
+                h, w, labels, lambda logprobs, rows: logprobs.sum(), impl="chunked"
+            ).backward()
+
+    function()
+    h.grad = w.grad = None
+    workspace, rows = 1e6 * WORKSPACE_MB, 64 * N
+    dh, dw = 4 * N * D, 4 * V * D
+    bound = {
+        "score": workspace,
+        "logprob": workspace + dh + dw,
+        # Float32 dH and dW are held; the gradients come when the workspace is gone.
+        "loss": dh + dw + max(workspace, dh + dw),
+    }[form]
+    peak = peak_bytes(function)
+    assert 0.5 * bound < peak <= bound + rows
+    assert peak < 4 * N * V  # the logits alone, let alone their gradients

@@ -1,0 +1,105 @@
+"""The ops as torch sees them: schema, fake, autograd, compilation."""
+
+import pytest
+import torch
+
+from laser_kernels import (
+    last_token_loss,
+    last_token_score,
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_logprob_loss,
+)
+
+OPS = torch.ops.laser_kernels
+SCORE = dict(beta=0.1, ref_logprob=-4.0)
+
+
+def op_arguments(head, impl):
+    """Realistic arguments of every op, by name."""
+    h, w, labels = head
+    num_rows, vocabulary, device = len(h), len(w), h.device
+    rows = [torch.rand(num_rows, device=device) + 0.5 for _ in range(3)]
+    inv_temperature, g, e = rows
+    hd, wd = h.detach(), w.detach()
+    logprobs, entropy, logsumexp = OPS.linear_logprob_fwd(
+        hd, wd, labels, inv_temperature, True, impl, ""
+    )
+    loss_rows, kept, offset = OPS.loss_chunk_fwd(hd, wd, labels, inv_temperature, impl, "")
+    few = OPS.last_token_fwd(hd, wd, 3, g, e, 0.1, -4.0, True, impl)
+    statistics = (logprobs, entropy, logsumexp)
+    grads = (torch.zeros_like(hd).float(), torch.zeros_like(wd).float())
+    scalar = torch.tensor(2.0, device=device)
+    return {
+        "linear_logprob_fwd": (h, w, labels, inv_temperature, True, impl, ""),
+        "linear_logprob_bwd": (
+            *(g, e, hd, wd, labels, inv_temperature, *statistics, True, False, impl, ""),
+        ),
+        "loss_chunk_fwd": (hd, wd, labels, inv_temperature, impl, ""),
+        "loss_chunk_bwd": (
+            *(g, loss_rows, kept, offset, hd, wd, labels, inv_temperature, *grads, True, impl, ""),
+        ),
+        "attach_gradients": (scalar, h, w, *(torch.randn_like(x) for x in grads)),
+        "scale_gradient": (torch.randn(num_rows, vocabulary, device=device), scalar, h.dtype),
+        "last_token_fwd": (h, w, 3, g, e, 0.1, -4.0, True, impl),
+        "last_token_bwd": (g, few[2], few[4], few[5], hd, wd, 3, True, True, impl),
+    }
+
+
+NAMES = [
+    "attach_gradients",
+    "last_token_bwd",
+    "last_token_fwd",
+    "linear_logprob_bwd",
+    "linear_logprob_fwd",
+    "loss_chunk_bwd",
+    "loss_chunk_fwd",
+    "scale_gradient",
+]
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_opcheck(op, case, make_head):
+    impl, dtype = case
+    arguments = op_arguments(make_head(6, 16, 41, dtype), impl)
+    assert sorted(arguments) == NAMES
+    checks = torch.library.opcheck(getattr(OPS, op).default, arguments[op])
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def public_functions(g):
+    def logprob(h, w, labels, impl):
+        return (linear_logprob(h, w, labels, temperature=0.7, impl=impl) * g).sum()
+
+    def entropy(h, w, labels, impl):
+        logprobs, entropy = linear_logprob_entropy(h, w, labels, impl=impl)
+        return (logprobs * g + entropy * g.flip(0)).sum()
+
+    def fused(h, w, labels, impl):
+        def loss_fn(logprobs, rows):
+            return (g[rows] * logprobs.exp()).sum()
+
+        return linear_logprob_loss(h, w, labels, loss_fn, impl=impl)
+
+    def score(h, w, labels, impl):
+        return last_token_score(h, w, 3, impl=impl, **SCORE).sum()
+
+    def score_loss(h, w, labels, impl):
+        return last_token_loss(h, w, 3, g, impl=impl, **SCORE)[0]
+
+    return {f.__name__: f for f in (logprob, entropy, fused, score, score_loss)}
+
+
+@pytest.mark.parametrize("name", ["logprob", "entropy", "fused", "score", "score_loss"])
+def test_compiled_equals_eager(name, case, make_head):
+    impl, dtype = case
+    head = make_head(6, 16, 41, dtype)
+    function = public_functions(torch.randn(6, device=head.labels.device))[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager, traced = function(*head, impl), compiled(*head, impl)
+    assert torch.equal(eager, traced)
+    assert eager.requires_grad == traced.requires_grad == (name != "score")
+    if eager.requires_grad:
+        grads = (torch.autograd.grad(x, head[:2]) for x in (eager, traced))
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)

@@ -1,0 +1,114 @@
+"""Single Triton kernels, in the interpreter or on a GPU; the public ops are tested elsewhere."""
+
+import pytest
+import torch
+
+from laser_kernels import _fused, _head_kernels, _row_kernels
+from laser_kernels._chunked import dlogits_from_kept
+from laser_kernels._rows import row_gradient
+
+ELEMENTWISE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def rows(device):
+    """Logits of 5 rows, one of them wide, all of them below zero; V is beyond one block."""
+    n, v = 5, _row_kernels.BLOCK_V + 333
+    logits = -torch.rand(n, v, device=device) * torch.tensor([[1.0], [20], [70], [900], [5]]).to(
+        device
+    )
+    logits -= 2
+    labels = torch.randint(v, (n,), device=device)
+    inv_temperature = torch.rand(n, device=device) + 0.5
+    return logits, labels, inv_temperature
+
+
+def exact_statistics(logits, labels, inv_temperature):
+    logprobs = torch.log_softmax(logits.double() * inv_temperature.double()[:, None], 1)
+    entropy = -(logprobs.exp() * logprobs).sum(1)
+    logsumexp = (logits.double() * inv_temperature.double()[:, None]).logsumexp(1)
+    return logprobs.gather(1, labels[:, None])[:, 0], logsumexp, entropy
+
+
+def test_row_statistics(rows):
+    for actual, exact in zip(_row_kernels.statistics(*rows), exact_statistics(*rows), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTWISE_DTYPES)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_row_dlogits_in_place(rows, dtype, with_entropy):
+    logits, labels, inv_temperature = rows
+    logprobs, logsumexp, entropy = (x.float() for x in exact_statistics(*rows))
+    g, e = torch.randn_like(logprobs), torch.randn_like(logprobs) if with_entropy else None
+    labels[0] = -1  # the target is in another shard
+    gradient = row_gradient(logprobs, entropy, g, e, inv_temperature)
+    shifted = (logits.cpu() * inv_temperature.cpu()[:, None]).double()
+    double = [None if x is None else x.cpu().double() for x in gradient]
+    expected = dlogits_from_kept(
+        shifted, logsumexp.cpu().double(), labels.cpu(), None, type(gradient)(*double), None
+    )
+    memory = logits.data_ptr()
+    actual = _row_kernels.dlogits_(logits, logsumexp, labels, inv_temperature, gradient, dtype)
+    assert actual.dtype == dtype and actual.data_ptr() == memory
+    # The interpreter truncates to bfloat16, a GPU rounds.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=1e-6)
+
+
+def test_kept_logits_cost_no_accuracy(device, relative_error):
+    """Steps of 2^-9 under dlogits of 8 bits: at most 1.1 times the error of the 8 bits alone."""
+    n, v = 16, _fused.UNPACK_BLOCK + 100
+    x = torch.randn(n, v, dtype=torch.float64) * 8  # log2 units, around the anchor
+    kept = (x * 512).round().clamp(-(2**15), 2**15 - 1).to(device, torch.int16)
+    offset = (x.exp2().sum(1).log2() * 0.6931471805599453).float().to(device)
+    labels = torch.full((n,), -1, device=device)
+    constant, target = torch.randn(2, n, device=device)
+    actual = torch.empty(n, v, device=device)  # float32: the interpreter truncates to bfloat16
+    rows = (labels, offset, constant, target, v, v)
+    _head_kernels.unpack_kernel[(n, 2)](kept, actual, *rows, BLOCK_V=_fused.UNPACK_BLOCK)
+    exact = torch.softmax(x * 0.6931471805599453, 1) * constant.cpu().double()[:, None]
+    baseline = relative_error(exact.bfloat16(), exact)
+    assert relative_error(actual.cpu().bfloat16(), exact) <= 1.1 * baseline
+
+
+@pytest.mark.parametrize("hidden_size", [16, 25])  # TMA can address rows of 16, not of 25
+def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
+    head = make_head(20, hidden_size, 97, torch.float16)
+    tile = _fused._tile("many", head.hidden_states, head.weight)
+    assert tile.uses_tma == (hidden_size == 16)
+    ones = torch.ones(20, device=head.labels.device)
+    h, w = (x.detach() for x in head[:2])
+    stats, kept, log_total = _fused.keep(h, w, head.labels, ones)
+    logits = h.double() @ w.double().T
+    torch.testing.assert_close(stats.logsumexp.double(), logits.logsumexp(1), rtol=0, atol=2e-5)
+    actual = kept.double() / 512 * 0.6931471805599453 - log_total[:, None]
+    expected = torch.log_softmax(logits, 1)
+    inside = expected > -40  # below, the kept logit saturates at 2^-64
+    assert (actual - expected)[inside].abs().max() <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
+def test_only_overflowing_row_blocks_run_again(make_head):
+    """A second pass over a plain batch would be wasted, one over row 0 alone is right."""
+    head = make_head(40, 16, 97, torch.float16, max_logit=3)
+    with torch.no_grad():
+        head.weight[:, 0] = 0
+        head.weight[5, 0] = -1
+        head.hidden_states[:, 0] = 0
+        head.hidden_states[0, 0] = 200
+        head.labels[0] = 5
+    h, w = (x.detach() for x in head[:2])
+    tile = _fused._tile("many", h, w)
+    blocks = -(-97 // tile.v)
+    device = h.device
+    flags = torch.zeros(41, dtype=torch.int32, device=device)
+    flags[[0, 40]] = 1
+    partials = torch.full((40, 3, blocks), float("nan"), device=device)
+    rows = (flags, torch.zeros(40, device=device), torch.ones(40, device=device), partials)
+    _fused._launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    assert partials[: tile.n].isfinite().all()
+    assert partials[tile.n :].isnan().all()
+    flags.zero_(), partials.fill_(float("nan"))
+    _fused._launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    assert partials.isnan().all()
