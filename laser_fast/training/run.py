@@ -7,7 +7,6 @@ anything but the sandbox's own base model is written.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -105,12 +104,10 @@ def _build(
     config: Config, folder: RunFolder, world: World, *, resume: bool, stack: ExitStack
 ) -> tuple[Trainer, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
-    if config.model.path == "sandbox" and not resume and world.is_main:
+    if config.model.path == "sandbox" and not resume:
         base = folder.path / "base_model"
-        shutil.rmtree(base, ignore_errors=True)
         logger.info("warm-starting the sandbox model in %s", base)
-        make_sandbox_model(base, seed=config.seed)
-    world.barrier()
+        make_sandbox_model(base, seed=config.seed, world=world)
     config = resolve_model(config)
     model_config = load_model_config(config.model)
     vocabulary = load_vocabulary(

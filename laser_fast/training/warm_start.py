@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from transformers import (
 
 from laser_fast.data.sandbox import EOS_TOKEN, PAD_TOKEN, TOKENS, warm_up_rows, write_tokenizer
 from laser_fast.training.attention import IMPLEMENTATIONS, attention_kwargs
+from laser_fast.training.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +38,33 @@ _MIN_LR_RATIO = 0.05
 
 
 def make_sandbox_model(
-    folder: str | Path, *, seed: int, steps: int = STEPS, num_threads: int | None = None
+    folder: str | Path, *, seed: int, steps: int = STEPS, world: World | None = None
 ) -> None:
     """Write a Hugging Face folder with the warm-started model and its tokenizer.
 
-    A pure function of its arguments on one machine.
+    A pure function of seed and steps, up to the rounding of sums over ranks. With a world, every
+    rank calls it and takes a share of each step's rows; the first rank writes.
 
     Args:
         folder: made if missing.
         seed: names the initial weights and the problems.
         steps: fewer give a less capable model.
-        num_threads: of torch meanwhile; by default every core, up to eight.
+        world: ranks that share the work; None: this process alone.
     """
-    write_tokenizer(folder)
+    is_main = world is None or world.is_main
+    if is_main:
+        write_tokenizer(folder)
+    if world is not None:
+        world.barrier()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Beyond eight the matrices of one step are too small to share.
-    num_threads = num_threads or min(len(os.sched_getaffinity(0)), 8)
-    with _threads(num_threads), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model()
-        _train(model, tokenizer, seed=seed, steps=steps)
-    model.save_pretrained(folder)
+        _train(model, tokenizer, seed=seed, steps=steps, world=world)
+    if is_main:
+        model.save_pretrained(folder)
+    if world is not None:
+        world.barrier()
 
 
 def _new_model() -> Qwen2ForCausalLM:
@@ -82,21 +87,33 @@ def _new_model() -> Qwen2ForCausalLM:
 
 
 def _train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    steps: int,
+    world: World | None = None,
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
     rows = warm_up_rows(seed=seed)
     model.train()
     for step in range(1, steps + 1):
-        loss = _loss(model, _encode(tokenizer, list(islice(rows, _ROWS_PER_STEP))))
+        batch = _encode(tokenizer, list(islice(rows, _ROWS_PER_STEP)))
+        num_labels = sum(len(ids) - num_prompt for ids, num_prompt in batch)
+        share = batch if world is None else batch[world.rank :: world.size]
+        loss = _loss(model, share) / num_labels
         loss.backward()
+        if world is not None:
+            _sum_gradients(model, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            logger.info("sandbox model: warm start %d/%d, loss %.3f", step, steps, loss.item())
+            # Every rank has about the same share of the loss.
+            mean = loss.item() * (1 if world is None else world.size)
+            logger.info("sandbox model: warm start %d/%d, loss %.3f", step, steps, mean)
 
 
 def _lr_factor(step: int, steps: int) -> float:
@@ -116,7 +133,7 @@ def _encode(
 
 
 def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-    """Mean cross-entropy of the labels; rows are packed, so nothing is computed on padding."""
+    """Summed cross-entropy of the labels; rows are packed, so nothing is computed on padding."""
     lengths = tuple(len(ids) - 1 for ids, _ in rows)
     input_ids = torch.tensor([i for ids, _ in rows for i in ids[:-1]])
     position_ids = torch.cat([torch.arange(length) for length in lengths])
@@ -129,15 +146,13 @@ def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Ten
         use_cache=False,
         **attention_kwargs("sdpa", lengths, input_ids.device),
     ).last_hidden_state[0]
-    return cross_entropy(model.lm_head(hidden_states[is_labelled]), labels[is_labelled])
+    logits = model.lm_head(hidden_states[is_labelled])
+    return cross_entropy(logits, labels[is_labelled], reduction="sum")
 
 
-@contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    """Torch's threads for the duration; launchers of several ranks start with one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _sum_gradients(model: Qwen2ForCausalLM, world: World) -> None:
+    """Add up the gradients of all ranks' shares, in one call."""
+    grads = [parameter.grad for parameter in model.parameters()]
+    total = world.sum(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))

@@ -13,7 +13,7 @@ ROWS = [("7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}"), ("1a+1b+1c+1=", r"\boxe
 @pytest.fixture(scope="module")
 def hardly_trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    make_sandbox_model(folder, seed=0, steps=1, num_threads=1)
+    make_sandbox_model(folder, seed=0, steps=1)
     return folder
 
 
@@ -44,7 +44,7 @@ def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
     weights = []
     for folder, outer_seed, seed in (("a", 5, 0), ("b", 6, 0), ("c", 5, 1)):
         torch.manual_seed(outer_seed)
-        make_sandbox_model(tmp_path / folder, seed=seed, steps=1, num_threads=1)
+        make_sandbox_model(tmp_path / folder, seed=seed, steps=1)
         if outer_seed == 5:
             assert torch.rand(()) == expected_draw
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict())
@@ -65,14 +65,6 @@ def test_the_seed_names_the_problems_too(hardly_trained):
     assert not torch.equal(*weights)
 
 
-def test_threads_are_given_back():
-    before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), warm_start._threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise RuntimeError
-    assert torch.get_num_threads() == before
-
-
 def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
     model, tokenizer = load(hardly_trained)
     logits, labels = [], []
@@ -84,7 +76,7 @@ def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
             row = model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[0]
         logits.append(row[len(prompt_ids) - 1 : -1])
         labels += answer_ids
-    expected = cross_entropy(torch.cat(logits), torch.tensor(labels))
+    expected = cross_entropy(torch.cat(logits), torch.tensor(labels), reduction="sum")
     with torch.no_grad():
         actual = warm_start._loss(model, warm_start._encode(tokenizer, ROWS))
     torch.testing.assert_close(actual, expected)
@@ -92,7 +84,7 @@ def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
 
 def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path):
     """Forty steps in, the loss of fixed rows has fallen and EOS is followed by <pad>."""
-    make_sandbox_model(tmp_path, seed=0, steps=40, num_threads=1)
+    make_sandbox_model(tmp_path, seed=0, steps=40)
     losses, pads = [], []
     for folder in (hardly_trained, tmp_path):
         model, tokenizer = load(folder)
