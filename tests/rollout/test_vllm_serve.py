@@ -1,0 +1,90 @@
+"""A deployed model scores its answers for any OpenAI client: real `vllm serve`, real `openai`."""
+
+import pytest
+
+from laser_fast.rollout.score_request import score_request
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+PROMPT = "7a*3b+4c^2="
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="unused", max_retries=0)
+
+
+def encode(served, text):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(served.path)(text)["input_ids"]
+
+
+def test_every_chat_completion_brings_its_own_score(client, served):
+    prompt_ids = encode(served, PROMPT)
+    num_scores = 0
+    for seed in range(8):
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": PROMPT}],
+            max_tokens=40,
+            seed=seed,
+            logprobs=True,
+            extra_body=score_request(served.score_token) | {"return_token_ids": True},
+        )
+        (choice,) = answer.choices
+        assert "reserved" not in choice.message.content  # the score is no part of the answer
+        if choice.finish_reason != "stop":
+            continue
+        *ids, last = choice.token_ids
+        assert (ids[-1], last) == (served.eos[0], served.score_token)
+        expected = served.logprobs(prompt_ids, ids)[-1, served.score_token].item()
+        assert choice.logprobs.content[-1].logprob == pytest.approx(expected, abs=2e-5)
+        num_scores += 1
+    assert num_scores > 1
+
+
+def test_plain_completions_too(client, served):
+    prompt_ids = encode(served, PROMPT)
+    answer = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        n=8,
+        max_tokens=40,
+        seed=0,
+        logprobs=0,
+        extra_body=score_request(served.score_token) | {"return_token_ids": True},
+    )
+    finished = [choice for choice in answer.choices if choice.finish_reason == "stop"]
+    assert finished
+    for choice in finished:
+        expected = served.logprobs(prompt_ids, choice.token_ids[:-1])[-1, served.score_token]
+        assert choice.logprobs.token_logprobs[-1] == pytest.approx(expected.item(), abs=2e-5)
+
+
+def test_requests_that_do_not_ask_are_served_as_ever(client, served):
+    options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.0}
+    answer = client.completions.create(**options, extra_body={"return_token_ids": True})
+    ids = list(encode(served, PROMPT))
+    import torch
+
+    for _ in answer.choices[0].token_ids:
+        ids.append(int(served.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer.choices[0].token_ids == ids[-len(answer.choices[0].token_ids) :]
+    # They stop at the EOS and may even say the score token.
+    for wanted, reason in ((served.eos[0], "stop"), (served.score_token, "length")):
+        answer = client.completions.create(
+            **options,
+            extra_body={"logit_bias": {str(wanted): 100}, "return_token_ids": True},
+        )
+        assert set(answer.choices[0].token_ids) == {wanted}
+        assert answer.choices[0].finish_reason == reason
+
+
+def test_a_request_that_would_get_no_score_is_told_what_to_change(client, served):
+    import openai
+
+    fields = score_request(served.score_token)
+    del fields["ignore_eos"]
+    with pytest.raises(openai.BadRequestError, match="ignore_eos = true and stop_token_ids"):
+        client.completions.create(model="tiny", prompt=PROMPT, logprobs=0, extra_body=fields)

@@ -1,0 +1,243 @@
+"""The engine over HTTP: a real server, its weights replaced by files, and servers that fail."""
+
+import http.server
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from laser_fast.config import ConfigError, RolloutConfig
+from laser_fast.records import Prompt, Sampling
+from laser_fast.rollout.agreement import disagreement
+from laser_fast.rollout.server_http import Http, ServerError
+from laser_fast.rollout.vllm_server import VllmServerEngine
+from laser_fast.rollout.weight_transfer import pieces
+
+SAMPLING = Sampling(group_size=6, temperature=1.0, max_new_tokens=24, seed=0)
+PROMPTS = [
+    Prompt(prompt_id=str(i), text="", prompt_ids=tuple(range(8, 12 + i)), answer="")
+    for i in range(5)
+]
+
+
+def connect(url, served, **changes):
+    rollout = {"engine": "vllm_server", "server_url": url, "max_new_tokens": 24}
+    return VllmServerEngine(
+        RolloutConfig(**{**rollout, **changes}),
+        score_token_id=served.score_token,
+        eos_token_ids=served.eos,
+        vocab_size=served.vocab,
+        max_model_len=64,
+        timeout_s=60.0,
+    )
+
+
+def completions(groups):
+    return [c for group in groups for c in group.completions]
+
+
+@pytest.fixture
+def served_ids():
+    """The ids of the served model, for servers that only pretend."""
+    return SimpleNamespace(score_token=2, eos=(1,), vocab=33)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, served):
+    return type(served).make(tmp_path_factory.mktemp("served-other"), seed=1)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_server_samples_from_the_synced_weights(server, served, other):
+    engine = connect(server[0], served, sync_buffer_mb=1)
+    for policy in (other, served):
+        engine.sync(policy.weights())
+        groups = engine.generate(PROMPTS, SAMPLING)
+        assert [group.prompt for group in groups] == PROMPTS
+        expected = policy.token_logprobs(groups)
+        rollout = [c.rollout_logprobs for c in completions(groups)]
+        assert disagreement(rollout, expected) < 1e-5
+        assert disagreement(engine.token_logprobs(groups, temperature=1.0), expected) < 1e-5
+        finished = [(g, c) for g in groups for c in g.completions if c.is_finished]
+        assert len(finished) > 2
+        for group, completion in finished:
+            score = policy.score_logprob(group, completion)
+            assert completion.score_logprob == pytest.approx(score, abs=2e-5)
+        for completion in completions(groups):
+            assert served.score_token not in completion.completion_ids
+            assert max(completion.completion_ids) < served.vocab
+    assert engine.generate(PROMPTS, SAMPLING) == groups  # the same draw, so a retry is harmless
+    plain = engine.generate(PROMPTS, replace(SAMPLING, needs_score=False))
+    assert [c.completion_ids for c in completions(plain)] == [
+        c.completion_ids for c in completions(groups)
+    ]
+    assert {c.score_logprob for c in completions(plain)} == {None}
+    engine.sleep()
+    engine.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_restarted_server_is_noticed(server, served):
+    engine = connect(server[0], served)
+    engine.sync(served.weights())
+    engine.generate(PROMPTS[:1], SAMPLING)
+    connect(server[0], served).sync(served.weights())  # someone else's weights, or the first ones
+    with pytest.raises(ServerError, match="restarted, or another run uses it"):
+        engine.generate(PROMPTS[:1], SAMPLING)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.7}, "samples at temperature 1, got rollout.temperature = 0.7"),
+        ({"score": "request"}, 'needs rollout.engine = "vllm"'),
+        ({"server_url": "http://127.0.0.1:9"}, "no vLLM server answers at rollout.server_url"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_at_the_start(server, served, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        connect(server[0], served, **changes)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_window_that_is_too_short_is_refused_at_the_start(server, served):
+    with pytest.raises(ConfigError, match="--max-model-len 1000"):
+        VllmServerEngine(
+            RolloutConfig(engine="vllm_server", server_url=server[0]),
+            score_token_id=served.score_token,
+            eos_token_ids=served.eos,
+            vocab_size=served.vocab,
+            max_model_len=1000,
+        )
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_server_that_dies_stops_the_run_with_a_sentence(server, served):
+    # The last test of this session's server: it takes it down.
+    base_url, process = server
+    engine = connect(base_url, served)
+    engine.sync(served.weights())
+    process.terminate()
+    process.wait(60)
+    with pytest.raises(ServerError, match="did not answer in 3 attempts.*resume from the last"):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+class Script(http.server.BaseHTTPRequestHandler):
+    """Answers a GET with a page, and every POST with the next of the scripted replies."""
+
+    def do_GET(self):
+        self.answer(*self.server.pages.get(self.path, (404, "no such page")))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, body = self.server.replies.pop(0)
+        if status is None:  # hang up
+            self.connection.close()
+            return
+        if status == "late":
+            self.server.release.wait(10)
+            return
+        self.answer(status, body)
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def scripted():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    server.release = threading.Event()
+    server.pages = {
+        "/version": (200, '{"version": "0.32.0+cpu"}'),
+        "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 64}]}'),
+        "/weight_info": (200, '{"weight_version": "0"}'),
+    }
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server, Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=0.5)
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("page", "reply", "message"),
+    [
+        ("/version", (200, '{"version": "0.27.1"}'), r"runs vLLM 0\.27\.1.*supports 0\.28 to"),
+        ("/version", (200, "{}"), "no vLLM server answers"),
+        ("/weight_info", (404, ""), "takes no weights; start it with VLLM_SERVER_DEV_MODE=1"),
+    ],
+)
+def test_a_server_that_was_not_started_for_training_is_refused(
+    scripted, served_ids, page, reply, message
+):
+    server, _ = scripted
+    server.pages[page] = reply
+    with pytest.raises(ConfigError, match=message):
+        connect(f"http://127.0.0.1:{server.server_address[1]}", served_ids)
+
+
+def test_a_server_that_does_not_score_is_refused(scripted, served_ids):
+    server, _ = scripted
+    server.replies = [(200, '{"choices": [{"token_ids": [1, 1]}]}')]
+    with pytest.raises(ConfigError, match="start it with --logits-processors laser_fast.rollout"):
+        connect(f"http://127.0.0.1:{server.server_address[1]}", served_ids)
+
+
+def test_a_failed_request_is_sent_again(scripted):
+    server, client = scripted
+    server.replies = [(None, ""), (500, "busy"), (200, '{"answer": 1}'), (200, '{"answer": 2}')]
+    assert client.post("/x", {"a": 1}) == {"answer": 1}
+    assert server.replies == [(200, '{"answer": 2}')]
+
+
+def test_an_empty_answer_is_none(scripted):
+    server, client = scripted
+    server.replies = [(200, "")]
+    assert client.post("/x") is None
+
+
+def test_a_refused_request_is_not_sent_again(scripted):
+    server, client = scripted
+    server.replies = [(400, "bad prompt"), (200, "{}")]
+    with pytest.raises(ValueError, match="refused: 400 bad prompt"):
+        client.post("/x", {})
+    assert len(server.replies) == 1
+
+
+def test_a_server_that_answers_late_is_given_up(scripted):
+    server, client = scripted
+    server.replies = [("late", "")] * 3
+    with pytest.raises(ServerError, match=r"3 attempts of up to 0\.5 s: .*timed out"):
+        client.post("/x", {})
+
+
+def test_what_must_not_happen_twice_is_tried_once(scripted):
+    server, client = scripted
+    server.replies = [(503, "no"), (200, "{}")]
+    with pytest.raises(ServerError, match="1 attempts"):
+        client.post("/x", {}, attempts=1)
+    assert len(server.replies) == 1
+
+
+def test_pieces_hold_at_most_the_buffer_or_one_large_tensor():
+    sizes = [3, 4, 9, 1, 1, 1]
+    weights = [(str(i), torch.zeros(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
+    found = [[name for name, _ in piece] for piece in pieces(weights, 8)]
+    assert found == [["0", "1"], ["2"], ["3", "4", "5"]]
+    assert list(pieces([], 8)) == []
