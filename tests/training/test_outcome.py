@@ -70,8 +70,8 @@ def test_unscaled_advantages(outcome):
 def test_mixed_advantages(outcome):
     config = make_config(score={"beta": 0.1}, advantage={"score_coef": 0.25, "score_min_std": 0.02})
     advantages = step_advantages(outcome, config, ref_logprob=-10.0, mixes_scores=True)
-    # Scores 0.1 (logprob + 10): 0.9, 0.1, 0.5 have mean 0.5 and std 0.4.
-    first = [0.75 * HALF + 0.25, -0.75 * HALF - 0.25, 0.0]
+    # Scores 0.1 (logprob + 10): 0.9, 0.1 beside a failed grade, like the rewards 1, 0.
+    first = [HALF, -HALF, 0.0]
     # 0.55, 0 (truncated), 0.45 have mean 1/3 and std 0.2929733.
     a_score = [0.7395441, -1.1377600, 0.3982161]
     second = [0.75 * a_reward + 0.25 * a for a_reward, a in zip(A_REWARD[1], a_score, strict=True)]
