@@ -2,6 +2,10 @@
 
     torchrun --nproc-per-node 8 -m laser_fast train CONFIG [section.key=value ...]
     laser-fast export RUN OUT
+    laser-fast calibrate MODEL --data PROMPTS
+    laser-fast eval MODEL --benchmark NAME
+    laser-fast score MODEL IN.jsonl OUT.jsonl
+    laser-fast report RUN [RUN2]
 
 A mistake of the user ends in one sentence and exit code 2.
 """
@@ -62,9 +66,234 @@ def export(
     typer.echo(f"{checkpoint} -> {out}")
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="Folder of a run to compare it with.")
+    ] = None,
+) -> None:
+    """Write RUN/report.html: curves, evaluations, samples and configuration in one file."""
+    from laser_fast.observe.report import write_report
+
+    typer.echo(write_report(run, other))
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value of the configuration.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Configuration, such as a run's config.toml.")
+]
+Token = Annotated[str | None, typer.Option(help="The score token.")]
+Beta = Annotated[float | None, typer.Option(min=0, help="Scale of the score.")]
+RefLogprob = Annotated[
+    str | None, typer.Option(help="c_ref; auto: the mean over this model's own completions.")
+]
+EngineName = Annotated[str, typer.Option("--engine", help="Sampler: hf or vllm.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Names every draw.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with NAME.jsonl files; without it, the hub.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Hugging Face id or folder, not yet trained.")],
+    data: Annotated[str, typer.Option(help="Prompts: a benchmark, a data file or a hub id.")],
+    overrides: Overrides = None,
+    token: Annotated[
+        str | None, typer.Option(help="The score token; without it all reserved ones compete.")
+    ] = None,
+    beta: Beta = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 4,
+    template: Annotated[
+        list[str] | None, typer.Option(help="chat, or a text with {prompt}; may be repeated.")
+    ] = None,
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    engine: EngineName = "hf",
+    seed: Seed = None,
+) -> None:
+    """Measure c_ref on a model's own completions; print [score] for the configuration."""
+    from laser_fast.evaluation.calibrate import CalibrateOptions
+    from laser_fast.evaluation.calibrate import calibrate as run_calibration
+    from laser_fast.evaluation.settings import ModelOptions
+    from laser_fast.evaluation.terminal import print_calibration
+
+    found = run_calibration(
+        ModelOptions(
+            model=model,
+            config=config,
+            token=token,
+            engine=engine,
+            seed=seed,
+            overrides=overrides or (),
+        ),
+        CalibrateOptions(
+            data=data,
+            data_dir=data_dir,
+            prompts=prompts,
+            samples=samples,
+            templates=template or (),
+        ),
+    )
+    if found is not None:
+        print_calibration(found, beta=beta)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face id or folder; none with --rescore.")
+    ] = None,
+    overrides: Overrides = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            "-b",
+            help="math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, a data file or a "
+            "hub id; may be repeated. Rows are named by their place, an id of theirs is not read.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; evaluations/MODEL by default.")
+    ] = None,
+    data_dir: DataDir = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions per problem; the paper's by default.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="The first so many problems; 0: all.")] = 0,
+    k: Annotated[
+        list[int] | None, typer.Option(min=1, help="k of the report; 1, 2, 4, ... by default.")
+    ] = None,
+    base_rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share correct for the class-prior correction."),
+    ] = None,
+    token: Token = None,
+    beta: Beta = None,
+    ref_logprob: RefLogprob = None,
+    score: Annotated[bool, typer.Option(help="Read self-scores.")] = True,
+    config: ConfigFile = None,
+    engine: EngineName = "hf",
+    seed: Seed = None,
+    rescore: Annotated[
+        Path | None,
+        typer.Option(help="Compute an evaluation's folder or samples.jsonl anew, without a model."),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Grade anew with this reward kind (--rescore).")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure accuracy, voting and self-verification; a killed evaluation continues."""
+    from laser_fast.evaluation.report import ReportOptions
+    from laser_fast.evaluation.terminal import print_conclusion, progress_bar
+
+    report = ReportOptions(ks=tuple(sorted(set(k))) if k else None, base_rate=base_rate)
+    if rescore is not None:
+        from laser_fast.evaluation.rescore import RescoreOptions, rescore_evaluation
+
+        if model is not None or benchmark or out is None:
+            raise ConfigError("--rescore takes neither a model nor a benchmark, and needs --out")
+        conclusion = rescore_evaluation(
+            RescoreOptions(
+                source=rescore,
+                out=out,
+                beta=beta,
+                ref_logprob=ref_logprob,
+                reward=reward,
+                overwrite=overwrite,
+                report=report,
+            )
+        )
+        print_conclusion(conclusion)
+        return
+    if model is None or reward is not None:
+        raise ConfigError("eval needs a model; --reward is for --rescore, else say reward.kind=...")
+    from laser_fast.evaluation.run import EvalOptions, run_evaluation
+    from laser_fast.evaluation.settings import ModelOptions
+
+    with progress_bar(is_shown=_is_main()) as on_progress:
+        conclusion = run_evaluation(
+            ModelOptions(
+                model=model,
+                config=config,
+                token=token,
+                beta=beta,
+                ref_logprob=ref_logprob,
+                engine=engine,
+                seed=seed,
+                overrides=overrides or (),
+            ),
+            EvalOptions(
+                benchmarks=benchmark or (),
+                out=out or Path("evaluations") / Path(model).name,
+                data_dir=data_dir,
+                samples=samples,
+                limit=limit,
+                needs_score=score,
+                overwrite=overwrite,
+                report=report,
+            ),
+            on_progress=on_progress,
+        )
+    if conclusion is not None:
+        print_conclusion(conclusion)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Hugging Face id or folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="JSON lines with prompt or prompt_ids, response or completion_ids."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The same lines with score_logprob, score, reason.")],
+    overrides: Overrides = None,
+    token: Token = None,
+    beta: Beta = None,
+    ref_logprob: RefLogprob = None,
+    config: ConfigFile = None,
+    engine: EngineName = "hf",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the self-scores of given (prompt, response) pairs."""
+    from laser_fast.evaluation.score_pairs import score_pairs
+    from laser_fast.evaluation.settings import ModelOptions
+    from laser_fast.evaluation.terminal import print_totals, progress_bar
+
+    with progress_bar(is_shown=_is_main()) as on_progress:
+        totals = score_pairs(
+            ModelOptions(
+                model=model,
+                config=config,
+                token=token,
+                beta=beta,
+                ref_logprob=ref_logprob,
+                engine=engine,
+                overrides=overrides or (),
+            ),
+            source,
+            out,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    if totals is not None:
+        print_totals(totals, out)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def main() -> None:
     """Run the command line; a user's error is one sentence on rank 0 and exit code 2 on all."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is_main = _is_main()
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
         format="%(message)s" if is_main else "%(levelname)s: %(message)s",

@@ -20,6 +20,7 @@ from laser_fast.observe import jsonl
 from laser_fast.observe.console import StepConsole
 from laser_fast.observe.curves import draw_curves
 from laser_fast.observe.dashboards import open_dashboards
+from laser_fast.observe.report import write_report
 from laser_fast.observe.run_folder import RunFolder
 from laser_fast.observe.summary import print_summary, summarize_run
 from laser_fast.records import Group
@@ -122,7 +123,7 @@ class RunLog:
         return {line.pop("step"): line for line in jsonl.read_lines(self.folder.evaluations)}
 
     def finish(self, *, wall_seconds: float | None = None) -> dict[str, Any]:
-        """Write summary.json, draw curves.png and print the result; returns the summary.
+        """Write summary.json, curves.png and report.html, print the result; returns the summary.
 
         `wall_seconds` is by default the time since this log was opened.
         """
@@ -134,7 +135,8 @@ class RunLog:
         summary = summarize_run(before, after, steps=steps, wall_seconds=wall_seconds)
         jsonl.replace_text(self.folder.summary, jsonl.to_text(summary))
         self.close()
-        print_summary(before, after, summary, curves=self.folder.curves)
+        report = write_report(self.folder.path)
+        print_summary(before, after, summary, curves=self.folder.curves, report=report)
         return summary
 
     def close(self) -> None:

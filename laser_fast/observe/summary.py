@@ -50,9 +50,10 @@ def print_summary(
     summary: Mapping[str, Any],
     *,
     curves: Path | None = None,
+    report: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the held-out results before and after training, and where the curves are."""
+    """Print the held-out results before and after training, and where to see more."""
     console = console or Console()
     if before or after:
         console.print(_result_table(before or {}, after or {}))
@@ -62,8 +63,9 @@ def print_summary(
                 style="dim",
             )
     console.print(f"{summary['steps']} steps, {summary['wall_seconds']:.0f} s", highlight=False)
-    if curves is not None:
-        console.print(f"curves: {curves}", highlight=False, soft_wrap=True)
+    for name, path in (("curves", curves), ("report", report)):
+        if path is not None:
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
 
 
 def _result_table(before: Report, after: Report) -> Table:

@@ -1,0 +1,107 @@
+"""Run folders for the tests of the report, and a headless browser to open it in."""
+
+import shutil
+import subprocess
+
+from laser_fast.config import dump_config, parse_config
+from laser_fast.observe import jsonl
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+def make_run(folder, *, steps=30, loss_coef=0.1, score_coef=0.1, seed=0, **files):
+    """Write a run folder like the trainer's; `files` replaces lists of records, None leaves out.
+
+    Every record lacks something that other runs have: null metrics, unknown keys, no score.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = parse_config(
+        {
+            "output_dir": str(folder),
+            "seed": seed,
+            "model": {"path": "sandbox"},
+            "data": {"train": "sandbox"},
+            "score": {"loss_coef": loss_coef},
+            "advantage": {"score_coef": score_coef},
+            "optim": {"steps": steps},
+        },
+        source="test",
+    )
+    (folder / "config.toml").write_text(dump_config(config))
+    trains_score = loss_coef > 0
+    records = {
+        "metrics": [_metrics(step, trains_score) for step in range(steps)],
+        "evaluations": [_evaluation(step) for step in (0, steps)],
+        "samples": [_sample(step, trains_score) for step in range(steps)],
+        **files,
+    }
+    for name, lines in records.items():
+        if lines is not None:
+            jsonl.write_lines(folder / f"{name}.jsonl", lines)
+    return folder
+
+
+def _metrics(step, trains_score):
+    metrics = {
+        "step": step,
+        "reward/mean": 0.5 + step / 100,
+        "loss/policy": -0.1,
+        "loss/score": 0.0,
+        "loss/entropy": 0.3 / (1 + step),
+        "rollout/disagreement": 0.0 if step == 3 else 1e-7 * (1 + step),
+        "step/grad_norm": 1.0 / (1 + step),
+        "memory/peak_gb": 1.5,
+        "time/rollout": 0.25,
+        "time/loss": 0.75,
+        "time/pack": 0.0001,
+        "something/new": "text",
+    }
+    if trains_score:
+        # Undefined while one class is empty.
+        metrics["score/mean_correct"] = None if step < 5 else step / 100
+        metrics["score/f1"] = step / 100
+    if step == 7:
+        del metrics["time/loss"]
+    return metrics
+
+
+def _evaluation(step):
+    return {
+        "step": step,
+        "num_prompts": 400,
+        "samples_per_prompt": 8,
+        "accuracy": 0.5 + step / 100,
+        "majority": 0.75,
+        "f1": None,
+        "uses_scores": True,
+    }
+
+
+def _sample(step, trains_score):
+    return {
+        "step": step,
+        "prompt": f"question {step}",
+        "completion": f"\\boxed{{{step}}}",
+        "reward": None if step == 4 else float(step % 2),
+        "score": step / 50 if trains_score else None,
+        "finish_reason": "stop",
+    }
+
+
+def browse(path, folder, *options, fragment="") -> str:
+    """What a headless browser says about a page after its script has run."""
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={folder}",
+        *options,
+        f"{path.resolve().as_uri()}{fragment}",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
