@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from laser_fast.algorithm.score import is_correct, self_reward_score
 from laser_fast.config import ConfigError
 from laser_fast.observe import jsonl
 from laser_fast.records import FinishReason
+
+_NUMBER = (int, float, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {
+    "prompt_id": (str,),
+    "sample": (int,),
+    "prompt": (str,),
+    "gold": (str,),
+    "text": (str,),
+    "answer": (str, type(None)),
+    "reward": _NUMBER,
+    "score": _NUMBER,
+    "score_logprob": _NUMBER,
+    "finish_reason": (str,),
+    "num_tokens": (int,),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +86,13 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
     Raises:
         ConfigError: a line that is no such record; the message names file, line and field.
     """
-    names = {field.name for field in fields(SampleRecord)}
     records = []
     for number, line in enumerate(jsonl.read_lines(path), 1):
-        if line.keys() != names:
-            wrong = ", ".join(sorted(line.keys() ^ names))
+        if line.keys() != _KINDS.keys():
+            wrong = ", ".join(sorted(line.keys() ^ _KINDS.keys()))
             raise ConfigError(f"{path}, line {number}: missing or unknown field {wrong}")
+        for name, kinds in _KINDS.items():
+            if not isinstance(line[name], kinds) or isinstance(line[name], bool):
+                raise ConfigError(f"{path}, line {number}: unexpected {name}: {line[name]!r:.60}")
         records.append(SampleRecord(**line))
     return records

@@ -24,6 +24,7 @@ from laser_fast.evaluation.benchmarks import (
     SANDBOX,
     Benchmark,
 )
+from laser_fast.evaluation.conclude import Score
 from laser_fast.evaluation.score_settings import read_score_settings
 
 _Layer = dict[str, Any]
@@ -71,29 +72,44 @@ def build_config(options: ModelOptions, benchmark: Benchmark | None = None) -> C
     return parse_config(layers, source=str(options.config or "options"))
 
 
-def known_ref_logprob(config: Config, options: ModelOptions) -> float | None:
-    """c_ref of the score; None if it is to be measured on this model's own completions.
+def score_of(config: Config, options: ModelOptions) -> Score:
+    """The score that the options and the model's own file ask for.
 
     Raises:
-        ConfigError: nobody said it.
+        ConfigError: nobody said c_ref.
     """
-    if config.score.ref_logprob != "auto":
-        return config.score.ref_logprob
-    if options.measures_ref:
-        return None
-    raise ConfigError(
-        "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
-        "--ref-logprob (`laser-fast calibrate` measures it on the base model), or --ref-logprob "
-        "auto if this model never trained a score"
+    ref_logprob = config.score.ref_logprob
+    if ref_logprob == "auto" and not options.measures_ref:
+        raise ConfigError(
+            "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
+            "--ref-logprob (`laser-fast calibrate` measures it on the base model), or "
+            "--ref-logprob auto if this model never trained a score"
+        )
+    return Score(
+        token=config.score.token,
+        beta=config.score.beta,
+        ref_logprob=None if ref_logprob == "auto" else ref_logprob,
     )
 
 
+def read_ref_logprob(text: str) -> float | str:
+    """The number of --ref-logprob, or "auto".
+
+    Raises:
+        ConfigError: neither.
+    """
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f'--ref-logprob: expected a number or "auto", got "{text}"') from None
+
+
 def _defaults(benchmark: Benchmark | None) -> _Layer:
-    data = {
-        "train": "none",
-        "max_prompt_tokens": MAX_PROMPT_TOKENS,
-        "prompt_suffix": PROMPT_SUFFIX,
-    }
+    data = {"train": "none", "max_prompt_tokens": MAX_PROMPT_TOKENS}
+    if benchmark is not None:
+        data["prompt_suffix"] = PROMPT_SUFFIX
     rollout = {"max_new_tokens": MAX_NEW_TOKENS}
     if benchmark == SANDBOX:
         data |= {"template": "{prompt}", "prompt_suffix": "", "max_prompt_tokens": 24}
@@ -139,15 +155,8 @@ def _option_layer(options: ModelOptions) -> _Layer:
     if options.seed is not None:
         layer["seed"] = options.seed
     score = {"token": options.token, "beta": options.beta}
-    if options.ref_logprob is not None and options.ref_logprob != "auto":
-        try:
-            score["ref_logprob"] = float(options.ref_logprob)
-        except ValueError:
-            raise ConfigError(
-                f'--ref-logprob: expected a number or "auto", got "{options.ref_logprob}"'
-            ) from None
-    elif options.ref_logprob == "auto":
-        score["ref_logprob"] = "auto"
+    if options.ref_logprob is not None:
+        score["ref_logprob"] = read_ref_logprob(options.ref_logprob)
     layer["score"] = {key: value for key, value in score.items() if value is not None}
     return layer
 

@@ -1,0 +1,166 @@
+"""c_ref, the score token and beta from log-probs after the EOS of an untrained model's completions.
+
+    c_ref = mean log pi(z | prompt, completion, EOS)      over finished completions
+    beta >= 1 / (|c_ref| - 3)                             so that the target c_ref + 1/beta <= -3
+    noise = beta std(log pi(z | ...))                     what a constant c_ref costs in score
+
+The proposal is the candidate with the least noise at the beta of the rule. Completions of one
+prompt are alike, so the standard error is that of prompt clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laser_fast.algorithm.score import WARN_TARGET
+from laser_fast.config import ConfigError
+
+# The paper's beta; with c_ref near -23 the rule alone would allow half of it.
+MIN_BETA = 0.1
+MAX_NOISE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """log pi(z) over completions: of all, of one template, or of one EOS token."""
+
+    group: str
+    count: int
+    mean: float
+    std: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One token with its spreads, "all" first."""
+
+    token: str
+    token_id: int
+    spreads: tuple[Spread, ...]
+
+    @property
+    def ref_logprob(self) -> float:
+        """c_ref."""
+        return self.spreads[0].mean
+
+    @property
+    def beta(self) -> float:
+        """The rule's beta, rounded up to two digits and not below the paper's; inf: impossible."""
+        return propose_beta(self.ref_logprob)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of an untrained model's score at that beta."""
+        return self.beta * self.spreads[0].std if math.isfinite(self.beta) else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Candidates from the least to the most noise, and how many completions were read."""
+
+    candidates: tuple[Candidate, ...]
+    num_completions: int
+    num_finished: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One completion; `logprobs`, one per candidate, is None if it did not end."""
+
+    template: str
+    prompt_id: str
+    eos: str | None
+    completion_ids: tuple[int, ...]
+    logprobs: list[float] | None
+
+
+def propose_beta(ref_logprob: float) -> float:
+    """Smallest beta of the rule, rounded up to two digits, at least `MIN_BETA`.
+
+    Example: -11.7 gives 0.12 (1 / 8.7 = 0.115), -23.1 gives 0.1, -3 and above inf.
+    """
+    margin = WARN_TARGET - ref_logprob
+    if margin <= 0:
+        return math.inf
+    exponent = math.floor(math.log10(1 / margin)) - 1
+    # Rounding would turn an exact 0.25 into 0.26 by the last bit of a float.
+    digits = math.ceil(round(1 / margin / 10**exponent, 9))
+    return max(round(digits * 10**exponent, 12), MIN_BETA)
+
+
+def spread(group: str, logprobs: NDArray[np.float64], clusters: Sequence[str]) -> Spread:
+    """Mean, standard deviation and clustered standard error of log-probs [N].
+
+    se^2 = P / (P - 1) sum_p (sum_{i in p} (x_i - mean))^2 / N^2 over P clusters; nan for one.
+    """
+    mean = logprobs.mean()
+    sums: dict[str, float] = {}
+    for cluster, residual in zip(clusters, logprobs - mean, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + residual
+    error = math.nan
+    if len(sums) > 1:
+        total = sum(value**2 for value in sums.values())
+        error = math.sqrt(len(sums) / (len(sums) - 1) * total) / len(logprobs)
+    return Spread(
+        group=group,
+        count=len(logprobs),
+        mean=float(mean),
+        std=float(logprobs.std()),
+        standard_error=error,
+    )
+
+
+def rank_candidates(rows: Sequence[Row], tokens: Mapping[str, int]) -> Calibration:
+    """Spread of every candidate over all completions, by template and by EOS token.
+
+    Args:
+        rows: completions with the log-probs of all candidates.
+        tokens: the candidates with their ids, in the order of the log-probs.
+
+    Raises:
+        ConfigError: no completion ended, or the model writes every candidate by itself.
+    """
+    finished = [row for row in rows if row.logprobs is not None]
+    if not finished:
+        raise ConfigError(
+            f"none of {len(rows)} completions ended with an EOS token, which c_ref needs; raise "
+            "rollout.max_new_tokens, or check the template"
+        )
+    groups: dict[str, list[int]] = {"all": list(range(len(finished)))}
+    for i, row in enumerate(finished):
+        groups.setdefault(f"template {row.template!r}", []).append(i)
+        groups.setdefault(f"after {row.eos}", []).append(i)
+    # With one template or one EOS token, that group is everything again.
+    groups = {
+        name: members
+        for name, members in groups.items()
+        if name == "all" or len(members) < len(finished)
+    }
+    logprobs = np.array([row.logprobs for row in finished])  # [N, C]
+    # A token that the model writes by itself is not free to carry a score.
+    written = {token_id for row in rows for token_id in row.completion_ids}
+    candidates = [
+        Candidate(
+            token=token,
+            token_id=token_id,
+            spreads=tuple(
+                spread(name, logprobs[members, c], [finished[i].prompt_id for i in members])
+                for name, members in groups.items()
+            ),
+        )
+        for c, (token, token_id) in enumerate(tokens.items())
+        if token_id not in written
+    ]
+    if not candidates:
+        raise ConfigError("every reserved token occurs in completions; name one with --token")
+    return Calibration(
+        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.noise)),
+        num_completions=len(rows),
+        num_finished=len(finished),
+    )

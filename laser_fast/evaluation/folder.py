@@ -1,0 +1,136 @@
+"""The folder of an evaluation: what it holds, and when it may be continued or overwritten.
+
+settings.json         what decides the samples; its presence marks the folder as taken
+NAME/samples.jsonl    one line per completion, appended chunk by chunk
+NAME/plots.png        accuracy against k, reliability, scores by class
+report.json           all numbers; its presence marks the evaluation as finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samples
+from laser_fast.observe.jsonl import replace_text, to_line, to_text
+
+
+@dataclass(frozen=True, slots=True)
+class EvalFolder:
+    """The names inside an evaluation's folder."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What decides the samples."""
+        return self.path / "settings.json"
+
+    @property
+    def report(self) -> Path:
+        """The result."""
+        return self.path / "report.json"
+
+    def samples(self, benchmark: str) -> Path:
+        """Completions of one benchmark."""
+        return self.path / benchmark / "samples.jsonl"
+
+    def plots(self, benchmark: str) -> Path:
+        """Plots of one benchmark."""
+        return self.path / benchmark / "plots.png"
+
+    def refuse_finished(self) -> None:
+        """Raise a ConfigError if the folder holds a report."""
+        if self.report.exists():
+            raise ConfigError(
+                f"{self.path} holds a finished evaluation; choose another --out, --overwrite it, "
+                f"or compute it anew from its samples with --rescore {self.path}"
+            )
+
+    def prepare(self, settings: dict[str, Any], *, overwrite: bool) -> None:
+        """Take a new folder, or continue one that was begun with the same settings.
+
+        Raises:
+            ConfigError: the folder is finished, another evaluation's, or holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; name a folder for the evaluation")
+        if overwrite:
+            self._clear()
+        self.refuse_finished()
+        if self.settings.exists():
+            _check_same(self.path, json.loads(self.settings.read_text("utf-8")), settings)
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} holds other files; choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.settings, to_text(settings))
+
+    def keep_whole_chunks(
+        self, benchmark: str, ids: Sequence[str], *, size: int, chunk: int
+    ) -> int:
+        """Drop what a kill left of a chunk; the number of prompts that are done.
+
+        A chunk is repeated whole: completions depend on their neighbours in the batch, if only by
+        rounding, and a continued evaluation gives the numbers of an undisturbed one.
+
+        Args:
+            benchmark: whose samples.
+            ids: its prompts, in the order of sampling.
+            size: samples of each.
+            chunk: prompts of one chunk.
+        """
+        path = self.samples(benchmark)
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            return 0
+        records = read_samples(path)
+        found = [(record.prompt_id, record.sample) for record in records]
+        expected = [(prompt_id, sample) for prompt_id in ids for sample in range(size)]
+        if found != expected[: len(found)]:
+            raise ConfigError(f"{path}: not the samples that settings.json asks for; --overwrite")
+        done = len(found) // size
+        if done < len(ids):
+            done -= done % chunk
+        if done * size < len(records):
+            write_samples(path, records[: done * size])
+        return done
+
+    def append(self, benchmark: str, records: Iterable[SampleRecord]) -> None:
+        """Add one chunk and see it on the disk."""
+        with open(self.samples(benchmark), "a", encoding="utf-8") as file:
+            file.writelines(to_line(asdict(record)) for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _clear(self) -> None:
+        """Remove an earlier evaluation, and nothing else."""
+        if not self.settings.exists():
+            return
+        for name in json.loads(self.settings.read_text("utf-8"))["benchmarks"]:
+            for path in (self.samples(name), self.plots(name)):
+                path.unlink(missing_ok=True)
+            if self.samples(name).parent.is_dir() and not any(self.samples(name).parent.iterdir()):
+                self.samples(name).parent.rmdir()
+        self.report.unlink(missing_ok=True)
+        self.settings.unlink()
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to mix samples of two evaluations."""
+    for key in sorted(before.keys() | now.keys()):
+        if key != "score" and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{path} was begun with another {key}: {_short(before.get(key))} against "
+                f"{_short(now.get(key))}; choose another --out or --overwrite it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

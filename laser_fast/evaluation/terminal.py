@@ -1,0 +1,205 @@
+"""What a person at the terminal sees of an evaluation: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from laser_fast.algorithm.score import check_score_target
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.calibration import MAX_NOISE, Calibration
+from laser_fast.evaluation.conclude import Conclusion
+
+if TYPE_CHECKING:
+    from laser_fast.evaluation.score_pairs import ScoreTotals
+
+# Candidates in the table of a calibration; some tokenizers reserve hundreds.
+_NUM_CANDIDATES = 8
+_VERIFICATION = (
+    ("TPR", "tpr"),
+    ("TNR", "tnr"),
+    ("F1", "f1"),
+    ("accuracy", "verification_accuracy"),
+    ("AUROC", "auroc"),
+    ("AUROC within problems", "auroc_within"),
+    ("ECE", "ece"),
+    ("Brier", "brier"),
+    ("AURC", "aurc"),
+    ("risk at half coverage", "risk@0.5"),
+)
+_VOTES = (
+    ("pass", "pass"),
+    ("majority", "majority"),
+    ("weighted majority", "weighted_majority"),
+    ("gain by weights", "weighted_gain"),
+    ("best of k", "best_of"),
+)
+
+
+@contextmanager
+def progress_bar(*, is_shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (name, done, total) that moves one bar per name; on stderr, so output pipes."""
+    if not is_shown:
+        yield lambda name, done, total: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars: dict[str, Any] = {}
+
+        def move(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name)
+            progress.update(bars[name], completed=done, total=total)
+
+        yield move
+
+
+def print_conclusion(conclusion: Conclusion) -> None:
+    """The tables of an evaluation, and where the rest is."""
+    console = Console()
+    print_report(conclusion.report, console)
+    console.print(f"report, samples and plots: {conclusion.folder.path}", markup=False)
+
+
+def print_totals(totals: ScoreTotals, out: Path) -> None:
+    """One line about a scored file."""
+    unscored = "".join(f", {count} {reason}" for reason, count in sorted(totals.unscored.items()))
+    Console().print(f"{totals.num_scored} scored{unscored}: {out}", markup=False, highlight=False)
+
+
+def print_calibration(calibration: Calibration, *, beta: float | None = None) -> None:
+    """Tables and warnings on stderr; on stdout only what belongs into a configuration.
+
+    Raises:
+        ConfigError: no token, or not this beta, leaves the target of a correct answer improbable.
+    """
+    console = Console(stderr=True)
+    best = calibration.candidates[0]
+    finished, total = calibration.num_finished, calibration.num_completions
+    table = Table("token", "id", "completions", "n", "c_ref", "std", "std. error", "beta", "noise")
+    for candidate in calibration.candidates[:_NUM_CANDIDATES]:
+        for i, spread in enumerate(candidate.spreads):
+            if i and candidate is not best:
+                break  # the groups of the others would only be long
+            table.add_row(
+                "" if i else escape(candidate.token),
+                "" if i else str(candidate.token_id),
+                escape(spread.group),
+                str(spread.count),
+                f"{spread.mean:.3f}",
+                f"{spread.std:.3f}",
+                f"{spread.standard_error:.3f}",
+                "" if i else f"{candidate.beta:g}",
+                "" if i else f"{candidate.noise:.3f}",
+            )
+    console.print(table)
+    left_out = len(calibration.candidates) - _NUM_CANDIDATES
+    if left_out > 0:
+        console.print(f"and {left_out} more with more noise")
+    console.print(f"{finished} of {total} completions ended with an EOS token", highlight=False)
+    beta = best.beta if beta is None else beta
+    try:
+        check_score_target(beta=beta, ref_logprob=best.ref_logprob)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{best.token}: {error}") from None
+    noise = beta * best.spreads[0].std
+    if noise > MAX_NOISE:
+        console.print(
+            f"warning: beta * std = {noise:.3f} > {MAX_NOISE}: a constant c_ref blurs the score by "
+            "that much; choose a token with less spread, or one template",
+            style="yellow",
+            highlight=False,
+        )
+    score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
+    print(tomli_w.dumps({"score": score}), end="")
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The content of an evaluation's report.json as tables."""
+    score = report.get("score")
+    if score:
+        measured = ", measured on these completions" if score["ref_logprob_is_measured"] else ""
+        console.print(
+            f"score {score['token']}: beta {score['beta']:g}, "
+            f"c_ref {score['ref_logprob']:.3f}{measured}",
+            highlight=False,
+            markup=False,
+        )
+    for name, benchmark in report["benchmarks"].items():
+        _print_benchmark(name, benchmark, console)
+    if "average" in report:
+        metrics = report["average"]["metrics"]
+        table = Table("mean over benchmarks", "value", title_justify="left")
+        for label, key in (("accuracy", "accuracy"), *_VERIFICATION):
+            if metrics.get(key, {}).get("value") is not None:
+                table.add_row(label, _cell(metrics, key))
+        console.print(table)
+
+
+def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> None:
+    metrics, num_samples = report["metrics"], report["samples_per_prompt"]
+    console.print(
+        f"\n{name}: {report['num_prompts']} problems, {num_samples} completions each; "
+        f"accuracy (avg@{num_samples}) {_cell(metrics, 'accuracy')}, "
+        f"{_share(metrics, 'truncated')} truncated, {report['num_failed_grades']} grades failed",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    has_scores = metrics.get("f1", {}).get("value") is not None or bool(report["reliability"])
+    rules = [rule for rule in _VOTES if has_scores or rule[1] in ("pass", "majority")]
+    table = Table("k", *(label for label, _ in rules))
+    for k in report["ks"]:
+        table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
+    console.print(table)
+    if not has_scores:
+        return
+    if not report["uses_scores"]:
+        console.print(
+            f"the scores spread by {report['score_std']:.3f} only: they do not weight votes yet"
+        )
+    table = Table(
+        "self-verification", "score", f"corrected for base rate {report['base_rate']:.3f}"
+    )
+    for label, key in _VERIFICATION:
+        table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
+    console.print(table)
+
+
+def _cell(metrics: Mapping[str, Any], key: str) -> str:
+    """A value with its interval."""
+    entry = metrics.get(key)
+    if entry is None:
+        return ""
+    if entry["value"] is None:
+        return "-"
+    if entry["low"] is None:
+        return f"{entry['value']:.3f}"
+    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def _share(metrics: Mapping[str, Any], key: str) -> str:
+    value = metrics.get(key, {}).get("value")
+    return "-" if value is None else f"{value:.1%}"
