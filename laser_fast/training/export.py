@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
+from laser_fast.evaluation.score_settings import write_score_settings
 from laser_fast.observe.run_folder import RunFolder
 from laser_fast.training.checkpoint import latest_checkpoint
 from laser_fast.training.distributed import open_world
@@ -23,6 +25,8 @@ from laser_fast.training.run import resolve_model
 
 def export(run: Path, out: Path) -> Path:
     """Write the policy of `run` to `out`, in the dtype that its base model was stored in.
+
+    A score that was trained goes with it, as laser_fast.json.
 
     Returns:
         The checkpoint that was exported.
@@ -52,4 +56,8 @@ def export(run: Path, out: Path) -> Path:
         policy.hf.config.dtype = dtype
         policy.hf.save_pretrained(out, state_dict=weights)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(out)
+    ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
+    if config.score.loss_coef > 0:
+        score = config.score
+        write_score_settings(out, token=score.token, beta=score.beta, ref_logprob=ref_logprob)
     return checkpoint
