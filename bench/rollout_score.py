@@ -1,0 +1,298 @@
+"""What the self-score costs in generation, and what a weight sync costs, with the real vLLM.
+
+Ways to get log pi(z_c | x, y) for every finished completion, in one process, in rotating order:
+
+    off        generation alone, the baseline; score token and padding banned, one seed each
+    bare       vLLM's own sampling: nothing banned, no seeds
+    inline     the score token is forced after the EOS: one more decode step
+    request    a second request per completion over its cached prefix
+    released   the released method: every sequence anew, with prompt log-probs
+
+The model is a counter: its layers add nothing to the residual stream but cost what they cost, and
+the head sends token t to t + 1, so that every completion ends after exactly --length tokens.
+
+    python -m bench.rollout_score [--smoke] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.markdown import table
+from bench.provenance import header
+from laser_fast.config import RolloutConfig
+from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.rollout.vllm import VllmEngine
+
+SCORE_TOKEN, EOS = 0, 1
+FIRST_COUNT = 2  # ids below are special; above, counting down to EOS is counting up to the top
+SHAPES = {
+    # hidden, ffn, layers, heads, kv heads, vocabulary
+    "smoke": (64, 96, 2, 2, 2, 512),
+    "10m": (256, 1024, 6, 8, 4, 8192),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one way over all rounds, and tokens it generated per completion."""
+
+    seconds: list[float]
+    extra_tokens: float
+
+
+def counter_model(folder: Path, shape: str):
+    """A Qwen2 of that shape which counts: after token t comes t + 1, after the last comes EOS."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        eos_token_id=EOS,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        embedding = torch.randn(vocab, hidden)
+        embedding /= embedding.norm(dim=1, keepdim=True)
+        model.model.embed_tokens.weight.copy_(embedding)
+        # Normed hidden states have length sqrt(hidden): a logit of 40 for the next count.
+        head = 40 * hidden**-0.5 * embedding.roll(1, 0)
+        head[SCORE_TOKEN] = 0.0
+        head[EOS] = 40 * hidden**-0.5 * embedding[vocab - 1]
+        model.lm_head.weight.copy_(head)
+    model.save_pretrained(folder)
+    return model.state_dict()
+
+
+def make_prompts(num: int, *, length: int, vocab: int, prompt_length: int) -> list[Prompt]:
+    """Different prompts whose last token is `length` steps before EOS."""
+    generator = torch.Generator().manual_seed(0)
+    start = vocab - length  # then vocab - length + 1, ..., vocab - 1, EOS: `length` tokens
+    bodies = torch.randint(FIRST_COUNT, start, (num, prompt_length - 1), generator=generator)
+    return [
+        Prompt(prompt_id=str(i), text="", prompt_ids=(*body, start), answer="")
+        for i, body in enumerate(bodies.tolist())
+    ]
+
+
+def released_scores(engine: VllmEngine, groups: list[Group]) -> None:
+    """Read the score as the released code does: prompt, answer and score token, all anew."""
+    ids = [
+        group.prompt.prompt_ids + completion.completion_ids + (SCORE_TOKEN,)
+        for group in groups
+        for completion in group.completions
+    ]
+    params = engine._plain_params(prompt_logprobs=0, flat_logprobs=True)
+    engine._run(ids, [params] * len(ids))
+
+
+def bare_generation(engine: VllmEngine, prompts: list[Prompt], sampling: Sampling) -> None:
+    """The same completions from vLLM as it comes."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=[EOS],
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+    )
+    ids = [prompt.prompt_ids for prompt in prompts for _ in range(sampling.group_size)]
+    engine._run(ids, [params] * len(ids))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Timing]:
+    """Time every way `args.rounds` times, in rotating order."""
+    vocab = SHAPES[args.shape][5]
+    sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
+    prompts = make_prompts(
+        args.completions // sampling.group_size,
+        length=args.length,
+        vocab=vocab,
+        prompt_length=args.prompt_length,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        weights = counter_model(Path(folder), args.shape)
+        started = time.perf_counter()
+        engine = VllmEngine(
+            folder,
+            RolloutConfig(engine="vllm", max_new_tokens=args.length, max_num_seqs=args.completions),
+            score_token_id=SCORE_TOKEN,
+            eos_token_ids=[EOS],
+            vocab_size=vocab,
+            max_model_len=args.prompt_length + args.length + 2,
+        )
+        start_s = time.perf_counter() - started
+    engine.sync(iter(weights.items()))
+    generated = [0]
+    run = engine._run
+
+    def counting_run(prompts, params):
+        outputs = run(prompts, params)
+        generated[0] += sum(len(output.outputs[0].token_ids) for output in outputs)
+        return outputs
+
+    engine._run = counting_run
+    config = engine._config
+
+    def generate(score: str) -> list[Group]:
+        engine._config = config.model_copy(update={"score": score})
+        return engine.generate(prompts, sampling)
+
+    ways: dict[str, Callable[[], object]] = {
+        "off": lambda: generate("off"),
+        "bare": lambda: bare_generation(engine, prompts, sampling),
+        "inline": lambda: generate("inline"),
+        "request": lambda: generate("request"),
+        "released": lambda: released_scores(engine, generate("off")),
+    }
+    check(generate("inline"), args.length)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    tokens: dict[str, float] = {}
+    for number in range(args.rounds + 1):  # the first warms up
+        names = list(ways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            engine._llm.reset_prefix_cache()
+            generated[0] = 0
+            started = time.perf_counter()
+            ways[name]()
+            elapsed = time.perf_counter() - started
+            tokens[name] = generated[0] / args.completions
+            if number:
+                seconds[name].append(elapsed)
+    engine.close()
+    print(f"engine start: {start_s:.1f} s, once per run")
+    return {name: Timing(seconds[name], tokens[name] - tokens["off"]) for name in ways}
+
+
+def check(groups: list[Group], length: int) -> None:
+    """The counter must count, or the comparison is of different work."""
+    for group in groups:
+        for completion in group.completions:
+            assert completion.is_finished and len(completion.completion_ids) == length
+            assert completion.score_logprob is not None
+
+
+def measure_sync(shape: str, rounds: int, dtype: str) -> list[float]:
+    """Seconds of `rounds` syncs of that shape from plain tensors in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = counter_model(Path(folder), shape)
+        engine = VllmEngine(
+            folder,
+            RolloutConfig(engine="vllm", max_new_tokens=16, max_num_seqs=4),
+            score_token_id=SCORE_TOKEN,
+            eos_token_ids=[EOS],
+            vocab_size=SHAPES[shape][5],
+            max_model_len=64,
+            dtype=dtype,
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = {name: tensor.to(device, getattr(torch, dtype)) for name, tensor in weights.items()}
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        engine.sync(iter(weights.items()))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    engine.close()
+    return seconds[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, its table as .md")
+    parser.add_argument("--shape", default="10m", choices=SHAPES)
+    parser.add_argument("--sync-shape", default="qwen2.5-0.5b", choices=[*SHAPES, "none"])
+    parser.add_argument("--sync-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--completions", type=int, default=64)
+    parser.add_argument("--length", type=int, default=200)
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    if args.smoke:
+        args.shape, args.sync_shape, args.rounds = "smoke", "smoke", 1
+        args.completions, args.length, args.prompt_length = 4, 20, 16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timings = measure(args)
+    import vllm
+
+    facts = {"op": "rollout_score"} | header(device) | {"vllm": vllm.__version__}
+    facts["case"] = (
+        f"{args.completions} completions of {args.length} tokens after prompts of "
+        f"{args.prompt_length}, shape {args.shape}"
+    )
+    rows = [as_row(name, timing, timings["off"]) for name, timing in timings.items()]
+    sync = []
+    if args.sync_shape != "none":
+        sync = measure_sync(args.sync_shape, 1 if args.smoke else 3, args.sync_dtype)
+        facts[f"sync of {args.sync_shape} in {args.sync_dtype}"] = (
+            f"{statistics.median(sync):.2f} s, median of {len(sync)}"
+        )
+    text = document(facts, rows)
+    print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"header": facts, "rows": rows, "sync_s": sync}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(text)
+
+
+def as_row(name: str, timing: Timing, baseline: Timing) -> dict[str, object]:
+    """Medians, and the cost over the baseline as the median of per-round ratios."""
+    ratios = [ours / off for ours, off in zip(timing.seconds, baseline.seconds, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "way": name,
+        "median_s": statistics.median(timing.seconds),
+        "extra_tokens_per_completion": timing.extra_tokens,
+        "extra_time": statistics.median(ratios) - 1,
+        "extra_time_quartiles": [low - 1, high - 1],
+        "seconds": timing.seconds,
+    }
+
+
+def document(facts: dict[str, str], rows: list[dict]) -> str:
+    """Header and table as Markdown."""
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    cells = [
+        [
+            row["way"],
+            f"{row['median_s']:.3f}",
+            f"{row['extra_tokens_per_completion']:.2f}",
+            f"{row['extra_time']:+.1%} ({row['extra_time_quartiles'][0]:+.1%} to "
+            f"{row['extra_time_quartiles'][1]:+.1%})",
+        ]
+        for row in rows
+    ]
+    columns = ["score", "median s", "extra tokens per completion", "extra time (quartiles)"]
+    return "\n".join([*lines, "", *table(columns, cells)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
