@@ -68,7 +68,10 @@ def open_world() -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        world = World(dist.get_rank(), dist.get_world_size(), device)
+        # A rank that refuses its input at once would cut off another that is still connecting.
+        world.barrier()
+        yield world
     finally:
         dist.destroy_process_group()
 
