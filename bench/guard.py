@@ -1,0 +1,44 @@
+"""Survive a provider that takes the process with it.
+
+A segmentation fault, or a GPU that answers nothing after an illegal access, cannot be caught.
+So the benchmark runs in a child process, which leaves the name of each provider before it first
+runs its code; when the child dies, a new one goes on without that provider. Its row says so.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def guarded(main: Callable[[], object]) -> None:
+    """Run the `__main__` module's `main` in a child process, again after each fatal provider."""
+    if "BENCH_MARK" in os.environ or "--smoke" in sys.argv or "-h" in sys.argv[1:2]:
+        main()
+        return
+    module = sys.modules["__main__"].__spec__.name
+    with tempfile.TemporaryDirectory() as folder:
+        mark = Path(folder, "provider")
+        arguments = list(sys.argv[1:])
+        if "--json" not in arguments:
+            arguments += ["--json", str(Path(folder, "results.json"))]
+        raise SystemExit(supervise([sys.executable, "-m", module, *arguments], mark))
+
+
+def supervise(command: list[str], mark: Path) -> int:
+    """Repeat `command` until it succeeds or nobody is to blame; returns its exit code."""
+    blamed: set[str] = set()
+    while True:
+        mark.write_text("")
+        environment = os.environ | {"BENCH_MARK": str(mark)}
+        code = subprocess.run(command, env=environment).returncode
+        name = mark.read_text()
+        if code == 0 or not name or name in blamed:
+            return code
+        blamed.add(name)
+        print(f"{name} ended the process (exit code {code}); going on without it", flush=True)
+        command = [*command, "--resume", "--skip", f"{name}=ended the process (exit code {code})"]
