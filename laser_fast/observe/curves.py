@@ -62,8 +62,8 @@ PANELS = (
         title="gradient norm",
         lines={
             "step/grad_norm": ("all parameters", _BLUE),
-            "loss/head_grad_norm": ("policy rows, at the head", _GREEN),
-            "score/head_grad_norm": ("score rows, at the head", _ORANGE),
+            "loss/grad_norm": ("policy term", _GREEN),
+            "score/grad_norm": ("score term", _ORANGE),
         },
         is_log=True,
     ),

@@ -65,7 +65,6 @@ def joint_loss(
     *,
     old_logprobs: Tensor | None = None,  # [N_p]; None: this is the first update of the rollout
     ref_logprobs: Tensor | None = None,  # [N_p]; None: no KL penalty
-    on_gradient: Callable[[Tensor], None] | None = None,  # sees dL/dhidden_states [N, D]
 ) -> Callable[[Tensor, Tensor], HeadResult]:
     """Head function that forms the loss and its gradients in one call.
 
@@ -91,8 +90,6 @@ def joint_loss(
             measured.score_loss.add_(score_term.detach())
             return policy_term + objective.score_coef * score_term
 
-        if on_gradient is not None:
-            hidden_states.register_hook(on_gradient)
         arguments = (hidden_states, weight, batch.labels)
         everything = slice(0, len(batch.labels))
         if config.entropy_coef > 0:

@@ -8,12 +8,13 @@ from step to step; laser_fast/training/run.py builds it, evaluates and saves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from laser_fast.config import Config
@@ -36,6 +37,9 @@ from laser_fast.training.policy import Policy
 from laser_fast.training.reading import read_rows, with_scores
 from laser_fast.training.stages import Stages
 from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
+
+# A microbatch with the old and the reference log-probs of its policy rows, where they are needed.
+Batch = tuple[Microbatch, Tensor | None, Tensor | None]
 
 
 @dataclass(kw_only=True)
@@ -90,6 +94,8 @@ class Trainer:
             ref_logprob=self.ref_logprob,
             score_coef=self.cap.coef() if step >= scoring.warmup_steps else 0.0,
         )
+        measures = objective.score_coef > 0 and self.cap.is_due(step - scoring.warmup_steps)
+        norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
@@ -97,7 +103,12 @@ class Trainer:
         grad_norms = []
         for microbatches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
             with self.stages.timer("loss"):
-                self._backward(objective, microbatches, old_logprobs, ref_logprobs, rows)
+                batches = list(zip(microbatches, old_logprobs, ref_logprobs, strict=True))
+                if measures and not grad_norms:
+                    norms = self._backward_apart(objective, batches, rows)
+                    objective = replace(objective, score_coef=self.cap.coef())
+                else:
+                    self._backward(objective, batches, rows)
             self._check_rollout(step, rows.disagreement(self.world))
             with self.stages.timer("step"):
                 grad_norms.append(self._update(step))
@@ -108,7 +119,7 @@ class Trainer:
             metrics |= rows.score_metrics(
                 self.world, outcome, beta=scoring.beta, ref_logprob=self.ref_logprob
             )
-        metrics |= self.cap.update(self.world, coef=objective.score_coef)
+        metrics |= norms
         metrics["score/coef"] = objective.score_coef
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
@@ -153,34 +164,61 @@ class Trainer:
     def _backward(
         self,
         objective: Objective,
-        microbatches: list[Microbatch],
-        old: list[Tensor | None],
-        ref: list[Tensor | None],
-        rows: RowMetrics,
+        batches: list[Batch],
+        rows: RowMetrics | None,
     ) -> None:
-        """Accumulate the gradients of one update."""
-        for batch, old_logprobs, ref_logprobs in zip(microbatches, old, ref, strict=True):
+        """Accumulate the gradients of one update; `rows` takes its metrics."""
+        for batch, old_logprobs, ref_logprobs in batches:
             head = joint_loss(
-                objective,
-                batch,
-                old_logprobs=old_logprobs,
-                ref_logprobs=ref_logprobs,
-                on_gradient=self.cap.observer(batch.num_policy_rows),
+                objective, batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs
             )
             result = self.policy(batch, head)
             # FSDP2 averages gradients over ranks, but the denominators are already global.
             (result.loss * self.world.size).backward()
-            rows.add(batch, result, old_logprobs, ref_logprobs)
+            if rows is not None:
+                rows.add(batch, result, old_logprobs, ref_logprobs)
+
+    def _backward_apart(
+        self, objective: Objective, batches: list[Batch], rows: RowMetrics
+    ) -> dict[str, float]:
+        """The same with the gradients of both terms formed apart, measured and joined.
+
+        Returns:
+            Both norms for the log; the score's at the coefficient that now acts.
+        """
+        parameters = list(self.policy.parameters())
+        self._backward(replace(objective, score_coef=0.0), batches, rows)
+        policy_norm = self._grad_norm()
+        policy_grads = [parameter.grad for parameter in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        score_only = [
+            (replace(batch, token_weight=torch.zeros_like(batch.token_weight)), *rest)
+            for batch, *rest in batches
+        ]
+        self._backward(replace(objective, score_coef=self.cap.loss_coef), score_only, None)
+        score_norm = self._grad_norm()
+        self.cap.measure(policy_norm=policy_norm, score_norm=score_norm)
+        share = self.cap.coef() / self.cap.loss_coef
+        for parameter, grad in zip(parameters, policy_grads, strict=True):
+            parameter.grad.mul_(share).add_(grad)
+        return {"loss/grad_norm": policy_norm, "score/grad_norm": share * score_norm}
+
+    def _grad_norm(self) -> float:
+        """Norm of the accumulated gradients over all parameters. Collective."""
+        norm = get_total_norm([parameter.grad for parameter in self.policy.parameters()])
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _update(self, step: int) -> float:
         """Clip and apply the accumulated gradients; returns their norm before clipping."""
-        norm = clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = self._grad_norm()
         if not norm < float("inf"):
             raise RuntimeError(
                 f"step {step}: the gradient norm is {norm}; the run stops before the update, and "
                 "the last checkpoint is intact"
             )
+        clip_grads_with_norm_(
+            self.policy.parameters(), self.config.optim.max_grad_norm, torch.tensor(norm)
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -1,80 +1,52 @@
-"""The cap's coefficient, from gradients made up for the purpose."""
+"""The cap's coefficient by hand, and the joined gradients of a measuring step against autograd."""
 
 import pytest
-import torch
 
-from laser_fast.training.grad_cap import GradientCap
-
-
-def run_step(cap, world, *, policy_norm, score_norm):
-    """One step of two microbatches whose rows have the given gradient norms in total."""
-    coef = cap.coef()
-    for share in (0.36, 0.64):
-        grad = torch.zeros(5, 4)
-        grad[1, 2] = policy_norm * share**0.5
-        grad[4, 0] = -score_norm * share**0.5
-        cap.observer(3)(grad)
-    return coef, cap.update(world, coef=coef)
+from laser_fast.training.grad_cap import MEASURE_EVERY, GradientCap
 
 
-def test_no_cap(world):
+def test_no_cap_never_measures():
     cap = GradientCap(loss_coef=0.5, max_ratio=0.0)
-    for _ in range(2):
-        coef, norms = run_step(cap, world, policy_norm=1.0, score_norm=100.0)
-        assert coef == 0.5
-        assert norms == {
-            "loss/head_grad_norm": pytest.approx(1.0),
-            "score/head_grad_norm": pytest.approx(100.0),
-        }
-
-
-def test_cap_follows_the_running_ratio(world):
-    cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
-    first, _ = run_step(cap, world, policy_norm=1.0, score_norm=8.0)
-    assert first == 0.5  # nothing is known yet
-    # The ratio of the first step is 8, so the coefficient falls to 2/8 of its value ...
-    second, _ = run_step(cap, world, policy_norm=3.0, score_norm=3.0)
-    assert second == pytest.approx(0.5 * 2 / 8)
-    # ... at which the score's norm was 3, so 12 at the full coefficient.
-    policy_square = 0.8 * 1 + 0.2 * 9
-    score_square = 0.8 * 64 + 0.2 * 144
-    assert cap.coef() == pytest.approx(0.5 * 2 * (policy_square / score_square) ** 0.5)
-
-
-def test_a_small_score_gradient_is_not_amplified(world):
-    cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
-    run_step(cap, world, policy_norm=10.0, score_norm=1.0)
+    assert not any(cap.is_due(step) for step in range(2 * MEASURE_EVERY))
     assert cap.coef() == 0.5
 
 
-def test_steps_of_the_warm_up_are_not_counted(world):
+def test_measures_at_once_and_then_now_and_again():
+    cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
+    due = [step for step in range(2 * MEASURE_EVERY + 1) if cap.is_due(step)]
+    assert due == [0, MEASURE_EVERY, 2 * MEASURE_EVERY]
+    assert not GradientCap(loss_coef=0.0, max_ratio=1.0).is_due(0)
+
+
+def test_cap_follows_the_running_ratio():
     cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
-    cap.observer(3)(torch.ones(5, 4))
-    cap.update(world, coef=0.0)
+    cap.measure(policy_norm=1.0, score_norm=8.0)
+    assert cap.coef() == pytest.approx(0.5 * 2 / 8)
+    # 8 and 4 average to 6.
+    cap.measure(policy_norm=3.0, score_norm=12.0)
+    assert cap.coef() == pytest.approx(0.5 * 2 / 6)
+
+
+def test_a_small_score_gradient_is_not_amplified():
+    cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
+    cap.measure(policy_norm=10.0, score_norm=1.0)
     assert cap.coef() == 0.5
-    assert cap.state_dict() == {"policy_square": 0.0, "score_square": 0.0}
-    # Nor do their gradients leak into the next step.
-    run_step(cap, world, policy_norm=1.0, score_norm=8.0)
-    assert cap.state_dict() == {
-        "policy_square": pytest.approx(1.0),
-        "score_square": pytest.approx(64.0),
-    }
 
 
-def test_a_step_without_microbatches_or_score_rows(world):
-    cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
-    assert set(cap.update(world, coef=0.5).values()) == {0.0}
-    cap.observer(3)(torch.ones(3, 4))
-    assert cap.update(world, coef=0.5)["loss/head_grad_norm"] == pytest.approx(12**0.5)
+def test_without_policy_gradient_the_last_ratio_stays():
+    cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
+    cap.measure(policy_norm=0.0, score_norm=1.0)
     assert cap.coef() == 0.5
+    cap.measure(policy_norm=1.0, score_norm=4.0)
+    cap.measure(policy_norm=0.0, score_norm=1.0)
+    assert cap.coef() == pytest.approx(0.125)
 
 
-def test_state_survives_a_resume(world):
+def test_state_survives_a_resume():
     cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
-    run_step(cap, world, policy_norm=1.0, score_norm=8.0)
+    cap.measure(policy_norm=1.0, score_norm=8.0)
     resumed = GradientCap(loss_coef=0.5, max_ratio=2.0)
     resumed.load_state_dict(cap.state_dict())
-    assert resumed.coef() == cap.coef() == 0.125
-    again = [run_step(each, world, policy_norm=2.0, score_norm=1.0)[0] for each in (cap, resumed)]
-    assert again[0] == again[1]
+    for each in (cap, resumed):
+        each.measure(policy_norm=2.0, score_norm=1.0)
     assert cap.coef() == resumed.coef()

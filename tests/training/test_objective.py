@@ -1,6 +1,5 @@
 """The joint loss of a packed microbatch equals its definition on full logits."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from tiny_models import (
 )
 
 from laser_fast.config import LossConfig
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy
@@ -198,29 +196,3 @@ def test_an_empty_microbatch_gives_a_zero_loss_with_zero_gradients(policy):
         assert gradients
         assert all((gradient == 0).all() for gradient in gradients)
         policy.zero_grad()
-
-
-def test_gradient_norms_are_those_of_autograd(world):
-    torch.manual_seed(0)
-    objective = make_objective(score_coef=0.5)
-    cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
-    weight = torch.randn(97, 16) * 0.3
-    squares = torch.zeros(2, dtype=torch.float64)
-    for part in (make_sequences(5, seed=1), make_sequences(4, seed=2)):
-        batch = pack(part)
-        hidden = torch.randn(len(batch.rows), 16, requires_grad=True)
-        observe = cap.observer(batch.num_policy_rows)
-        joint_loss(objective, batch, on_gradient=observe)(hidden, weight).loss.backward()
-
-        exact = hidden.detach().double().requires_grad_()
-        logits = exact @ weight.double().T / batch.temperature[:, None]
-        logprobs = logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
-        chosen, scores = logprobs.split([batch.num_policy_rows, len(batch.rewards)])
-        policy_term = -(batch.token_weight * batch.advantages * (chosen - chosen.detach()).exp())
-        score_term = batch.score_weight * (0.2 * (scores + 7.5) - batch.rewards) ** 2
-        for place, term in enumerate((policy_term.sum(), 0.5 * score_term.sum())):
-            [gradient] = torch.autograd.grad(term, exact, retain_graph=True)
-            squares[place] += gradient.square().sum()
-    norms = cap.update(world, coef=0.5)
-    assert norms["loss/head_grad_norm"] == pytest.approx(math.sqrt(squares[0]), rel=1e-5)
-    assert norms["score/head_grad_norm"] == pytest.approx(math.sqrt(squares[1]), rel=1e-5)

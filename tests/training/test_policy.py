@@ -63,7 +63,6 @@ def test_world_size_changes_nothing(one_rank, two_ranks, four_ranks):
         for other in (two_ranks, four_ranks):
             found, expected = other["gradients"][name], one_rank["gradients"][name]
             assert_same_step(found, expected)
-            assert found["head_norms"] == pytest.approx(expected["head_norms"], rel=1e-5)
 
 
 def test_budget_and_packing_order_change_nothing(ranks):
@@ -72,8 +71,6 @@ def test_budget_and_packing_order_change_nothing(ranks):
     assert small["num_batches"] > expected["num_batches"]
     for name in ("small budget", "reversed"):
         assert_same_step(ranks["variants"][name], expected)
-        head_norms = ranks["variants"][name]["head_norms"]
-        assert head_norms == pytest.approx(expected["head_norms"], rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["gradient_checkpointing", "cpu_offload"])

@@ -1,0 +1,62 @@
+"""A measuring step of the gradient cap, on the real policy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import SCORE_TOKEN, make_config, make_sequences
+
+from laser_fast.config import LossConfig, ModelConfig
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.objective import Objective
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import build_policy
+from laser_fast.training.step_metrics import RowMetrics
+from laser_fast.training.trainer import Trainer
+
+
+def make_trainer(model, world, *, max_ratio):
+    config = make_config()
+    policy = build_policy(ModelConfig(path=str(model)), world)
+    return Trainer(
+        config=config,
+        world=world,
+        stages=None,
+        collector=None,
+        packer=Packer(budget=48, score_token_id=SCORE_TOKEN, temperature=0.7, device=world.device),
+        policy=policy,
+        reference=None,
+        optimizer=build_optimizer(policy, config.optim),
+        cap=GradientCap(loss_coef=0.8, max_ratio=max_ratio),
+    )
+
+
+def gradients(trainer):
+    found = [parameter.grad.full_tensor().clone() for parameter in trainer.policy.parameters()]
+    trainer.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("max_ratio", [0.05, 1e6])
+def test_gradients_formed_apart_join_to_the_capped_ones(world, model_folders, max_ratio):
+    trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=max_ratio)
+    objective = Objective(loss=LossConfig(), beta=0.2, ref_logprob=-7.5, score_coef=0.8)
+    batches = [(b, None, None) for b in trainer.packer.microbatches(make_sequences(9, seed=5))]
+    assert len(batches) > 1
+
+    rows = RowMetrics(LossConfig(), world.device)
+    norms = trainer._backward_apart(objective, batches, rows)
+    joined = gradients(trainer)
+
+    capped = replace(objective, score_coef=trainer.cap.coef())
+    plain_rows = RowMetrics(LossConfig(), world.device)
+    trainer._backward(capped, batches, plain_rows)
+    for actual, expected in zip(joined, gradients(trainer), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert rows.finish(world, has_reference=False) == pytest.approx(
+        plain_rows.finish(world, has_reference=False)
+    )
+    # The cap holds exactly in the step that measures.
+    assert norms["score/grad_norm"] <= max_ratio * norms["loss/grad_norm"] * (1 + 1e-6)
+    assert (trainer.cap.coef() < 0.8) == (max_ratio < 1)
