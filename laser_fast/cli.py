@@ -6,6 +6,7 @@
     laser-fast eval MODEL --benchmark NAME
     laser-fast score MODEL IN.jsonl OUT.jsonl
     laser-fast report RUN [RUN2]
+    laser-fast plan CONFIG --gpus N --memory GB
 
 A mistake of the user ends in one sentence and exit code 2.
 """
@@ -77,6 +78,24 @@ def report(
     from laser_fast.observe.report import write_report
 
     typer.echo(write_report(run, other))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.")],
+    memory: Annotated[float, typer.Option(help="Memory of one GPU in GB (1e9 bytes).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, applied over the file.")
+    ] = None,
+) -> None:
+    """Show the memory that a run needs per GPU; exit code 1 if it does not fit."""
+    from laser_fast.planning.plan import plan_run, print_plan
+
+    planned = plan_run(load_config(config, overrides or []), num_gpus=gpus, memory_gb=memory)
+    print_plan(planned)
+    if not planned.fits:
+        raise typer.Exit(1)
 
 
 Overrides = Annotated[

@@ -1,0 +1,379 @@
+"""laser-fast plan: its terms against measured allocations, and advice that holds when tried."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from laser_fast.cli import main
+from laser_fast.config import ConfigError, ModelConfig, OptimConfig, parse_config
+from laser_fast.planning.advice import advise
+from laser_fast.planning.memory import Setup, activation_bytes_per_token, plan_memory
+from laser_fast.planning.plan import plan_run, verdict
+from laser_fast.planning.sizes import ModelSize, model_size
+from laser_fast.records import Sequence
+from laser_fast.training.distributed import World
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import Policy, shard
+from laser_kernels import linear_logprob_loss
+
+QWEN_7B = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+SMALL = {
+    "vocab_size": 2000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+def _config(**sections):
+    required = {
+        "output_dir": "run",
+        "model": {"path": "model"},
+        "data": {"train": "train.jsonl", "max_prompt_tokens": 100, "prompts_per_step": 64},
+        "rollout": {"engine": "vllm", "max_new_tokens": 400},
+        "optim": {"steps": 1, "tokens_per_microbatch": 4096},
+    }
+    for name, keys in sections.items():
+        required[name] = {**required.get(name, {}), **keys}
+    return parse_config(required, source="test")
+
+
+def _setup(config=None, *, size=None, num_gpus=8, memory_gb=80.0, **options):
+    size = size or model_size(Qwen2Config(**QWEN_7B))
+    config = config or _config()
+    return Setup(config=config, size=size, num_gpus=num_gpus, memory_gb=memory_gb, **options)
+
+
+def _model(config, **options):
+    return AutoModelForCausalLM.from_config(config, attn_implementation="laser_sdpa", **options)
+
+
+def _storages(tensors) -> int:
+    """Bytes of the distinct storages under local tensors."""
+    locals_ = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in locals_}.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SMALL, tie_word_embeddings=True),
+        Qwen2Config(**SMALL | {"num_key_value_heads": 2}, tie_word_embeddings=False),
+        Qwen3Config(**SMALL | {"head_dim": 24, "num_key_value_heads": 2}, tie_word_embeddings=True),
+        Qwen3Config(**SMALL, attention_bias=True, tie_word_embeddings=False),
+        LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+        LlamaConfig(**SMALL | {"num_key_value_heads": 2}, tie_word_embeddings=True),
+    ],
+)
+def test_sizes_are_those_of_the_model(config):
+    with torch.device("meta"):
+        model = _model(config)
+    size = model_size(config)
+    assert size.total == sum(parameter.numel() for parameter in model.parameters())
+    for block in model.model.layers:
+        assert size.block == sum(parameter.numel() for parameter in block.parameters())
+
+
+def test_size_of_a_known_model():
+    # The count that its model card rounds to 7.61B.
+    assert model_size(Qwen2Config(**QWEN_7B)).total == 7_615_616_512
+
+
+def test_sharded_terms_are_what_a_training_step_allocates():
+    config = Qwen2Config(**SMALL, tie_word_embeddings=False, pad_token_id=1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        world = World(0, 8, torch.device("cpu"))
+        policy = Policy(_model(config), attention="sdpa", compute_dtype=torch.float32)
+        shard(policy, ModelConfig(path="model"), world)
+        optimizer = build_optimizer(policy, OptimConfig(steps=1))
+        sequence = Sequence(
+            prompt_ids=(3, 4),
+            completion_ids=(5, 6, 7),
+            rollout_logprobs=(-1.0,) * 3,
+            has_score_row=True,
+            advantage=1.0,
+            token_weight=1.0,
+            reward=1.0,
+            score_weight=1.0,
+        )
+        packer = Packer(budget=8, score_token_id=9, temperature=1.0, device=world.device)
+        batch = packer.pack([sequence])
+
+        def head(hidden_states, weight):
+            # The root is gathered here: this is R of the plan, as far as the table goes.
+            assert weight.shape == (config.vocab_size, config.hidden_size)
+            return linear_logprob_loss(
+                hidden_states, weight, batch.labels, lambda logprobs, rows: logprobs.sum()
+            )
+
+        policy(batch, head).backward()
+        gradients = _storages(parameter.grad for parameter in policy.parameters())
+        optimizer.step()
+        moments = [s for state in optimizer.state.values() for s in state.values() if s.ndim]
+        measured = {
+            "parameters": _storages(policy.parameters()),
+            "gradients": gradients,
+            "optimizer": _storages(moments),
+        }
+    finally:
+        dist.destroy_process_group()
+    terms = plan_memory(_setup(size=model_size(config))).terms
+    for name, found in measured.items():
+        assert terms[name].bytes == pytest.approx(found, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("vocab", "workspace_mb", "at_least"),
+    # Where the rounded gradients are the larger part, within 10%; where the chunk of logits is,
+    # the term is a bound, since chunks are whole tiles.
+    [(8000, 4, 0.9), (20000, 2, 0.9), (3000, 12, 0.5)],
+)
+def test_head_term_is_what_the_head_allocates(monkeypatch, vocab, workspace_mb, at_least):
+    tokens, hidden = 1024, 128
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", str(workspace_mb))
+    hidden_states = torch.randn(2 * tokens, hidden)
+    weight = torch.randn(vocab, hidden, requires_grad=True)
+    labels, rows = torch.randint(vocab, (tokens,)), torch.randperm(2 * tokens)[:tokens]
+
+    def function():
+        selected = hidden_states[rows].requires_grad_()
+        linear_logprob_loss(
+            selected, weight, labels, lambda logprobs, rows: logprobs.sum(), impl="chunked"
+        ).backward()
+
+    function()
+    weight.grad = None
+    size = model_size(Qwen2Config(**SMALL | {"vocab_size": vocab, "hidden_size": hidden}))
+    config = _config(model={"compute_dtype": "float32"}, optim={"tokens_per_microbatch": tokens})
+    term = plan_memory(_setup(config, size=size, workspace_mb=float(workspace_mb))).terms["head"]
+    assert at_least <= _peak_bytes(function) / term.bytes <= 1.1
+
+
+def _peak_bytes(function) -> int:
+    """Largest number of bytes that `function` held at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = peak = 0
+    for event in memory:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", [Qwen2Config, Qwen3Config, LlamaConfig])
+def test_activations_are_what_autograd_keeps(family, dtype):
+    config = family(**SMALL, head_dim=16)
+    model = _model(config, dtype=dtype).train()
+    tokens = 256
+    # On a CPU sdpa keeps no attention matrix where key and query heads are equally many.
+    block, rotary = model.model.layers[0], model.model.rotary_emb
+    states = torch.randn(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+    position = rotary(states, torch.arange(tokens)[None])
+    kept = {}
+    ignored = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *position, states)}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(states, position_embeddings=position)
+    assert output.requires_grad
+    found = sum(nbytes for nbytes, _ in kept.values()) / tokens
+    if dtype == torch.float32:
+        found += 4 * config.hidden_size  # the first norm's copy is the input itself
+    expected = activation_bytes_per_token(model_size(config), dtype.itemsize, repeats_keys=False)
+    assert expected == pytest.approx(found, rel=0.1)
+
+
+def test_terms_by_hand():
+    size = ModelSize(
+        num_layers=2, hidden=8, mlp=32, vocab=100, query=8, key=4, num_heads=2,
+        num_key_value_heads=1, has_head_norms=False, block=1000, root=500,
+    )  # fmt: skip
+    config = _config(
+        model={"gradient_checkpointing": True, "replicas": 2, "attention": "varlen"},
+        data={"max_prompt_tokens": 100},
+        rollout={"tensor_parallel": 2, "gpu_memory_fraction": 0.5, "max_new_tokens": 400},
+        optim={"tokens_per_microbatch": 1000},
+        loss={"kl_coef": 0.1},
+    )
+    plan = plan_memory(_setup(config, size=size, memory_gb=10.0, workspace_mb=0.001))
+    found = {name: term.bytes for name, term in plan.terms.items()}
+    shards, total = 4, 2500
+    assert found == pytest.approx(
+        {
+            "parameters": 4 * total / shards,
+            "optimizer": 8 * total / shards,
+            "reference policy": 4 * total / shards,
+            "gradients": 4 * total / shards,
+            "gathered weights": 2 * (500 + 2 * 1000),
+            "unsharded gradients": 2 * 500 + 6 * 1000,
+            "activations": 1000 * 2 * 2 * 8,
+            # Two norms, attention with repeated keys, the MLP; then its gradients.
+            "block at work": 1000 * (2 * 8 * 8 + (2 * 4 * 8 + 4 * 2) + 4 * 2 * 32 + 2 * 80),
+            "head": 4 * (800 + 8000) + max(1000, 2 * 8800) + 2 * 8000,
+            "reduction of the root": 8 * 500,
+            "temporary of AdamW": 4 * total / shards,
+            "engine weights": 2 * total / 2,
+            "key-value cache": 5e9 - total,
+            "sync buffer": 2 * 800 * (1 + 1 / 4),
+        }
+    )
+    # One key-value head cannot be split over two ranks: 2 layers x 2 x 4 x 2 bytes a token.
+    assert plan.cached_sequences == pytest.approx((5e9 - total - 2e9) / (501 * 32))
+    assert plan.worst.name == "rollout" and plan.peak_gb == pytest.approx(5 + 4, abs=1e-3)
+
+
+def test_offloaded_run_keeps_its_state_on_the_host():
+    config = _config(model={"cpu_offload": True})
+    plan = plan_memory(_setup(config))
+    for name in ("parameters", "gradients", "optimizer", "temporary of AdamW"):
+        assert plan.terms[name].bytes == 0
+    assert plan.host_bytes == 16 * plan.setup.size.total / 8
+    assert plan_memory(_setup()).host_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [
+        ({"engine": "hf"}, {"gathered policy", "key-value cache"}),
+        ({"engine": "vllm_server", "server_url": "http://localhost"}, {"sync buffer"}),
+    ],
+)
+def test_terms_of_the_other_engines(engine, names):
+    plan = plan_memory(_setup(_config(rollout=engine)))
+    all_names = {"gathered policy", "key-value cache", "sync buffer", "engine weights"}
+    assert plan.terms.keys() & all_names == names and plan.cached_sequences is None
+    if engine["engine"] == "hf":
+        # 64 prompts x 8 over 8 GPUs; 501 tokens of 28 layers, keys and values of 512 in 2 bytes.
+        assert plan.terms["key-value cache"].bytes == 64 * 501 * 28 * 2 * 512 * 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "num_gpus", "memory_gb", "expected"),
+    [
+        ({"rollout": {"gpu_memory_fraction": 0.95}}, 8, 80, ["rollout.gpu_memory_fraction="]),
+        ({"optim": {"tokens_per_microbatch": 65536}}, 8, 80, ["optim.tokens_per_microbatch="]),
+        ({"model": {"replicas": 8}}, 8, 80, ["model.replicas=1"]),
+        ({}, 1, 80, ["model.cpu_offload=true"]),
+        ({"rollout": {"engine": "hf", "max_num_seqs": 4096, "max_new_tokens": 3000}}, 1, 80, None),
+        ({"rollout": {"gpu_memory_fraction": 0.05}}, 8, 80, ["rollout.gpu_memory_fraction="]),
+        ({}, 4, 24, ["model.cpu_offload=true", "rollout.", "optim."]),
+        ({}, 1, 17, ["2 GPUs", "model.cpu_offload=true", "rollout.tensor_parallel=2", "optim."]),
+    ],
+)
+def test_advice_makes_it_fit(sections, num_gpus, memory_gb, expected):
+    config = _config(**sections)
+    plan = plan_memory(_setup(config, num_gpus=num_gpus, memory_gb=memory_gb))
+    assert not plan.fits and verdict(plan).startswith("It does not fit: ")
+    changes, after = advise(plan)
+    assert after.fits and changes
+    if expected is not None:
+        assert len(changes) == len(expected)
+        assert all(map(str.startswith, changes, expected))
+    # What is printed is what was tried: typed as overrides it gives the same plan.
+    data = config.model_dump()
+    setup = {"num_gpus": num_gpus, "workspace_mb": 1300.0}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name == "LASER_KERNELS_WORKSPACE_MB":
+            setup["workspace_mb"] = float(value)
+        elif change.endswith(" GPUs"):
+            setup["num_gpus"] = int(change.split()[0])
+        else:
+            section, _, key = name.partition(".")
+            data[section][key] = json.loads(value)
+    typed = parse_config(data, source="advice")
+    tried = plan_memory(_setup(typed, memory_gb=memory_gb, **setup))
+    assert tried.peak_gb == pytest.approx(after.peak_gb) and tried.fits
+
+
+def test_hopeless_plan_says_so():
+    plan = plan_memory(_setup(num_gpus=1, memory_gb=5.0))
+    assert advise(plan)[0] == [] and "nothing here makes it fit" in verdict(plan)
+    assert "It fits" in verdict(plan_memory(_setup()))
+
+
+@pytest.mark.parametrize(
+    ("sections", "num_gpus", "message"),
+    [
+        ({"model": {"replicas": 3}}, 8, "model.replicas = 3 does not divide 8 GPUs"),
+        ({"rollout": {"tensor_parallel": 3}}, 8, "rollout.tensor_parallel = 3 does not divide"),
+        ({}, 24, "does not divide over 24 GPUs"),
+        ({}, 0, "at least one GPU"),
+    ],
+)
+def test_impossible_setup_is_refused(sections, num_gpus, message):
+    with pytest.raises(ConfigError, match=message):
+        _setup(_config(**sections), num_gpus=num_gpus)
+
+
+def _run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["laser-fast", "plan", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    config = "configs/laser_qwen2.5-7b_8xh200.toml"
+    options = (config, "--gpus", "8", f"model.path={tmp_path}")
+    assert _run(monkeypatch, *options, "--memory", "141") == 0
+    shown = capsys.readouterr().out
+    assert "P = 7,615,616,512 parameters" in shown and "4 P / S, float32 masters" in shown
+    assert "3.81" in shown and "It fits" in shown  # 4 x 7.616e9 / 8
+    assert _run(monkeypatch, *options, "--memory", "40") == 1
+    assert "It does not fit: " in capsys.readouterr().out
+
+
+def test_model_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / "missing"
+    options = ("configs/quickstart.toml", f"model.path={path}", "--gpus", "2", "--memory", "8")
+    assert _run(monkeypatch, *options) == 2
+    error = capsys.readouterr().err
+    assert "cannot load" in error and "model.path=FOLDER" in error
+
+
+def test_sandbox_needs_no_folder():
+    config = _config(
+        model={"path": "sandbox"}, rollout={"engine": "hf"}, optim={"tokens_per_microbatch": 8192}
+    )
+    plan = plan_run(config, num_gpus=2, memory_gb=8.0)
+    assert plan.fits and plan.setup.size.num_layers == 2
