@@ -126,6 +126,17 @@ class Collector:
         grades = iter(self.grader.grade(texts, answers, prompts=prompts))
         return [[next(grades) for _ in group.completions] for group in groups]
 
+    def sample_scored(
+        self, prompts: Sequence[Prompt], *draw: int | str, group_size: int
+    ) -> list[Group]:
+        """Groups outside of training, with scores whoever reads them; `sync` before. Collective."""
+        sampling = self.sampling(*draw, group_size=group_size, needs_score=True)
+        groups = self.engine.generate(prompts, sampling)
+        self.engine.sleep()
+        if self.config.rollout.score == "off":
+            groups = with_scores(self.policy, groups, self.packer)
+        return groups
+
     def measure_ref_logprob(self) -> float:
         """c_ref: mean log pi(z_c | x, y) of the untrained model. Collective.
 
@@ -137,12 +148,7 @@ class Collector:
         prompts = self.prompts.prompts(0, rank=self.world.rank, world_size=self.world.size)
         chosen = [p for i, p in enumerate(prompts, self.world.rank * share) if i % stride == 0]
         self.sync(prompts)
-        groups = self.engine.generate(
-            chosen, self.sampling("calibrate", group_size=CALIBRATION_SAMPLES, needs_score=True)
-        )
-        self.engine.sleep()
-        if self.config.rollout.score == "off":
-            groups = with_scores(self.policy, groups, self.packer)
+        groups = self.sample_scored(chosen, "calibrate", group_size=CALIBRATION_SAMPLES)
         found = [c.score_logprob for g in groups for c in g.completions if c.is_finished]
         sums = self.world.sum(torch.tensor([sum(found), len(found)], dtype=torch.float32))
         if sums[1] == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.evaluate import collect, summarize
+from laser_fast.evaluation.evaluate import summarize, to_records
 from laser_fast.observe.run_folder import RunFolder, open_run_folder
 from laser_fast.observe.run_log import NullLog, RunLog
 from laser_fast.observe.timer import StageTimer, peak_memory_gb
@@ -182,6 +182,10 @@ def make_engine(config: Config, policy: Policy, vocabulary: Vocabulary) -> Engin
             max_model_len=max_positions(config),
             dtype=config.model.compute_dtype,
         )
+    if config.rollout.engine == "vllm_server":
+        from laser_fast.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine(config.rollout, **ids, max_model_len=max_positions(config))
     return HfEngine(
         policy.hf,
         **ids,
@@ -246,16 +250,13 @@ def _evaluate(
     if not config.data.eval:
         return
     collector.sync(held_out)
-    records = collect(
-        held_out,
-        engine=collector.engine,
+    records = to_records(
+        collector.sample_scored(held_out, "eval", group_size=config.data.eval_samples),
         decode=collector.vocabulary.decode,
         grader=collector.grader,
-        sampling=collector.sampling("eval", group_size=config.data.eval_samples, needs_score=True),
         beta=config.score.beta,
         ref_logprob=0.0 if trainer.ref_logprob is None else trainer.ref_logprob,
     )
-    collector.engine.sleep()
     records = trainer.world.gather(records)
     if trainer.world.is_main:
         report = summarize(records, same_answer=collector.grader.same_answer)
