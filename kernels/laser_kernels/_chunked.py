@@ -1,11 +1,12 @@
 """impl="chunked": float32 logits of a chunk of rows, from a plain GEMM, on any device.
 
-The chunk [n, V] is the only large buffer: it holds logits, then, in place, their gradient. On a GPU
-two Triton row kernels walk it (`_row_kernels.py`); on the CPU torch does, with one temporary of the
-same size. Rows are reduced around their own maximum, so no logit is too large.
+The chunk [n, V] is the only large buffer, and everything happens in it. On a GPU two Triton row
+kernels read the logits and then turn them into dlogits (`_row_kernels.py`). On the CPU the chunk
+becomes E = exp(z - max z) and, by a factor per row, dlogits; only the entropy needs a temporary,
+of a few rows. Rows are reduced around their own maximum, so no logit is too large.
 
-Every implementation offers the four functions below. `kept` is its own business; `offset` makes it
-absolute: log p = decode(kept) - offset.
+Every implementation offers the functions below. What `keep` keeps is its own business; `offset`
+makes it absolute: with the log-sum of all shards as offset, p = exp(log kept - offset).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 from . import _gemm
 from ._ops import row_chunks
 from ._rows import RowGradient, Statistics, concatenate
+
+# Rows of the chunk that a temporary on the CPU copies at a time.
+TEMPORARY_ROWS = 16
 
 
 def statistics(
@@ -53,20 +57,21 @@ def keep(
 
         logits = _gemm.logits(hidden_states, weight)
         stats = _row_kernels.statistics(logits, labels, inv_temperature)
-        return stats, logits, stats.logsumexp
+        return stats, logits, stats.logsumexp.clone()  # outputs of an op may not share memory
     # Tempering H instead of the logits saves a pass over the chunk.
     logits = _gemm.logits(hidden_states.float() * inv_temperature[:, None], weight)
     anchor = logits.amax(1)
-    logits.sub_(anchor[:, None])
-    exp = logits.exp()
-    sum_exp = exp.sum(1)
-    log_sum = sum_exp.log()
-    entropy = logits.new_empty(0)
+    shifted = logits.sub_(anchor[:, None])
+    # (z_y - max) - log S, not z_y - lse: a common offset of all logits cancels exactly.
+    target = shifted.gather(1, labels[:, None]).squeeze(1)
+    weighted = anchor.new_empty(0)
     if with_entropy:
-        entropy = log_sum - exp.mul_(logits).sum(1) / sum_exp
-    # (z_y - anchor) - log S, not z_y - lse: a common offset of all logits cancels exactly.
-    logprobs = logits.gather(1, labels[:, None]).squeeze(1) - log_sum
-    return Statistics(logprobs, anchor + log_sum, entropy), logits, log_sum
+        weighted = torch.cat([(x.exp() * x).sum(1) for x in shifted.split(TEMPORARY_ROWS)])
+    exp = shifted.exp_()
+    total = exp.sum(1)
+    log_total = total.log()
+    entropy = log_total - weighted / total if with_entropy else weighted
+    return Statistics(target - log_total, anchor + log_total, entropy), exp, log_total
 
 
 # A GEMM library chooses its own tiles, so few rows need nothing special here.
@@ -81,21 +86,22 @@ def dlogits_from_kept(
     gradient: RowGradient,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn kept logits into dlogits [n, V], in place where the dtypes allow it."""
+    """Turn what was kept into dlogits [n, V], in the same memory."""
     if kept.is_cuda:
         from . import _row_kernels
 
         return _row_kernels.dlogits_(kept, offset, labels, inv_temperature, gradient, dtype)
-    logprobs = kept.sub_(offset[:, None])
-    if gradient.slope is None:
-        dlogits = logprobs.exp_().mul_(gradient.constant[:, None])
-    else:
-        factor = torch.addcmul(gradient.constant[:, None], logprobs, gradient.slope[:, None])
-        dlogits = logprobs.exp_().mul_(factor)
-    is_here = labels >= 0
+    assert gradient.slope is None  # what is kept serves a loss of log-probs alone
+    dlogits = kept.mul_((gradient.constant * (-offset).exp())[:, None])
+    return _set_target_(dlogits, labels, gradient.target)
+
+
+def _set_target_(dlogits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     column = labels.clamp(min=0)[:, None]
-    target = torch.where(is_here[:, None], gradient.target[:, None], dlogits.gather(1, column))
-    return dlogits.scatter_(1, column, target)
+    is_elsewhere = labels[:, None] < 0
+    return dlogits.scatter_(
+        1, column, torch.where(is_elsewhere, dlogits.gather(1, column), target[:, None])
+    )
 
 
 def recompute_dlogits(
@@ -107,8 +113,21 @@ def recompute_dlogits(
     gradient: RowGradient,
 ) -> Tensor:
     """Form dlogits [n, V] of rows whose logsumexp is known."""
-    if not hidden_states.is_cuda:
-        hidden_states = hidden_states.float() * inv_temperature[:, None]
-    logits = _gemm.logits(hidden_states, weight)
-    dtype = hidden_states.dtype
-    return dlogits_from_kept(logits, logsumexp, labels, inv_temperature, gradient, dtype)
+    if hidden_states.is_cuda:
+        from . import _row_kernels
+
+        logits = _gemm.logits(hidden_states, weight)
+        rows = (logsumexp, labels, inv_temperature, gradient)
+        return _row_kernels.dlogits_(logits, *rows, hidden_states.dtype)
+    logits = _gemm.logits(hidden_states.float() * inv_temperature[:, None], weight)
+    logprobs = logits.sub_(logsumexp[:, None])
+    constant, slope, target = gradient
+    if slope is None:
+        dlogits = logprobs.exp_().mul_(constant[:, None])
+    else:
+        for start in range(0, len(logprobs), TEMPORARY_ROWS):
+            rows = slice(start, start + TEMPORARY_ROWS)
+            factor = torch.addcmul(constant[rows, None], logprobs[rows], slope[rows, None])
+            logprobs[rows].exp_().mul_(factor)
+        dlogits = logprobs
+    return _set_target_(dlogits, labels, target)

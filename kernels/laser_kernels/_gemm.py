@@ -58,12 +58,14 @@ def add_weight_gradient(
 
 
 def weight_gradient(dlogits: Tensor, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return dZ^T H of a single chunk [V, D] in the dtype of H; the GEMM rounds where it can."""
-    if dlogits.dtype == hidden_states.dtype and scale is None:
-        return torch.mm(dlogits.T, hidden_states)
-    out = dlogits.new_empty(dlogits.shape[1], hidden_states.shape[1], dtype=torch.float32)
+    """Return (dZ^T H) * scale of a single chunk as [V, D] in the dtype of H."""
+    shape, dtype = (dlogits.shape[1], hidden_states.shape[1]), hidden_states.dtype
+    if _is_cublas_16_bit(dlogits) and scale is None:
+        # The GEMM itself rounds its accumulator.
+        return torch.mm(dlogits.T, hidden_states, out=hidden_states.new_empty(shape))
+    out = hidden_states.new_empty(shape, dtype=torch.float32)
     add_weight_gradient(out, dlogits, hidden_states, True, scale)
-    return out.to(hidden_states.dtype)
+    return out.to(dtype)
 
 
 def weight_accumulator(weight: Tensor, num_rows: int) -> Tensor:
@@ -94,12 +96,13 @@ def _is_cublas_16_bit(x: Tensor) -> bool:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a b in float32."""
-    if not _is_cublas_16_bit(a):
-        return torch.mm(a.float(), b.float(), out=out)
-    if out is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    """Return a b in float32, also under autocast, which would round the operands."""
+    with torch.autocast(a.device.type, enabled=False):
+        if not _is_cublas_16_bit(a):
+            return torch.mm(a.float(), b.float(), out=out)
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _weight_blocks(weight: Tensor) -> list[slice]:

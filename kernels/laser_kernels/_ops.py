@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "cuda")
 # About 4096 bf16 rows of a 152k vocabulary on a GPU; on a CPU a chunk that stays near the caches.
-WORKSPACE_MB = {"cuda": 1300, "cpu": 64}
-# What a logit of a chunk takes: float32, on a CPU with a temporary; 16 bits in the fused kernels.
+WORKSPACE_MB = {"cuda": 1300, "cpu": 128}
+# What a logit of a chunk takes: float32, or 16 bits where the GEMM kernel itself stores it.
 BYTES_PER_LOGIT = {
-    ("chunked", "cpu"): 8,
+    ("chunked", "cpu"): 4,
     ("chunked", "cuda"): 4,
     ("triton", "cpu"): 2,
     ("triton", "cuda"): 2,
@@ -116,8 +116,8 @@ def check_all(
     temperature: float | Tensor,
     impl: str,
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
-    """Check all inputs; return H, W, labels and 1/T, all dense, implementation and group name."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str, str]:
+    """Check all inputs; return dense H, W, labels and 1/T, the implementation, the group's name."""
     check_head(op, hidden_states, weight, allow_float64=impl == "reference")
     check_labels(op, labels, hidden_states)
     inv_temperature = inverse_temperature(op, temperature, hidden_states)
@@ -130,7 +130,7 @@ def check_all(
     # An op schema can carry the name of a group, not the group.
     group = "" if process_group is None else process_group.group_name
     tensors = (hidden_states, weight, labels, inv_temperature)
-    return *(x.contiguous() for x in tensors), impl, group
+    return tuple(x.contiguous() for x in tensors), impl, group
 
 
 def refuse_double_backward(op: torch.library.CustomOpDef) -> None:

@@ -165,10 +165,12 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or values that do not fit.
         RuntimeError: the named implementation cannot run here.
     """
-    op = "linear_logprob"
-    return _logprob_and_entropy(
-        op, hidden_states, weight, labels, temperature, impl, process_group, with_entropy=False
-    )[0]
+    tensors, impl, group = check_all(
+        "linear_logprob", hidden_states, weight, labels, temperature, impl, process_group
+    )
+    if impl == "reference":
+        return reference.linear_logprob(hidden_states, weight, labels, temperature=temperature)
+    return linear_logprob_fwd(*tensors, False, impl, group)[0]
 
 
 def linear_logprob_entropy(
@@ -185,30 +187,11 @@ def linear_logprob_entropy(
     entropy_i = -sum_v p_iv log p_iv of the tempered distribution. Arguments and errors are those of
     `linear_logprob`; an output whose gradient is not asked for costs nothing in the backward.
     """
-    op = "linear_logprob_entropy"
-    return _logprob_and_entropy(
-        op, hidden_states, weight, labels, temperature, impl, process_group, with_entropy=True
-    )
-
-
-def _logprob_and_entropy(
-    op: str,
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    impl: str,
-    process_group: ProcessGroup | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    hidden_states, weight, labels, inv_temperature, impl, group = check_all(
-        op, hidden_states, weight, labels, temperature, impl, process_group
+    tensors, impl, group = check_all(
+        "linear_logprob_entropy", hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":
         return reference.linear_logprob_entropy(
             hidden_states, weight, labels, temperature=temperature
         )
-    logprobs, entropy, _ = linear_logprob_fwd(
-        hidden_states, weight, labels, inv_temperature, with_entropy, impl, group
-    )
-    return logprobs, entropy
+    return linear_logprob_fwd(*tensors, True, impl, group)[:2]

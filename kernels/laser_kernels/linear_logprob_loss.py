@@ -180,13 +180,14 @@ def linear_logprob_loss(
         RuntimeError: the named implementation cannot run here.
     """
     op = "linear_logprob_loss"
-    hidden_states, weight, labels, inv_temperature, impl, group = check_all(
+    tensors, impl, group = check_all(
         op, hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":
         return reference.linear_logprob_loss(
             hidden_states, weight, labels, loss_fn, temperature=temperature
         )
+    hidden_states, weight, labels, inv_temperature = tensors
     needs_hidden, needs_weight = (
         torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, weight)
     )

@@ -28,7 +28,8 @@ def _log_softmax(
     hidden_states: Tensor, weight: Tensor, temperature: float | Tensor
 ) -> Tensor:  # [N, V]
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    logits_NV = hidden_states.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        logits_NV = hidden_states.to(dtype) @ weight.to(dtype).T
     temperature = torch.as_tensor(temperature, dtype=dtype, device=logits_NV.device)
     return torch.log_softmax(logits_NV / temperature.reshape(-1, 1), dim=-1)
 

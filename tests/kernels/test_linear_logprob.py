@@ -266,6 +266,25 @@ def test_chunks_are_invisible(case, make_head, monkeypatch, relative_error):
         assert relative_error(a, b.double()) <= GRADIENT_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(impl, dtype, make_head):
+    head = make_head(20, 16, 97, dtype)
+    g = torch.randn(20, device=head.labels.device)
+
+    def run():
+        logprobs = linear_logprob(*head, impl=impl)
+        if impl == "reference":  # its backward is autograd's, which autocast does reach
+            return (logprobs,)
+        return logprobs, *torch.autograd.grad(logprobs, head[:2], g)
+
+    expected = run()
+    with torch.autocast(head.labels.device.type, torch.bfloat16):
+        actual = run()
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_double_backward_is_refused(case, make_head):
     impl, dtype = case
     head = make_head(5, 16, 97, dtype)
