@@ -1,4 +1,4 @@
-"""Makes the helper modules of this folder importable by its tests, and worlds of 1, 2, 4 ranks."""
+"""Makes tests/helpers importable, and what its policy_ranks.py finds on 1, 2 and 4 ranks."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER))
+HELPERS = Path(__file__).parents[1] / "helpers"
+sys.path.append(str(HELPERS))
 
 
 @pytest.fixture(scope="module")
@@ -30,39 +30,31 @@ def model_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ranks_folder(tmp_path_factory):
-    """Where policy_ranks.py writes."""
-    return tmp_path_factory.mktemp("ranks")
+def ranks_folder(model_folders, tmp_path_factory):
+    """What policy_ranks.py wrote."""
+    out = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, HELPERS / "policy_ranks.py", model_folders, out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 @pytest.fixture(scope="session")
-def one_rank(model_folders, ranks_folder):
-    """What policy_ranks.py finds on one rank."""
-    return run_ranks(1, model_folders, ranks_folder)
+def one_rank(ranks_folder):
+    return load_ranks(ranks_folder, 1)
 
 
 @pytest.fixture(scope="session")
-def two_ranks(model_folders, ranks_folder):
-    """What policy_ranks.py finds on two ranks."""
-    return run_ranks(2, model_folders, ranks_folder)
+def two_ranks(ranks_folder):
+    return load_ranks(ranks_folder, 2)
 
 
 @pytest.fixture(scope="session")
-def four_ranks(model_folders, ranks_folder):
-    """What policy_ranks.py finds on four ranks."""
-    return run_ranks(4, model_folders, ranks_folder)
+def four_ranks(ranks_folder):
+    return load_ranks(ranks_folder, 4)
 
 
-def run_ranks(size, models, out):
-    """Run policy_ranks.py on so many gloo ranks and load its result."""
+def load_ranks(folder, size):
     import torch
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = str(FOLDER / "policy_ranks.py")
-    done = subprocess.run(
-        [*torchrun, f"--nproc-per-node={size}", script, str(models), str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(out / f"world-{size}.pt", weights_only=False)
+    return torch.load(folder / f"world-{size}.pt", weights_only=False)

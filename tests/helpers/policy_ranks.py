@@ -1,9 +1,9 @@
 """What the ranks of a sharded policy compute, for test_policy.py and test_checkpoint.py.
 
-    torchrun --nproc-per-node N policy_ranks.py MODELS OUT
+    python policy_ranks.py MODELS OUT
 
-MODELS holds the folders of MODEL_CASES, OUT receives world-N.pt and a run with a checkpoint. One
-process start serves many checks, since starting ranks costs more than all of them.
+MODELS holds the folders of MODEL_CASES, OUT receives world-N.pt and a run with a checkpoint for
+N = 1, 2 and 4 ranks.
 """
 
 import sys
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fork_ranks import run_ranks
 from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -20,7 +21,6 @@ from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.distributed import open_world
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.packing import Packer
@@ -73,18 +73,15 @@ def backward(policy, world, sequences, *, budget=4 * LARGEST):
         device=world.device,
         agree=world.max,
     )
-    cap = GradientCap(loss_coef=OBJECTIVE.score_coef, max_ratio=1.0)
     batches = packer.microbatches(own)
     loss = torch.zeros(())
     for batch in batches:
-        observe = cap.observer(batch.num_policy_rows)
-        result = policy(batch, joint_loss(OBJECTIVE, batch, on_gradient=observe))
+        result = policy(batch, joint_loss(OBJECTIVE, batch))
         (result.loss * world.size).backward()
         loss += result.loss.detach()
     return {
         "loss": world.sum(loss),
         "norm": full(clip_grad_norm_(policy.parameters(), float("inf"))),
-        "head_norms": cap.update(world, coef=OBJECTIVE.score_coef),
         "num_batches": len(batches),
     }
 
@@ -211,8 +208,8 @@ def measure(world, models, out):
     return found
 
 
-def main():
-    models, out = map(Path, sys.argv[1:])
+def run(models, out):
+    """One rank."""
     with open_world() as world:
         found = measure(world, models, out)
         if world.is_main:
@@ -220,4 +217,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    for size in (1, 2, 4):
+        run_ranks(size, run, *map(Path, sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Runs for test_train.py on two ranks, and a reward function of a user's own module.
+
+    python train_ranks.py CONFIG.toml ...
+
+A run that is refused prints why.
+"""
+
+import sys
+
+
+def reward(completions, answers):
+    """Right or wrong at random, as seen by a policy; one in three is right whatever it says."""
+    return [float(sum(map(ord, text)) % 3 == 0) for text in completions]
+
+
+def main():
+    from fork_ranks import run_ranks
+
+    from laser_fast.config import ConfigError, load_config
+    from laser_fast.training.run import train
+
+    def run(path):
+        try:
+            train(load_config(path))
+        except ConfigError as error:
+            print(f"refused: {error}")
+
+    for path in sys.argv[1:]:
+        run_ranks(2, run, path)
+
+
+if __name__ == "__main__":
+    main()
