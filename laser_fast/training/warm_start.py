@@ -30,7 +30,9 @@ from laser_fast.training.distributed import World
 
 logger = logging.getLogger(__name__)
 
-STEPS = 350
+# At 350 steps, too, rewards rise, but what is left of arithmetic errors hides from the score: with
+# seed 1 its AUROC stays at .75, at 500 it reaches .84.
+STEPS = 500
 _ROWS_PER_STEP = 96
 _LR = 3e-3
 _RAMP_STEPS = 20
