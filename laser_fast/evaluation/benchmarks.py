@@ -8,6 +8,7 @@ samples, and the headline number the mean over the five sets.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,9 @@ def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
             f"owner/name{hint}"
         )
     path = Path(name.rstrip("/"))
-    return Benchmark(name=path.stem if path.is_file() else path.name, source=name)
+    own_name = path.stem if path.is_file() else path.name
+    # It names a folder too.
+    return Benchmark(name=re.sub(r"[^\w.-]+", "_", own_name), source=name)
 
 
 def _named(name: str, known: _Named, data_dir: Path | None) -> Benchmark:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from laser_fast.config import ConfigError, RewardConfig
+from laser_fast.config import ConfigError
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.plots import draw_plots
 from laser_fast.evaluation.report import Report, ReportOptions, average, build_report
 from laser_fast.evaluation.samples import SampleRecord, read_samples, rescore, write_samples
 from laser_fast.observe.jsonl import replace_text, to_text
-from laser_fast.rewards import Grader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ def conclude(
     *,
     score: Score | None,
     options: ReportOptions,
-    timeout_s: float,
+    same_answer: Callable[[str, str], bool],
 ) -> Conclusion:
     """Score all samples, write report and plots; report.json comes last and marks the end.
 
@@ -57,7 +56,7 @@ def conclude(
         about: by benchmark, what its report says besides the numbers.
         score: how to score; None keeps the recorded scores.
         options: see `ReportOptions`.
-        timeout_s: deadline of one comparison of two answers.
+        same_answer: equivalence of two answers in the votes.
     """
     samples = {name: read_samples(folder.samples(name)) for name in about}
     if score is not None:
@@ -70,15 +69,11 @@ def conclude(
             write_samples(folder.samples(name), samples[name])
     reports: dict[str, Report] = {}
     draws = []
-    # Votes are counted by equivalence whatever the reward is: text equality splits 1/2 and 0.5.
-    with Grader(RewardConfig(kind="math", timeout_s=timeout_s, workers=1)) as equivalence:
-        for name, records in samples.items():
-            report, drawn = build_report(
-                records, same_answer=equivalence.same_answer, options=options
-            )
-            reports[name] = {**about[name], **report}
-            draws.append(drawn)
-            draw_plots(name, records, reports[name], folder.plots(name))
+    for name, records in samples.items():
+        report, drawn = build_report(records, same_answer=same_answer, options=options)
+        reports[name] = {**about[name], **report}
+        draws.append(drawn)
+        draw_plots(name, records, reports[name], folder.plots(name))
     content: dict[str, Any] = {"benchmarks": reports}
     if score is not None:
         content["score"] = {**score.to_dict(), "ref_logprob_is_measured": is_measured}

@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "0.45"
+# Drawn in this order; the ring of the last leaves a coinciding square in sight.
 _RULES = (
-    ("weighted_majority", "score-weighted majority", _GREEN, "o"),
-    ("majority", "majority", _BLUE, "s"),
-    ("best_of", "best of k by score", _ORANGE, "D"),
+    ("best_of", "best of k by score", _ORANGE, {"marker": "D", "markersize": 5}),
+    ("majority", "majority", _BLUE, {"marker": "s", "markersize": 5}),
+    (
+        "weighted_majority",
+        "score-weighted majority",
+        _GREEN,
+        {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.8},
+    ),
 )
 _NUM_BINS = 30
 
@@ -68,14 +74,14 @@ def _draw_votes(axes: Axes, report: Report) -> None:
     axes.plot(
         ks, curve("pass", "value"), color=_GREY, linewidth=1.2, linestyle="--", label="any of k"
     )
-    for rule, label, color, marker in _RULES:
+    for rule, label, color, style in _RULES:
         values = curve(rule, "value")
         if np.isnan(values).all():
             continue
         if rule == "weighted_majority" and not report["uses_scores"]:
             continue  # it is the plain one
         axes.fill_between(ks, curve(rule, "low"), curve(rule, "high"), color=color, alpha=0.13)
-        axes.plot(ks, values, color=color, linewidth=1.8, marker=marker, markersize=5, label=label)
+        axes.plot(ks, values, color=color, linewidth=1.8, label=label, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()

@@ -12,6 +12,7 @@ from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.evaluation.answers import answer_of
 from laser_fast.evaluation.conclude import Conclusion, Score, conclude
 from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.graders import Graders
 from laser_fast.evaluation.report import ReportOptions
 from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samples
 from laser_fast.evaluation.settings import read_ref_logprob
@@ -46,8 +47,6 @@ def rescore_evaluation(options: RescoreOptions) -> Conclusion:
         raise ConfigError(f"--out {options.out} is where the samples come from; name a new folder")
     samples = {name: _read(path, options.report) for name, path in paths.items()}
     score = _choose_score(before.get("score"), options)
-    if options.reward is not None:
-        samples = {name: _regrade(records, options) for name, records in samples.items()}
     known = before.get("benchmarks", {})
     changes = {} if options.reward is None else {"reward": options.reward}
     about = {name: {"source": str(paths[name]), **changes} for name in samples}
@@ -61,10 +60,20 @@ def rescore_evaluation(options: RescoreOptions) -> Conclusion:
         },
         overwrite=options.overwrite,
     )
-    for name, records in samples.items():
-        folder.samples(name).parent.mkdir(exist_ok=True)
-        write_samples(folder.samples(name), records)
-    return conclude(folder, about, score=score, options=options.report, timeout_s=options.timeout_s)
+    reward = RewardConfig(kind=options.reward or "math", timeout_s=options.timeout_s)
+    with Graders(reward) as graders:
+        for name, records in samples.items():
+            if options.reward is not None:
+                records = _regrade(records, reward.kind, graders.of(reward))
+            folder.samples(name).parent.mkdir(exist_ok=True)
+            write_samples(folder.samples(name), records)
+        return conclude(
+            folder,
+            about,
+            score=score,
+            options=options.report,
+            same_answer=graders.same_answer,
+        )
 
 
 def _find_samples(source: Path) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -111,16 +120,14 @@ def _choose_score(before: dict[str, Any] | None, options: RescoreOptions) -> Sco
     )
 
 
-def _regrade(records: Sequence[SampleRecord], options: RescoreOptions) -> list[SampleRecord]:
+def _regrade(records: Sequence[SampleRecord], kind: str, grader: Grader) -> list[SampleRecord]:
     """The records with the rewards and answers of another reward kind."""
-    config = RewardConfig(kind=options.reward, timeout_s=options.timeout_s)
-    extract = answer_of(config.kind)
-    with Grader(config) as grader:
-        rewards = grader.grade(
-            [record.text for record in records],
-            [record.gold for record in records],
-            prompts=[record.prompt for record in records],
-        )
+    extract = answer_of(kind)
+    rewards = grader.grade(
+        [record.text for record in records],
+        [record.gold for record in records],
+        prompts=[record.prompt for record in records],
+    )
     return [
         replace(record, reward=reward, answer=extract(record.text))
         for record, reward in zip(records, rewards, strict=True)

@@ -17,6 +17,7 @@ from laser_fast.evaluation.benchmarks import Benchmark, find_benchmark
 from laser_fast.evaluation.conclude import Conclusion, conclude
 from laser_fast.evaluation.evaluate import collect
 from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.graders import Graders
 from laser_fast.evaluation.model import LoadedModel, open_model, open_vocabulary
 from laser_fast.evaluation.report import ReportOptions
 from laser_fast.evaluation.settings import ModelOptions, build_config, score_of
@@ -67,48 +68,55 @@ def run_evaluation(
     folder = EvalFolder(options.out)
     if not options.overwrite:
         folder.refuse_finished()
-    with open_world() as world:
-        longest = max(configs, key=max_positions)
-        vocabulary = open_vocabulary(longest, has_token=options.needs_score)
-        tasks = [
-            prepare_task(
-                benchmark,
-                config,
-                vocabulary,
-                samples=options.samples or benchmark.samples,
-                limit=options.limit,
-                is_main=world.is_main,
-            )
-            for benchmark, config in zip(benchmarks, configs, strict=True)
-        ]
-        if world.is_main:
-            settings = sampling_settings(tasks, vocabulary, score)
-            folder.prepare(settings, overwrite=options.overwrite)
-        world.barrier()
-        done = [_count_done(task, folder, world) for task in tasks]
-        if any(count < len(task.prompts) for task, count in zip(tasks, done, strict=True)):
-            with open_model(longest, vocabulary, world) as loaded:
-                for task, count in zip(tasks, done, strict=True):
-                    _sample(
-                        task,
-                        count,
-                        folder=folder,
-                        vocabulary=vocabulary,
-                        loaded=loaded,
-                        world=world,
-                        needs_score=options.needs_score,
-                        on_progress=on_progress,
-                    )
-        is_main = world.is_main
-    if not is_main:
-        return None
-    return conclude(
-        folder,
-        {task.name: about(task) for task in tasks},
-        score=score,
-        options=options.report,
-        timeout_s=longest.reward.timeout_s,
-    )
+    longest = max(configs, key=max_positions)
+    with Graders(longest.reward) as graders:
+        with open_world() as world:
+            vocabulary = open_vocabulary(longest, has_token=options.needs_score)
+            tasks = [
+                prepare_task(
+                    benchmark,
+                    config,
+                    vocabulary,
+                    samples=options.samples or benchmark.samples,
+                    limit=options.limit,
+                    grader=graders.of(config.reward) if world.is_main else None,
+                )
+                for benchmark, config in zip(benchmarks, configs, strict=True)
+            ]
+            if world.is_main:
+                settings = sampling_settings(tasks, vocabulary, score)
+                folder.prepare(settings, overwrite=options.overwrite)
+            world.barrier()
+            done = [_count_done(task, folder, world) for task in tasks]
+            pending = [
+                (task, count)
+                for task, count in zip(tasks, done, strict=True)
+                if count < len(task.prompts)
+            ]
+            if pending:
+                with open_model(longest, vocabulary, world) as loaded:
+                    for task, count in pending:
+                        _sample(
+                            task,
+                            count,
+                            folder=folder,
+                            vocabulary=vocabulary,
+                            loaded=loaded,
+                            grader=graders.of(task.config.reward),
+                            world=world,
+                            needs_score=options.needs_score,
+                            on_progress=on_progress,
+                        )
+            is_main = world.is_main
+        if not is_main:
+            return None
+        return conclude(
+            folder,
+            {task.name: about(task) for task in tasks},
+            score=score,
+            options=options.report,
+            same_answer=graders.same_answer,
+        )
 
 
 def _find_benchmarks(options: EvalOptions) -> list[Benchmark]:
@@ -153,6 +161,7 @@ def _sample(
     folder: EvalFolder,
     vocabulary: Vocabulary,
     loaded: LoadedModel,
+    grader: Grader,
     world: World,
     needs_score: bool,
     on_progress: Progress,
@@ -169,23 +178,22 @@ def _sample(
     ref_logprob = config.score.ref_logprob
     chunk = _chunk(task, world)
     on_progress(task.name, done, total)
-    with Grader(config.reward) as grader:
-        for start in range(done, total, chunk):
-            prompts = task.prompts[start : start + chunk]
-            records = collect(
-                prompts[world.rank :: world.size],
-                engine=loaded.engine,
-                decode=vocabulary.decode,
-                grader=grader,
-                sampling=sampling,
-                beta=config.score.beta,
-                # Unknown as yet: the scores are written when all samples are there.
-                ref_logprob=float("nan") if ref_logprob == "auto" else ref_logprob,
-                extract=answer_of(config.reward.kind),
-            )
-            records = world.gather(records)
-            if world.is_main:
-                place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-                records.sort(key=lambda record: (place[record.prompt_id], record.sample))
-                folder.append(task.name, records)
-                on_progress(task.name, min(start + chunk, total), total)
+    for start in range(done, total, chunk):
+        prompts = task.prompts[start : start + chunk]
+        records = collect(
+            prompts[world.rank :: world.size],
+            engine=loaded.engine,
+            decode=vocabulary.decode,
+            grader=grader,
+            sampling=sampling,
+            beta=config.score.beta,
+            # Unknown as yet: the scores are written when all samples are there.
+            ref_logprob=float("nan") if ref_logprob == "auto" else ref_logprob,
+            extract=answer_of(config.reward.kind),
+        )
+        records = world.gather(records)
+        if world.is_main:
+            place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
+            records.sort(key=lambda record: (place[record.prompt_id], record.sample))
+            folder.append(task.name, records)
+            on_progress(task.name, min(start + chunk, total), total)

@@ -45,7 +45,7 @@ def prepare_task(
     *,
     samples: int,
     limit: int,
-    is_main: bool,
+    grader: Grader | None,
 ) -> Task:
     """Load the problems and look at their golds, before the model is loaded.
 
@@ -55,7 +55,7 @@ def prepare_task(
         vocabulary: of the model.
         samples: completions per problem.
         limit: the first so many problems; 0: all.
-        is_main: whether this rank looks at the golds and warns.
+        grader: looks at the golds; None on all ranks but the first.
     """
     data = config.data.model_copy(update={"eval_limit": limit})
     source = PromptSource(data, vocabulary.tokenizer, seed=config.seed, split="eval")
@@ -64,11 +64,10 @@ def prepare_task(
         for prompt in source.all()
     ]
     golds = None
-    if is_main:
+    if grader is not None:
         _warn_about_prompts(benchmark.name, source, prompts)
-        with Grader(config.reward) as grader:
-            answers = [prompt.answer for prompt in prompts]
-            golds = check_golds(answers, kind=config.reward.kind, grader=grader)
+        answers = [prompt.answer for prompt in prompts]
+        golds = check_golds(answers, kind=config.reward.kind, grader=grader)
         _warn_about_golds(benchmark.name, golds, prompts)
     return Task(
         benchmark=benchmark,

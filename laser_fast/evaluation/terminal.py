@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from laser_fast.algorithm.score import check_score_target
+from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibration import MAX_NOISE, Calibration
+from laser_fast.evaluation.calibration import MAX_NOISE, Calibration, Spread
 from laser_fast.evaluation.conclude import Conclusion
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
+_SPREAD = ("c_ref", "std", "std error")
 _VERIFICATION = (
     ("TPR", "tpr"),
     ("TNR", "tnr"),
@@ -46,7 +48,6 @@ _VOTES = (
     ("pass", "pass"),
     ("majority", "majority"),
     ("weighted majority", "weighted_majority"),
-    ("gain by weights", "weighted_gain"),
     ("best of k", "best_of"),
 )
 
@@ -98,28 +99,28 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
     console = Console(stderr=True)
     best = calibration.candidates[0]
     finished, total = calibration.num_finished, calibration.num_completions
-    table = Table("token", "id", "completions", "n", "c_ref", "std", "std. error", "beta", "noise")
+    table = _table("token", "id", "n", *_SPREAD, "beta", "noise")
     for candidate in calibration.candidates[:_NUM_CANDIDATES]:
-        for i, spread in enumerate(candidate.spreads):
-            if i and candidate is not best:
-                break  # the groups of the others would only be long
-            table.add_row(
-                "" if i else escape(candidate.token),
-                "" if i else str(candidate.token_id),
-                escape(spread.group),
-                str(spread.count),
-                f"{spread.mean:.3f}",
-                f"{spread.std:.3f}",
-                f"{spread.standard_error:.3f}",
-                "" if i else f"{candidate.beta:g}",
-                "" if i else f"{candidate.noise:.3f}",
-            )
+        name, overall = escape(candidate.token), candidate.spreads[0]
+        ends = (f"{candidate.beta:g}", f"{candidate.noise:.3f}")
+        table.add_row(name, str(candidate.token_id), *_spread_cells(overall), *ends)
     console.print(table)
+    if len(best.spreads) > 1:
+        table = _table(f"{escape(best.token)} by completion", "n", *_SPREAD)
+        for part in best.spreads[1:]:
+            table.add_row(escape(part.group), *_spread_cells(part))
+        console.print(table)
     left_out = len(calibration.candidates) - _NUM_CANDIDATES
     if left_out > 0:
         console.print(f"and {left_out} more with more noise")
     console.print(f"{finished} of {total} completions ended with an EOS token", highlight=False)
     beta = best.beta if beta is None else beta
+    if not math.isfinite(beta):
+        raise ConfigError(
+            f"no beta keeps the target c_ref + 1/beta below {WARN_TARGET:g}: even {best.token} "
+            f"has c_ref = {best.ref_logprob:.2f}; the score needs a token that the model never "
+            "expects"
+        )
     try:
         check_score_target(beta=beta, ref_logprob=best.ref_logprob)
     except (ValueError, ZeroDivisionError) as error:
@@ -134,6 +135,11 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
         )
     score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
     print(tomli_w.dumps({"score": score}), end="")
+
+
+def _spread_cells(spread: Spread) -> tuple[str, ...]:
+    numbers = (spread.mean, spread.std, spread.standard_error)
+    return (str(spread.count), *(f"{number:.3f}" for number in numbers))
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -151,7 +157,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         _print_benchmark(name, benchmark, console)
     if "average" in report:
         metrics = report["average"]["metrics"]
-        table = Table("mean over benchmarks", "value", title_justify="left")
+        table = _table("mean over benchmarks", "value")
         for label, key in (("accuracy", "accuracy"), *_VERIFICATION):
             if metrics.get(key, {}).get("value") is not None:
                 table.add_row(label, _cell(metrics, key))
@@ -170,34 +176,49 @@ def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> 
     )
     has_scores = metrics.get("f1", {}).get("value") is not None or bool(report["reliability"])
     rules = [rule for rule in _VOTES if has_scores or rule[1] in ("pass", "majority")]
-    table = Table("k", *(label for label, _ in rules))
+    table = _table("k", *(label for label, _ in rules))
     for k in report["ks"]:
         table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
     console.print(table)
     if not has_scores:
         return
-    if not report["uses_scores"]:
-        console.print(
-            f"the scores spread by {report['score_std']:.3f} only: they do not weight votes yet"
-        )
-    table = Table(
-        "self-verification", "score", f"corrected for base rate {report['base_rate']:.3f}"
-    )
+    if report["uses_scores"]:
+        largest = report["ks"][-1]
+        gain = _cell(metrics, f"weighted_gain@{largest}")
+        console.print(f"weighted minus plain majority at k = {largest}: {gain}", highlight=False)
+    else:
+        spread = "-" if report["score_std"] is None else f"{report['score_std']:.3f}"
+        console.print(f"the scores spread by {spread} only: they do not weight votes yet")
+    table = _table("self-verification", "score", f"at base rate {report['base_rate']:.3f}")
     for label, key in _VERIFICATION:
         table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
     console.print(table)
 
 
+def _table(*columns: str) -> Table:
+    """A table without rules, so that four intervals fit into 80 columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
 def _cell(metrics: Mapping[str, Any], key: str) -> str:
-    """A value with its interval."""
+    """A value with its interval, as `.509 (.463, .552)`."""
     entry = metrics.get(key)
     if entry is None:
         return ""
     if entry["value"] is None:
         return "-"
     if entry["low"] is None:
-        return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+        return _short(entry["value"])
+    return f"{_short(entry['value'])} ({_short(entry['low'])}, {_short(entry['high'])})"
+
+
+def _short(value: float) -> str:
+    """Three decimals in four places: `.509`, `1.00`."""
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if abs(value) < 0.9995 else text[:-1]
 
 
 def _share(metrics: Mapping[str, Any], key: str) -> str:

@@ -1,0 +1,69 @@
+"""Answers that vote, by reward kind, and the check of gold answers."""
+
+import pytest
+
+from laser_fast.config import RewardConfig
+from laser_fast.data.rows import answer_text, open_rows
+from laser_fast.evaluation.answers import answer_of, check_golds
+from laser_fast.evaluation.benchmarks import find_benchmark
+from laser_fast.rewards import Grader
+
+NUM_ROWS = {
+    "math500": 500,
+    "amc23": 40,
+    "aime24": 30,
+    "aime25": 30,
+    "olympiadbench": 675,
+    "gsm8k": 1319,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "answer"),
+    [
+        ("math", r"so \boxed{1}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("math", "the answer is 5", None),
+        ("math", r"\boxed{}", None),
+        ("module:function", r"\boxed{7}", "7"),
+        ("exact", r"\boxed{ a b }", "a b"),
+        ("exact", " yes\n", "yes"),
+        ("exact", "  ", None),
+        ("gsm8k", "6 * 3 = 18, so $18.00", "18"),
+        ("gsm8k", "...\n#### 1,000", "1000"),
+        ("gsm8k", r"\boxed{0.5} of 9", "1/2"),
+        ("gsm8k", "none", None),
+    ],
+)
+def test_answer_by_reward_kind(kind, text, answer):
+    assert answer_of(kind)(text) == answer
+
+
+class ScriptedGrader:
+    """Rewards 1 for the gold in a box, None for golds with a question mark."""
+
+    def grade(self, texts, answers):
+        return [
+            None if "?" in answer else float(text == rf"\boxed{{{answer}}}" and answer != "bad")
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+
+
+def test_golds_that_cannot_be_right_are_found():
+    found = check_golds(["1", "bad", "?", "2"], kind="math", grader=ScriptedGrader())
+    assert found.rejected == (1, 2)
+    assert found.unreadable == (2,)
+
+
+@pytest.mark.parametrize("name", NUM_ROWS)
+def test_every_real_gold_verifies_itself(name, data_dir):
+    benchmark = find_benchmark(name, data_dir=data_dir)
+    fields = {benchmark.prompt_field: "prompt", benchmark.answer_field: "answer"}
+    golds = [
+        answer_text(row, fields, benchmark.answer_field, place)
+        for place, row in open_rows(benchmark.source, split=benchmark.split).read(fields)
+    ]
+    assert len(golds) == NUM_ROWS[name]
+    with Grader(RewardConfig(kind=benchmark.reward_kind, timeout_s=30.0, workers=1)) as grader:
+        found = check_golds(golds, kind=benchmark.reward_kind, grader=grader)
+    assert [golds[i] for i in found.rejected] == []
+    assert [golds[i] for i in found.unreadable] == []

@@ -1,0 +1,86 @@
+"""Estimates at k against brute force over every subset, and against the vote itself at k = n."""
+
+import random
+from itertools import combinations
+from statistics import fmean
+
+import pytest
+
+from laser_fast.evaluation.at_k import MAX_SUBSETS, best_at_k, pass_at_k, powers_of_two, vote_at_k
+from laser_fast.evaluation.voting import best_is_correct, vote_is_correct
+
+
+def _problem(seed, n=7):
+    """Random answers with ties: three classes or none, coarse weights, some unfinished."""
+    rng = random.Random(seed)
+    classes = [rng.choice([0, 0, 1, 2, None]) for _ in range(n)]
+    correct = [answer == 1 or (answer == 0 and rng.random() < 0.1) for answer in classes]
+    weights = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(n)]
+    finished = [rng.random() < 0.8 for _ in range(n)]
+    return classes, correct, weights, finished
+
+
+def _pick(values, subset):
+    return [values[i] for i in subset]
+
+
+def test_powers_of_two_end_with_the_number_of_samples():
+    assert powers_of_two(1) == (1,)
+    assert powers_of_two(6) == (1, 2, 4, 6)
+    assert powers_of_two(32) == (1, 2, 4, 8, 16, 32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7])
+def test_estimates_are_means_over_all_subsets(seed, k):
+    classes, correct, weights, finished = _problem(seed)
+    subsets = list(combinations(range(7), k))
+    assert pass_at_k(correct, k) == pytest.approx(fmean(any(_pick(correct, s)) for s in subsets))
+    assert best_at_k(weights, finished, correct, k) == pytest.approx(
+        fmean(
+            best_is_correct(_pick(weights, s), _pick(finished, s), _pick(correct, s))
+            for s in subsets
+        )
+    )
+    plain = [vote_is_correct(_pick(classes, s), _pick(correct, s)) for s in subsets]
+    assert vote_at_k(classes, correct, k) == pytest.approx(fmean(plain))
+    weighted = [
+        vote_is_correct(_pick(classes, s), _pick(correct, s), _pick(weights, s)) for s in subsets
+    ]
+    assert vote_at_k(classes, correct, k, weights=weights) == pytest.approx(fmean(weighted))
+
+
+def test_the_textbook_value_of_pass_at_k():
+    # 1 - C(7, 4) / C(10, 4) = 1 - 35/210.
+    assert pass_at_k([True] * 3 + [False] * 7, 4) == pytest.approx(5 / 6)
+
+
+def test_many_subsets_are_drawn_by_seed():
+    classes, correct, weights, _ = _problem(3, n=24)
+    first = vote_at_k(classes, correct, 8, weights=weights, seed=1)
+    assert vote_at_k(classes, correct, 8, weights=weights, seed=1) == first
+    others = {vote_at_k(classes, correct, 8, weights=weights, seed=s) for s in range(2, 6)}
+    assert len(others | {first}) > 1
+    assert all(value * MAX_SUBSETS == round(value * MAX_SUBSETS) for value in others)
+    # A vote of 8 of 24 by twenty times as many draws, within its standard error of .5 / 256^.5.
+    rng = random.Random(0)
+    truth = fmean(
+        vote_is_correct(_pick(classes, s), _pick(correct, s), _pick(weights, s))
+        for s in (sorted(rng.sample(range(24), 8)) for _ in range(20 * MAX_SUBSETS))
+    )
+    assert first == pytest.approx(truth, abs=0.1)
+
+
+def test_no_answer_is_wrong():
+    assert vote_at_k([None, None], [False, False], 1) == 0.0
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_is_between_one_and_the_samples(k):
+    for estimate in (
+        lambda: pass_at_k([True, False], k),
+        lambda: best_at_k([0.1, 0.2], [True, True], [True, False], k),
+        lambda: vote_at_k([0, 1], [True, False], k),
+    ):
+        with pytest.raises(ValueError, match=f"expected 1 <= k <= 2 samples, got k = {k}"):
+            estimate()

@@ -1,0 +1,66 @@
+"""When an evaluation's folder may be taken, continued or overwritten."""
+
+import pytest
+
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.folder import EvalFolder
+
+SETTINGS = {"model": "m", "benchmarks": {"a": {"samples": 2}}, "score": {"beta": 0.1}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = EvalFolder(tmp_path / "out")
+    folder.prepare(SETTINGS, overwrite=False)
+    folder.keep_whole_chunks("a", [], size=2, chunk=1)  # makes the benchmark's folder
+    return folder
+
+
+def _records(make_record, ids):
+    return [make_record(prompt_id, sample) for prompt_id in ids for sample in range(2)]
+
+
+def test_a_begun_folder_continues_with_the_same_settings(folder):
+    folder.prepare({**SETTINGS, "score": {"beta": 0.2}}, overwrite=False)
+    with pytest.raises(ConfigError, match='begun with another model: "m" against "n"'):
+        folder.prepare({**SETTINGS, "model": "n"}, overwrite=False)
+    with pytest.raises(ConfigError, match="another benchmarks"):
+        folder.prepare({**SETTINGS, "benchmarks": {"a": {"samples": 4}}}, overwrite=False)
+
+
+def test_only_whole_chunks_are_kept(folder, make_record):
+    ids = ["p0", "p1", "p2", "p3", "p4"]
+    path = folder.samples("a")
+    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 0
+    folder.append("a", _records(make_record, ids[:3]))
+    with open(path, "a") as file:
+        file.write('{"prompt_id": "p3", "sam')  # torn by a kill
+    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 2
+    assert len(path.read_text().splitlines()) == 4
+    folder.append("a", _records(make_record, ids[2:]))
+    # The last chunk is short, and still whole.
+    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 5
+    with pytest.raises(ConfigError, match=r"samples.jsonl: not the samples"):
+        folder.keep_whole_chunks("a", ids[::-1], size=2, chunk=2)
+
+
+def test_a_finished_folder_is_left_alone(folder, make_record):
+    folder.append("a", _records(make_record, ["p0"]))
+    folder.report.write_text("{}")
+    with pytest.raises(ConfigError, match="finished evaluation; choose another --out"):
+        folder.prepare(SETTINGS, overwrite=False)
+    (folder.path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        folder.prepare(SETTINGS, overwrite=True)
+    # What an evaluation wrote is gone, and nothing else.
+    assert sorted(path.name for path in folder.path.rglob("*")) == ["notes.txt"]
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="holds other files"):
+            EvalFolder(tmp_path).prepare(SETTINGS, overwrite=overwrite)
+    with pytest.raises(ConfigError, match="is a file"):
+        EvalFolder(tmp_path / "thesis.txt").prepare(SETTINGS, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

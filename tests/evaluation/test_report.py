@@ -1,0 +1,162 @@
+"""The report of a benchmark: against the summary, scikit-learn and numbers by hand."""
+
+import json
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from laser_fast.evaluation.report import ReportOptions, average, build_report
+from laser_fast.evaluation.summary import group_by_prompt, summarize
+
+FEW = ReportOptions(num_resamples=50)
+
+
+def _value(report, name):
+    return report["metrics"][name]["value"]
+
+
+def test_all_samples_give_the_summary(random_records):
+    records = random_records(30, 6)
+    report, _ = build_report(records, options=FEW)
+    summary = summarize(records)
+    assert report["ks"] == [1, 2, 4, 6] and report["uses_scores"]
+    for name in ("majority", "weighted_majority", "best_of"):
+        assert _value(report, f"{name}@6") == pytest.approx(getattr(summary, name))
+    for name in ("accuracy", "truncated", "mean_length"):
+        assert _value(report, name) == pytest.approx(getattr(summary, name))
+    found = summary.verification
+    assert _value(report, "verification_accuracy") == pytest.approx(found.accuracy)
+    for name in ("tpr", "tnr", "f1", "auroc", "ece", "brier", "ece_corrected", "brier_corrected"):
+        assert _value(report, name) == pytest.approx(getattr(found, name))
+    # Every rule is one completion's accuracy at k = 1.
+    for name in ("pass", "majority", "weighted_majority", "best_of"):
+        assert _value(report, f"{name}@1") == pytest.approx(summary.accuracy)
+    assert _value(report, "weighted_gain@4") == pytest.approx(
+        _value(report, "weighted_majority@4") - _value(report, "majority@4")
+    )
+
+
+def test_score_metrics_against_sklearn(random_records):
+    records = random_records(40, 4)
+    report, _ = build_report(records, options=FEW)
+    correct = np.array([record.is_correct for record in records])
+    scores = np.array([record.score for record in records])
+    assert _value(report, "auroc") == pytest.approx(roc_auc_score(correct, scores))
+    clipped = scores.clip(0, 1)
+    assert _value(report, "brier") == pytest.approx(brier_score_loss(correct, clipped))
+    rate = correct[[record.is_finished for record in records]].mean()
+    assert report["base_rate"] == pytest.approx(rate)
+    corrected = rate * clipped / (rate * clipped + (1 - rate) * (1 - clipped))
+    assert _value(report, "brier_corrected") == pytest.approx(brier_score_loss(correct, corrected))
+    verdict = corrected > 0.5
+    assert _value(report, "tpr_corrected") == pytest.approx(verdict[correct].mean())
+    assert _value(report, "tnr_corrected") == pytest.approx((~verdict[~correct]).mean())
+    assert _value(report, "verification_accuracy_corrected") == pytest.approx(
+        (verdict == correct).mean()
+    )
+    within = [
+        roc_auc_score([r.is_correct for r in problem], [r.score for r in problem])
+        for problem in group_by_prompt(records)
+        if len({r.is_correct for r in problem}) == 2
+    ]
+    assert _value(report, "auroc_within") == pytest.approx(fmean(within))
+
+
+def test_the_base_rate_may_be_given(random_records):
+    report, _ = build_report(
+        random_records(20, 4), options=ReportOptions(base_rate=0.5, num_resamples=2)
+    )
+    assert report["base_rate"] == 0.5
+    # At one half the correction is the identity.
+    assert _value(report, "brier_corrected") == pytest.approx(_value(report, "brier"))
+    assert report["reliability"]["corrected"] == report["reliability"]["raw"]
+
+
+def test_intervals_hold_the_value_and_shrink_with_problems(random_records):
+    def width(num_problems):
+        report, draws = build_report(random_records(num_problems, 4))
+        entry = report["metrics"]["majority@4"]
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert draws["majority@4"].shape == (1000,)
+        return entry["high"] - entry["low"]
+
+    assert width(400) < 0.6 * width(60)
+
+
+def test_intervals_draw_whole_problems(make_record):
+    """Problems of eight equal completions: pooled over completions the interval would be a third
+    of what it is over problems."""
+    records = [
+        make_record(f"p{p}", sample, reward=float(p % 2), answer=str(p % 2))
+        for p in range(40)
+        for sample in range(8)
+    ]
+    entry = build_report(records)[0]["metrics"]["accuracy"]
+    assert entry["value"] == 0.5
+    assert entry["high"] - entry["low"] == pytest.approx(2 * 1.96 * 0.5 / 40**0.5, rel=0.15)
+
+
+def test_failed_grades_are_left_out_and_counted(make_record):
+    rewards = {"a": [1.0, None, 0.0, 0.0], "b": [None] * 4}
+    records = [
+        make_record(name, i, reward=reward, answer=str(i % 2))
+        for name, own in rewards.items()
+        for i, reward in enumerate(own)
+    ]
+    report, _ = build_report(records, options=FEW)
+    assert report["num_failed_grades"] == 5 and report["num_prompts"] == 2
+    assert _value(report, "accuracy") == pytest.approx(1 / 3)
+    # Of a's three graded completions (answers 0, 0, 1), all vote at k = 4.
+    assert _value(report, "majority@4") == 1.0
+
+
+def test_without_scores_only_accuracy_and_plain_votes(random_records):
+    records = [
+        replace(record, score=None if record.is_finished else 0.0, score_logprob=None)
+        for record in random_records(10, 4)
+    ]
+    report, _ = build_report(records, options=FEW)
+    assert _value(report, "majority@4") is not None
+    assert _value(report, "weighted_majority@4") is None and _value(report, "best_of@4") is None
+    assert "f1" not in report["metrics"] and report["reliability"] == {}
+    json.dumps(report, allow_nan=False)
+
+
+def test_all_grades_failed_gives_an_empty_report(make_record):
+    report, draws = build_report([make_record("a", 0, reward=None)], options=FEW)
+    assert report["metrics"] == {} and draws == {} and report["num_failed_grades"] == 1
+
+
+def test_answers_vote_by_equivalence(make_record):
+    answers = ["0.5", "1/2", "3", "3"]
+    records = [
+        make_record("a", i, answer=answer, reward=float(i < 2), score=0.9 if i < 2 else 0.1)
+        for i, answer in enumerate(answers)
+    ]
+    same = build_report(records, options=FEW, same_answer=lambda a, b: {a, b} == {"0.5", "1/2"})[0]
+    assert _value(same, "weighted_majority@4") == 1.0 and _value(same, "majority@4") == 1.0
+    # Without equivalence the two right answers split, and 3 wins the plain vote.
+    assert _value(build_report(records, options=FEW)[0], "majority@4") == 0.0
+
+
+def test_k_beyond_the_samples_is_refused(random_records):
+    with pytest.raises(ValueError, match="expected 1 <= k <= 4 samples"):
+        build_report(random_records(3, 4), options=ReportOptions(ks=(1, 8)))
+
+
+def test_average_is_over_benchmarks_with_its_own_interval(random_records):
+    parts = [build_report(random_records(20, n, seed=n), options=FEW) for n in (2, 4)]
+    reports, draws = [part[0] for part in parts], [part[1] for part in parts]
+    whole = average(reports, draws)
+    assert whole["num_benchmarks"] == 2
+    assert _value(whole, "accuracy") == pytest.approx(
+        fmean(_value(report, "accuracy") for report in reports)
+    )
+    assert "majority@2" in whole["metrics"] and "majority@4" not in whole["metrics"]
+    widths = [r["metrics"]["accuracy"]["high"] - r["metrics"]["accuracy"]["low"] for r in reports]
+    own = whole["metrics"]["accuracy"]["high"] - whole["metrics"]["accuracy"]["low"]
+    # Independent benchmarks: the mean of two is known better than either.
+    assert own < max(widths)

@@ -1,0 +1,143 @@
+"""`score`: the same numbers as generation and as full logits, and a reason where there is none."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.score_pairs import score_pairs
+from laser_fast.evaluation.settings import ModelOptions
+
+EOS, SCORE = 1, 2  # <eos> and <|reserved_0|> of the sandbox's tokenizer
+
+
+@pytest.fixture
+def model(sandbox_model):
+    return ModelOptions(
+        model=str(sandbox_model),
+        token="<|reserved_0|>",
+        beta=0.2,
+        ref_logprob="-9",
+        overrides=["data.template={prompt}"],
+    )
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _score(model, tmp_path, rows, **given):
+    out = tmp_path / "out.jsonl"
+    totals = score_pairs(model, _write(tmp_path / "in.jsonl", rows), out, **given)
+    return totals, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_text_and_ids_against_full_logits(model, tmp_path, sandbox_model):
+    tokenizer = AutoTokenizer.from_pretrained(sandbox_model)
+    prompt, response = "7a*3b+4=", r"a7*3=1b1+4=5\boxed{5}"
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    completion_ids = [*tokenizer(response)["input_ids"], EOS]
+    rows = [
+        {"prompt": prompt, "response": response, "id": 7},
+        {"prompt_ids": prompt_ids, "completion_ids": completion_ids},
+        {"prompt": prompt, "response": response + "<eos>", "score": "old"},
+        {"prompt": "1a+1=", "completion_ids": [completion_ids[-2], EOS], "finish_reason": "stop"},
+    ]
+    moves = []
+    totals, lines = _score(model, tmp_path, rows, on_progress=lambda *move: moves.append(move))
+    reference = AutoModelForCausalLM.from_pretrained(sandbox_model).double()
+
+    @torch.no_grad()
+    def exact(ids):
+        return float(reference(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[SCORE])
+
+    expected = [exact(prompt_ids + completion_ids)] * 3
+    expected.append(exact(tokenizer("1a+1=")["input_ids"] + [completion_ids[-2], EOS]))
+    for row, line, logprob in zip(rows, lines, expected, strict=True):
+        assert line["score_logprob"] == pytest.approx(logprob, abs=2e-5)
+        assert line["score"] == pytest.approx(0.2 * (logprob + 9), abs=1e-5)
+        assert line["reason"] is None
+        # Everything else comes through as it was.
+        assert {key: line[key] for key in row if key != "score"} == {
+            key: value for key, value in row.items() if key != "score"
+        }
+    assert (totals.num_scored, totals.unscored) == (4, {})
+    assert moves[-1] == ("in.jsonl", 4, 4)
+
+
+def test_what_cannot_be_read_gets_a_reason(model, tmp_path):
+    ids = [10, 11]
+    rows = [
+        {"prompt_ids": ids, "completion_ids": [12, 13]},
+        {"prompt_ids": ids, "completion_ids": []},
+        {"prompt_ids": ids, "completion_ids": [EOS]},
+        {"prompt": "1a+1=", "response": ""},
+        {"prompt": "1a+1=", "response": "2", "finish_reason": "length"},
+        {"prompt_ids": ids, "completion_ids": [12] * 126 + [EOS]},
+        {"prompt_ids": ids, "completion_ids": [12] * 125 + [EOS]},
+    ]
+    totals, lines = _score(model, tmp_path, rows)
+    reasons = ["truncated", "empty", "empty", "empty", "truncated", "too long", None]
+    assert [line["reason"] for line in lines] == reasons
+    for line in lines[:-1]:
+        assert line["score"] is None and line["score_logprob"] is None
+    # 128 tokens fill the model's positions exactly.
+    assert lines[-1]["score"] is not None
+    assert totals.num_scored == 1
+    assert totals.unscored == {"truncated": 2, "empty": 3, "too long": 1}
+
+
+def test_nothing_readable_still_gives_every_line(model, tmp_path):
+    totals, lines = _score(model, tmp_path, [{"prompt_ids": [9], "completion_ids": []}] * 3)
+    assert totals.num_scored == 0 and [line["reason"] for line in lines] == ["empty"] * 3
+
+
+def test_an_output_is_not_overwritten_unasked(model, tmp_path):
+    (tmp_path / "out.jsonl").write_text("mine")
+    row = {"prompt_ids": [9], "completion_ids": [9, EOS]}
+    with pytest.raises(ConfigError, match="exists; choose another file or --overwrite"):
+        _score(model, tmp_path, [row])
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+    _, lines = _score(model, tmp_path, [row], overwrite=True)
+    assert lines[0]["score"] is not None
+    # A broken input leaves the earlier output alone, and no partial one.
+    with pytest.raises(ConfigError, match="in.jsonl:1: expected the field"):
+        _score(model, tmp_path, [{}], overwrite=True)
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no pairs to score"),
+        ('{"prompt": "1"}\n', 'in.jsonl:1: expected the field "response" or "completion_ids"'),
+        ('{"prompt": 1, "response": "2"}\n', 'field "prompt": expected text, got int'),
+        ('{"prompt": "x", "response": "2"}\n', "the prompt has no token"),
+        ('{"prompt": "1", "response": null}\n', 'field "response": expected text, got NoneType'),
+        ('{"prompt": "1", "completion_ids": "12"}\n', "expected a list of token ids"),
+        ('{"prompt": "1", "completion_ids": [99]}\n', "expected ids below 33, got 99"),
+        ('{"prompt": "1", "response": "2"}\n{"pro\n', "in.jsonl:2: not valid JSON"),
+        ("[1]\n3\n", "in.jsonl:1: expected an object, got list"),
+    ],
+)
+def test_broken_input_names_the_place(model, tmp_path, content, message):
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        score_pairs(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+
+
+def test_options_that_do_not_fit(model, tmp_path):
+    row = {"prompt": "1a+1=", "response": "2"}
+    with pytest.raises(ConfigError, match="--ref-logprob auto: pairs of unknown origin"):
+        _score(ModelOptions(model=model.model, ref_logprob="auto"), tmp_path, [row])
+    chat = ModelOptions(model=model.model, token=model.token, beta=0.2, ref_logprob="-9")
+    with pytest.raises(ConfigError, match="no chat template; give prompt_ids, or set data.templ"):
+        _score(chat, tmp_path, [row])
+    with pytest.raises(ConfigError, match="expected a .jsonl or .json file"):
+        score_pairs(model, tmp_path / "in.csv", tmp_path / "out.jsonl")
+    with pytest.raises(ConfigError, match="no such folder"):
+        score_pairs(model, tmp_path / "in.jsonl", tmp_path / "none" / "out.jsonl")

@@ -1,0 +1,94 @@
+"""What a person sees: tables in 80 columns, and a configuration that stands alone on stdout."""
+
+import io
+import tomllib
+
+import pytest
+from rich.console import Console
+
+from laser_fast.config import ConfigError
+from laser_fast.evaluation.calibration import Row, rank_candidates
+from laser_fast.evaluation.plots import draw_plots
+from laser_fast.evaluation.report import ReportOptions, average, build_report
+from laser_fast.evaluation.terminal import print_calibration, print_report
+
+
+@pytest.fixture(scope="module")
+def content(random_records):
+    parts = [
+        build_report(random_records(12, n), options=ReportOptions(num_resamples=20)) for n in (2, 8)
+    ]
+    reports = {"one": parts[0][0], "two": parts[1][0]}
+    score = {"token": "<z>", "beta": 0.1, "ref_logprob": -20.0, "ref_logprob_is_measured": True}
+    draws = [part[1] for part in parts]
+    return {
+        "score": score,
+        "benchmarks": reports,
+        "average": average(list(reports.values()), draws),
+    }
+
+
+def _short(value):
+    return "1.00" if value == 1 else f"{value:.3f}".lstrip("0")
+
+
+def test_tables_hold_every_number_within_80_columns(content):
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(content, console)
+    text = console.export_text()
+    assert "c_ref -20.000, measured on these completions" in text
+    for benchmark in content["benchmarks"].values():
+        for name in ("weighted_majority@2", "f1", "auroc_within", "ece_corrected", "aurc"):
+            entry = benchmark["metrics"][name]
+            shown = [f"{entry[part]:.3f}".lstrip("0") for part in ("value", "low", "high")]
+            assert f"{shown[0]} ({shown[1]}, {shown[2]})" in text
+    assert "mean over benchmarks" in text and "..." not in text and "\u2026" not in text
+
+
+def test_plots_are_drawn_with_and_without_scores(content, random_records, make_record, tmp_path):
+    records = random_records(12, 8)
+    draw_plots("two", records, content["benchmarks"]["two"], tmp_path / "scored.png")
+    plain = [make_record("a", i, score=None, score_logprob=None) for i in range(2)]
+    report, _ = build_report(plain, options=ReportOptions(num_resamples=2))
+    draw_plots("plain", plain, report, tmp_path / "plain.png")
+    scored, alone = (
+        int.from_bytes((tmp_path / name).read_bytes()[16:20], "big")
+        for name in ("scored.png", "plain.png")
+    )
+    # Three panels against one.
+    assert scored == 3 * alone
+
+
+def _calibration(*logprobs):
+    rows = [
+        Row(
+            template="chat",
+            prompt_id=f"p{i}",
+            eos="<eos>",
+            completion_ids=(1,),
+            logprobs=[value],
+        )
+        for i, value in enumerate(logprobs)
+    ]
+    return rank_candidates(rows, {"<|z|>": 40})
+
+
+def test_calibration_prints_a_configuration(capsys):
+    print_calibration(_calibration(-23.0, -23.2))
+    captured = capsys.readouterr()
+    assert tomllib.loads(captured.out) == {
+        "score": {"token": "<|z|>", "beta": 0.1, "ref_logprob": -23.1}
+    }
+    assert "<|z|>" in captured.err and "warning" not in captured.err
+
+
+def test_calibration_warns_of_a_blurred_constant(capsys):
+    print_calibration(_calibration(-22.0, -24.0))
+    assert "beta * std = 0.100 > 0.05" in capsys.readouterr().err
+
+
+def test_calibration_refuses_a_beta_that_no_target_survives(capsys):
+    with pytest.raises(ConfigError, match=r"must stay well below 0; choose beta >= 0.115"):
+        print_calibration(_calibration(-11.7, -11.7), beta=0.05)
+    with pytest.raises(ConfigError, match="even .* has c_ref = -2.00; the score needs a token"):
+        print_calibration(_calibration(-2.0, -2.0))
