@@ -82,7 +82,9 @@ def _launch(
     assert hidden_states.is_contiguous() and weight.is_contiguous()
 
     def operand(x: Tensor | None, *block: int) -> Tensor | TensorDescriptor | None:
-        return TensorDescriptor.from_tensor(x, block) if tile.uses_tma and x is not None else x
+        return (
+            TensorDescriptor.from_tensor(x, list(block)) if tile.uses_tma and x is not None else x
+        )
 
     num_tiles = triton.cdiv(len(hidden_states), tile.n) * triton.cdiv(len(weight), tile.v)
     num_programs = num_tiles
@@ -119,7 +121,7 @@ def _score(
     num_blocks = triton.cdiv(len(weight), tile.v)
     target, anchor, log_total, *stats = (torch.empty_like(inv_temperature) for _ in range(6))
     partials = inv_temperature.new_empty(num_rows, 3, num_blocks)
-    all_rows = torch.ones(num_rows + 1, dtype=torch.int32, device=labels.device)
+    all_rows = torch.full((num_rows + 1,), 2, dtype=torch.int32, device=labels.device)
     overflowed = torch.zeros_like(all_rows)
     head = (hidden_states, weight)
     kernels.anchor_kernel[(num_rows,)](

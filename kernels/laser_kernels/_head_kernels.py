@@ -117,7 +117,7 @@ def statistics_kernel(
     hidden,
     weight,
     kept,  # [N, V] int16
-    flags_ptr,  # [N + 1]: rows to do, and whether there is any
+    flags_ptr,  # [N + 1]: rows to do; at the end 0 for none, 1 for some, 2 for all
     anchor_ptr,
     inv_temperature_ptr,
     partials_ptr,  # [N, 3, column blocks]: S, M, maximum of x
@@ -132,12 +132,16 @@ def statistics_kernel(
 ):
     """Partials of every tile, and the kept logits if wanted."""
     num_blocks = tl.cdiv(V, BLOCK_V)
-    num_tiles = tl.cdiv(N, BLOCK_N) * num_blocks * tl.load(flags_ptr + N)
+    extent = tl.load(flags_ptr + N)
+    num_tiles = tl.cdiv(N, BLOCK_N) * num_blocks * tl.minimum(extent, 1)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=False):
         row, column = _tile_position(tile, N, V, BLOCK_N, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_N)
         mask = rows < N
-        if tl.max(tl.load(flags_ptr + rows, mask=mask, other=0), 0) > 0:
+        is_wanted = extent == 2
+        if extent == 1:
+            is_wanted = tl.max(tl.load(flags_ptr + rows, mask=mask, other=0), 0) > 0
+        if is_wanted:
             logits = _tile_logits(
                 hidden, weight, row, column, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D, TMA
             )
@@ -161,7 +165,7 @@ def statistics_kernel(
 @triton.jit
 def reduce_kernel(
     partials_ptr,
-    flags_ptr,  # [N + 1]: rows to reduce
+    flags_ptr,  # [N + 1]: rows to do
     overflow_ptr,  # [N + 1], written: rows to do again, around the anchor that is left here
     target_ptr,
     anchor_ptr,
@@ -230,7 +234,7 @@ def dlogits_kernel(
         mask = rows < N
         scale = tl.load(inv_temperature_ptr + rows, mask=mask, other=0.0)[:, None] * LOG2E
         logsumexp2 = tl.load(logsumexp_ptr + rows, mask=mask, other=0.0)[:, None] * LOG2E
-        label = tl.load(labels_ptr + rows, mask=mask, other=-1)[:, None]
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)[:, None]
         d = dlogits_from_logprob(
             logits * scale - logsumexp2,
             tl.load(constant_ptr + rows, mask=mask, other=0.0)[:, None],
@@ -265,6 +269,6 @@ def unpack_kernel(
         tl.load(constant_ptr + row),
         0.0,
         tl.load(target_ptr + row),
-        columns == tl.load(labels_ptr + row),
+        columns == tl.load(labels_ptr + row).to(tl.int32),
     )
     tl.store(out_ptr + position, d.to(out_ptr.dtype.element_ty), mask=mask)

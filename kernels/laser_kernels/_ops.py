@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._checks import check_head, check_labels, inverse_temperature
+from ._checks import (
+    check_head,
+    check_label_values,
+    check_labels,
+    check_temperature_values,
+    inverse_temperature,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +128,15 @@ def check_all(
     check_labels(op, labels, hidden_states)
     inv_temperature = inverse_temperature(op, temperature, hidden_states)
     impl = choose_impl(op, impl, hidden_states)
-    if process_group is not None and impl == "reference":
-        raise ValueError(
-            f"{op}: impl='reference' expected the whole weight and no process_group, got one; use "
-            f"another impl, or gather the weight"
-        )
+    if impl == "reference":
+        if process_group is not None:
+            raise ValueError(
+                f"{op}: impl='reference' expected the whole weight and no process_group, got one; "
+                f"use another impl, or gather the weight"
+            )
+        # The ops check values where they run; plain torch has no such place.
+        check_label_values(labels, len(weight))
+        check_temperature_values(inv_temperature)
     # An op schema can carry the name of a group, not the group.
     group = "" if process_group is None else process_group.group_name
     tensors = (hidden_states, weight, labels, inv_temperature)

@@ -94,7 +94,7 @@ def _row_dlogits_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     scale = tl.load(inv_temperature_ptr + row) * LOG2E
     logsumexp2 = tl.load(logsumexp_ptr + row) * LOG2E
     constant = tl.load(constant_ptr + row)

@@ -72,6 +72,14 @@ def test_bad_input_of_a_head(op, name):
         op(**args)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("name", ["label above", "label below", "a zero temperature"])
+def test_bad_values_of_every_implementation(impl, name):
+    change, message = BAD_ROWS[name]
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**{**HEAD, **change}, impl=impl)
+
+
 BAD_SCORES = {
     "token id": (dict(token_id=V), r"token_id as an int in \[0, 11\), got 11"),
     "token id tensor": (dict(token_id=torch.tensor(1)), r"token_id as an int"),
