@@ -9,10 +9,11 @@ import pytest
 from report_runs import make_run
 
 from laser_fast.cli import main
-from laser_fast.config import ConfigError
+from laser_fast.config import ConfigError, load_config
 from laser_fast.observe.report import render_report, write_report
 from laser_fast.observe.report_run import curve, read_run
 from laser_fast.observe.report_tables import MAX_CHARACTERS, MAX_SAMPLES
+from laser_fast.observe.run_log import RunLog
 
 
 class Page(HTMLParser):
@@ -84,6 +85,17 @@ def test_report_of_a_run(tmp_path):
     assert html.count('class="agrees"') == 12 + 2 and html.count('class="differs"') == 13 + 2
     assert "LaSeR &middot; sandbox" in html and "30 of 30 steps logged" in html
     assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html and "other" in html
+
+
+def test_finished_run_writes_it_and_says_where(tmp_path, capsys):
+    config = load_config(make_run(tmp_path / "template") / "config.toml")
+    with RunLog(tmp_path / "run", config) as log:
+        log.log_step(0, {"reward/mean": 0.5})
+        log.finish(wall_seconds=7.0)
+    path = tmp_path / "run" / "report.html"
+    assert f"report: {path}\n" in capsys.readouterr().out
+    html = path.read_text()
+    assert Page(html).charts == ["reward"] and "7 s" in html
 
 
 def test_run_without_scores(tmp_path):

@@ -1,0 +1,96 @@
+"""The sandbox study: what it starts, and the arithmetic of its table."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from laser_fast.config import dump_config, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import sandbox_study
+
+    return sandbox_study
+
+
+def _records(study, accuracies):
+    """Runs of every method with these accuracies by seed; GRPO has no AUROC."""
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "before": {"step": 0, "accuracy": 0.5},
+            "after": {
+                "step": 120,
+                "num_prompts": 400,
+                "samples_per_prompt": 8,
+                "accuracy": accuracy,
+                "auroc": None if method == "GRPO" else 0.8,
+            },
+            "wall_seconds": 100.0 + seed,
+        }
+        for method, values in zip(study.METHODS, accuracies, strict=True)
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_methods_are_valid_configurations(study):
+    configs = {
+        method: load_config(study.CONFIG, overrides) for method, overrides in study.METHODS.items()
+    }
+    assert configs["LaSeR"] == load_config(study.CONFIG)
+    assert configs["LaSeR without mixing"].score.loss_coef > 0
+    assert configs["LaSeR without mixing"].advantage.score_coef == 0
+    grpo = configs["GRPO"]
+    assert grpo.score.loss_coef == grpo.advantage.score_coef == 0
+    assert grpo.optim == configs["LaSeR"].optim and study.BASELINE == "GRPO"
+
+
+def test_student_interval_by_hand(study):
+    mean, half_width = study.interval([0.80, 0.84, 0.88])
+    assert mean == pytest.approx(0.84)
+    assert half_width == pytest.approx(4.303 * 0.04 / math.sqrt(3))
+    assert study.interval([0.2, 0.4])[1] == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2))
+    assert study.interval([0.5])[0] == 0.5 and math.isnan(study.interval([0.5])[1])
+    assert all(map(math.isnan, study.interval([0.5, None])))
+
+
+def test_gains_are_paired_by_seed(study):
+    records = _records(study, [(0.9, 0.7, 0.8), (0.85, 0.65, 0.75), (0.88, 0.68, 0.78)])
+    summary = study.summarize(records)
+    # Seeds differ much, the two methods of a seed always by the same.
+    gain = summary["gain"]["LaSeR"]["accuracy"]
+    assert gain == pytest.approx((0.02, 0.0), abs=1e-12)
+    assert summary["after"]["LaSeR"]["accuracy"][1] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert summary["before"]["before training"]["accuracy"] == pytest.approx((0.5, 0.0))
+    assert math.isnan(summary["gain"]["LaSeR"]["auroc"][0])
+    text = study.document({"commit": "abc"}, records)
+    assert "- commit: abc" in text and "- seeds: 0, 1, 2" in text
+    assert "400 held-out problems, k = 8 completions each, after 120 steps" in text
+    assert "| LaSeR | 0.800 +- 0.248 | - | 0.800 +- 0.000 |" in text
+    assert "| LaSeR without mixing | -0.030 +- 0.000 |" in text
+    assert "LaSeR 101, " in text
+
+
+def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished run was started again")
+
+    overrides = [f"output_dir={tmp_path}", "seed=3"]
+    (tmp_path / "config.toml").write_text(dump_config(load_config(study.CONFIG, overrides)))
+    (tmp_path / "summary.json").write_text('{"wall_seconds": 5.0}')
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 120}\n{"step": 0}\n')
+    monkeypatch.setattr(study.subprocess, "run", refuse)
+    study.train(tmp_path, overrides, num_ranks=2)
+    assert study.read_result(tmp_path) == {
+        "before": {"step": 0},
+        "after": {"step": 120},
+        "wall_seconds": 5.0,
+    }
+    with pytest.raises(AssertionError):
+        study.train(tmp_path, [*overrides, "optim.lr=1e-3"], num_ranks=2)
