@@ -123,7 +123,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(engine):
         assert [c.completion_ids for c in alone.completions] == [
             c.completion_ids for c in expected.completions
         ]
-    assert len({c.completion_ids for _, c in pairs(together)}) == len(pairs(together))
+    assert len({c.completion_ids for _, c in pairs(together)}) > len(pairs(together)) // 2
     (other,) = engine.generate(make_prompts()[:1], make_sampling(seed=4))
     assert other.completions[0] != together[0].completions[0]
 
