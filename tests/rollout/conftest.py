@@ -5,7 +5,6 @@ biases, a head with padding rows beyond the tokenizer's vocabulary.
 """
 
 import http.client
-import importlib.util
 import os
 import signal
 import socket
@@ -20,15 +19,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-
-
-def pytest_collection_modifyitems(items):
-    skip = pytest.mark.skip(reason="vLLM is not installed; see the README for its CPU build")
-    for item in items:
-        if item.get_closest_marker("vllm") and not HAS_VLLM:
-            item.add_marker(skip)
 
 
 @dataclass(frozen=True)
