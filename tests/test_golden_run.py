@@ -1,0 +1,203 @@
+"""Five steps whose losses and gradient norms are in git: a refactor may not move them.
+
+The rollout is written down instead of sampled and the weights are a formula, so that nothing but
+rounding differs between machines. A change of the algorithm regenerates the files, in the same
+commit, by
+
+    python tests/test_golden_run.py
+"""
+
+import json
+import random
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from laser_fast.config import parse_config
+from laser_fast.data.prompts import PromptSource
+from laser_fast.data.sandbox import EOS_TOKEN, RESERVED_TOKENS, TOKENS, write_tokenizer
+from laser_fast.observe.timer import StageTimer
+from laser_fast.records import Completion, Group
+from laser_fast.rewards import Grader
+from laser_fast.training.collector import Collector
+from laser_fast.training.distributed import StopSignal, open_world
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import build_policy, load_model_config
+from laser_fast.training.stages import Stages
+from laser_fast.training.trainer import Trainer
+from laser_fast.training.vocabulary import load_vocabulary
+
+GOLDEN = Path(__file__).parent / "golden"
+PINNED = ("loss/policy", "loss/score", "step/grad_norm")
+STEPS = 5
+CASES = {
+    # Score rows from the first step, their loss from the second, mixed advantages from the third.
+    "laser": {
+        "score": {"warmup_steps": 1, "max_grad_ratio": 0.5},
+        "advantage": {"score_warmup_steps": 1, "score_min_std": 0.0, "score_coef": 0.2},
+    },
+    # Clipping and importance sampling in the second update of each step.
+    "grpo": {
+        "score": {"loss_coef": 0.0},
+        "advantage": {"score_coef": 0.0},
+        "loss": {"clip_low": 0.02, "clip_high": 0.03},
+        "optim": {"minibatches": 2},
+    },
+}
+
+
+def make_config(folder, case):
+    sections = {
+        "output_dir": "run",
+        "model": {"path": str(folder)},
+        "data": {
+            "train": "sandbox",
+            "template": "{prompt}",
+            "max_prompt_tokens": 24,
+            "prompts_per_step": 4,
+        },
+        "rollout": {"max_new_tokens": 16, "group_size": 4, "max_disagreement": 100.0},
+        "reward": {"kind": "laser_fast.data.sandbox:reward", "workers": 1},
+        "score": {"token": RESERVED_TOKENS[0], "beta": 0.2, "ref_logprob": -9.0},
+        "optim": {"steps": STEPS, "lr": 2e-3, "schedule": "linear", "tokens_per_microbatch": 100},
+    }
+    for name, keys in CASES[case].items():
+        sections[name] = {**sections.get(name, {}), **keys}
+    return parse_config(sections, source="golden")
+
+
+def write_model(folder):
+    """A model of two layers whose weights are values of the sine."""
+    config = Qwen2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=TOKENS.index(EOS_TOKEN),
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            places = torch.arange(parameter.numel(), dtype=torch.float64)
+            values = 0.4 * torch.sin(places * (1.1 + 0.37 * index) + index)
+            parameter.copy_(values.view_as(parameter) + float("norm" in name))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+class WrittenRollout:
+    """An engine that samples nothing: right, wrong and truncated answers by a table of dice."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def sync(self, weights):
+        """There are no weights to take."""
+
+    def sleep(self):
+        """There is nothing to give back."""
+
+    def generate(self, prompts, sampling):
+        return [
+            Group(
+                prompt=prompt,
+                completions=tuple(
+                    self.write(
+                        prompt, random.Random(f"{sampling.seed}/{prompt.prompt_id}/{member}")
+                    )
+                    for member in range(sampling.group_size)
+                ),
+            )
+            for prompt in prompts
+        ]
+
+    def write(self, prompt, rng):
+        is_finished = rng.random() < 0.8
+        answer = prompt.answer if rng.random() < 0.5 else str(rng.randrange(10))
+        work = "".join(rng.choice("0123456789+*=") for _ in range(rng.randint(1, 9)))
+        text = f"{work}\\boxed{{{answer}}}{EOS_TOKEN}" if is_finished else work
+        ids = self.tokenizer(text)["input_ids"]
+        return Completion(
+            completion_ids=tuple(ids),
+            rollout_logprobs=tuple(rng.uniform(-4.5, -2.5) for _ in ids),
+            finish_reason="stop" if is_finished else "length",
+            score_logprob=rng.uniform(-9.0, -4.0) if is_finished else None,
+        )
+
+
+def run(case):
+    """The pinned metrics of every step."""
+    with TemporaryDirectory() as folder, open_world() as world, ExitStack() as stack:
+        write_model(folder)
+        config = make_config(folder, case)
+        vocabulary = load_vocabulary(
+            folder, score_token=config.score.token, model_config=load_model_config(config.model)
+        )
+        policy = build_policy(config.model, world)
+        stop = StopSignal(world)
+        stack.callback(stop.restore)
+        stages = Stages(StageTimer(), stop)
+        packer = Packer(
+            budget=config.optim.tokens_per_microbatch,
+            score_token_id=vocabulary.score_token_id,
+            temperature=config.rollout.temperature,
+            device=world.device,
+        )
+        collector = Collector(
+            config=config,
+            world=world,
+            stages=stages,
+            vocabulary=vocabulary,
+            prompts=PromptSource(config.data, vocabulary.tokenizer, seed=0, split="train"),
+            engine=WrittenRollout(vocabulary.tokenizer),
+            grader=stack.enter_context(Grader(config.reward)),
+            policy=policy,
+            packer=packer,
+        )
+        trainer = Trainer(
+            config=config,
+            world=world,
+            stages=stages,
+            collector=collector,
+            packer=packer,
+            policy=policy,
+            reference=None,
+            optimizer=build_optimizer(policy, config.optim),
+            cap=GradientCap(
+                loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio
+            ),
+            ref_logprob=config.score.ref_logprob,
+        )
+        metrics = [trainer.step(step)[0] for step in range(STEPS)]
+    return [{key: line[key] for key in PINNED} for line in metrics]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_run(case):
+    expected = json.loads((GOLDEN / f"{case}.json").read_text())
+    found = run(case)
+    assert len(found) == len(expected) == STEPS
+    for step, (got, want) in enumerate(zip(found, expected, strict=True)):
+        for key in PINNED:
+            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-7), (step, key)
+
+
+def write_golden_files():
+    for case in CASES:
+        lines = ",\n".join(json.dumps(line) for line in run(case))
+        (GOLDEN / f"{case}.json").write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    write_golden_files()
