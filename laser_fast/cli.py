@@ -136,7 +136,7 @@ def calibrate(
     engine: EngineName = "hf",
     seed: Seed = None,
 ) -> None:
-    """Measure c_ref on a model's own completions; print [score] for the configuration."""
+    """Measure c_ref on a model's own completions; print the lines for the configuration."""
     from laser_fast.evaluation.calibrate import CalibrateOptions
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
     from laser_fast.evaluation.settings import ModelOptions
