@@ -5,8 +5,9 @@ kernels read the logits and then turn them into dlogits (`_row_kernels.py`). On 
 becomes E = exp(z - max z) and, by a factor per row, dlogits; only the entropy needs a temporary,
 of a few rows. Rows are reduced around their own maximum, so no logit is too large.
 
-Every implementation offers the functions below. What `keep` keeps is its own business; `offset`
-makes it absolute: with the log-sum of all shards as offset, p = exp(log kept - offset).
+Every implementation offers the functions below. How `keep` keeps the logits is its own business,
+as long as a larger `offset` means as much smaller log-probs: so shards of a vocabulary learn of
+the mass of the others.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def keep(
     total = exp.sum(1)
     log_total = total.log()
     entropy = log_total - weighted / total if with_entropy else weighted
-    return Statistics(target - log_total, anchor + log_total, entropy), exp, log_total
+    logprobs = (target - log_total).clamp(max=0)
+    return Statistics(logprobs, anchor + log_total, entropy), exp, log_total
 
 
 # A GEMM library chooses its own tiles, so few rows need nothing special here.

@@ -95,7 +95,7 @@ def _launch(
         operand(weight, tile.v, tile.d),
         operand(out, tile.n, tile.v),
         *rows,
-        *hidden_states.shape[:1],
+        len(hidden_states),
         *weight.shape,
         BLOCK_N=tile.n,
         BLOCK_V=tile.v,

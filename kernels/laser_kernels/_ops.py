@@ -82,7 +82,7 @@ def _require_triton(op: str, hidden_states: Tensor) -> None:
 
 
 def implementation(impl: str) -> ModuleType:
-    """Return the module that offers `statistics`, `keep`, `dlogits_from_kept`, `recompute_dlogits`.
+    """Return what offers the public functions of `_chunked.py` in this implementation.
 
     Triton and the compiled extension are imported here, on first use, and nowhere earlier.
     """

@@ -15,10 +15,11 @@ def row_statistics(target, anchor, total, weighted):
 
     In base 2: target and anchor are logits, total = sum 2^(z - anchor), weighted = sum of the same
     terms times (z - anchor). target - anchor is formed first, so that a common offset of all logits
-    cancels exactly.
+    cancels exactly. A log-prob that comes out a rounding above 0 is set to 0; NaN stays.
     """
     log_total = tl.log2(total)
     logprob = ((target - anchor) - log_total) * LN2
+    logprob = tl.where(logprob > 0, 0.0, logprob)
     return logprob, (anchor + log_total) * LN2, (log_total - weighted / total) * LN2
 
 

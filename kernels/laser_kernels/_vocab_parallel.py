@@ -52,7 +52,7 @@ def combine(stats: Statistics, local_labels: Tensor, group: str) -> Statistics:
     entropy = stats.entropy
     if has_entropy:
         entropy = logsumexp - ((shard_logsumexp - logsumexp).exp() * mean_logit).sum(0)
-    return Statistics(slots[0] - logsumexp, logsumexp, entropy)
+    return Statistics((slots[0] - logsumexp).clamp(max=0), logsumexp, entropy)
 
 
 def sum_over_shards(x: Tensor, group: str) -> Tensor:

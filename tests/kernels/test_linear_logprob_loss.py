@@ -96,7 +96,7 @@ def test_loss_fn_sees_every_row_once_in_chunks(make_head, monkeypatch, relative_
         loss = linear_logprob_loss(*head, loss_fn, impl="chunked")
         return loss, *torch.autograd.grad(loss, head[:2])
 
-    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.01")
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.0001")
     split = run()
     assert seen == [slice(0, 128), slice(128, 256), slice(256, 300)]
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "100")
