@@ -52,11 +52,16 @@ class Error(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How long to time one mode of one case: `seconds`, within limits on the rounds."""
+    """How long to time one mode of one case: `seconds`, within limits on the rounds.
+
+    Memory is the median of `memory_repeats`: a host's allocator keeps pieces of what was freed,
+    now more, now less. A GPU's repeats itself, and is asked once.
+    """
 
     seconds: float = 2.0
     min_rounds: int = 7
     max_rounds: int = 100
+    memory_repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def measure(
     for entry in case.entries:
         row = rows[entry.name] = Row(case.label, entry.name, entry.cannot)
         on_start(entry.name)
-        if run := _attempt(row, partial(_prepare, entry, row, case.device)):
+        if run := _attempt(row, partial(_prepare, entry, row, case.device, budget)):
             runs[entry.name] = run
     for mode in case.modes:
         calls = {name: run.calls[mode] for name, run in runs.items() if mode in run.calls}
@@ -136,13 +141,14 @@ def measure(
     return list(rows.values())
 
 
-def _prepare(entry: Entry, row: Row, device: torch.device) -> Run:
+def _prepare(entry: Entry, row: Row, device: torch.device, budget: Budget) -> Run:
     """The error and the memory pass."""
+    repeats = 1 if device.type == "cuda" else budget.memory_repeats
     run = entry.prepare()
     row.errors = run.errors()
     for mode, call in run.calls.items():
         call(0)  # warm: compilers, library handles, allocators
-        row.peak_extra_mib[mode] = _peak_extra_mib(partial(call, 0), device)
+        row.peak_extra_mib[mode] = _peak_extra_mib(partial(call, 0), device, repeats)
     row.status = "bound" if entry.is_bound else "ok"
     if wrong := [name for name, error in row.errors.items() if error.is_wrong]:
         row.status, row.reason = "wrong", f"error above tolerance: {', '.join(wrong)}"
@@ -226,8 +232,9 @@ def _attempt(row: Row, work: Callable[[], Result]) -> Result | None:
             error.__cause__, ImportError
         )
         row.status, row.reason = "skipped" if is_absent else "crashed", _reason(error)
-    gc.collect()  # only now is the traceback gone, which held the provider's tensors
+    # Only now is the traceback gone, which held the provider's tensors.
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.synchronize()  # raises again after an illegal access: see bench/guard.py
         torch.cuda.empty_cache()
     return None
@@ -264,9 +271,7 @@ def _device_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _peak_extra_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    # The host's allocator keeps pieces of freed memory, now more, now less; a GPU repeats itself.
-    repeats = 1 if device.type == "cuda" else 3
+def _peak_extra_mib(call: Callable[[], object], device: torch.device, repeats: int) -> float | None:
     peaks = [peak_extra_bytes(call, device) for _ in range(repeats)]
     return None if None in peaks else quantile(peaks, 0.5) / 2**20
 
@@ -277,7 +282,6 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     On a GPU of the allocator; elsewhere resident memory of this process, by resetting Linux's
     high-water mark; None where the system has no such mark.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,7 @@ from bench.providers import COMPILED
 from bench.shapes import ROWS, SHAPES, Inputs, Shape, make_input_sets
 
 SMOKE_ROWS = (8, 200)
-SMOKE_BUDGET = Budget(seconds=0.0, min_rounds=2)
+SMOKE_BUDGET = Budget(seconds=0.0, min_rounds=2, memory_repeats=1)
 # A compiler takes longer than the rest of the smoke run.
 SMOKE_SKIP = {COMPILED: "not part of --smoke"}
 
@@ -38,7 +38,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--rows", default=",".join(map(str, ROWS)), help="N, comma-separated")
     options.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, else float32")
     options.add_argument(
-        "--seconds", type=float, default=Budget().seconds, help="per case and mode"
+        "--seconds", type=float, help=f"per case and mode, default {Budget().seconds}"
     )
     options.add_argument("--only", default="", help="providers to measure, comma-separated")
     options.add_argument(
@@ -79,7 +79,9 @@ class Results:
 
 def budget(args: argparse.Namespace) -> Budget:
     """How long to time a case."""
-    return SMOKE_BUDGET if args.smoke else Budget(args.seconds)
+    if args.seconds is not None:
+        return Budget(args.seconds)
+    return SMOKE_BUDGET if args.smoke else Budget()
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

@@ -1,0 +1,105 @@
+"""Run every test that needs a GPU, with pytest or without, and write the outcomes as they come.
+
+python -m bench.gpu_tests [--json FILE] [--marker gpu] [FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import mini_pytest
+from bench.markdown import document, table
+from bench.provenance import ROOT, header
+
+
+class Outcomes:
+    """What became of each test; also a pytest plugin that hears it."""
+
+    def __init__(self, path: Path | None) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.path, self.header = path, {"op": "gpu_tests"} | header(device)
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, name: str, outcome: str, reason: str = "") -> None:
+        """Take one test's outcome: passed, failed or skipped."""
+        self.rows.append({"test": name, "outcome": outcome, "reason": reason})
+        print(f"{outcome}  {name}  {reason}", flush=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1))
+            self.path.with_suffix(".md").write_text(self.document())
+
+    def document(self) -> str:
+        """Counts, then every test that did not pass."""
+        others = [row for row in self.rows if row["outcome"] != "passed"]
+        cells = [[row["test"], row["outcome"], row["reason"]] for row in others]
+        lines = [self.summary, "", *table(["test", "outcome", "reason"], cells)]
+        return document(self.header, []) + "\n" + "\n".join(lines) + "\n"
+
+    @property
+    def summary(self) -> str:
+        """For example "31 passed, 1 failed"."""
+        counts = Counter(row["outcome"] for row in self.rows)
+        return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Hear a phase of a test from pytest."""
+        if report.when == "call" or report.outcome != "passed":
+            self.add(report.nodeid, report.outcome, _reason(report.longrepr))
+
+    def pytest_collectreport(self, report) -> None:
+        """Hear that a file cannot be collected."""
+        if report.failed:
+            self.add(report.nodeid, "failed", _reason(report.longrepr))
+
+
+def _reason(longrepr: object) -> str:
+    """One line of what pytest has to say: the exception of a failure, the reason of a skip."""
+    if isinstance(longrepr, tuple):
+        return longrepr[2]
+    crash = getattr(longrepr, "reprcrash", None)
+    lines = (crash.message if crash else str(longrepr or "")).strip().splitlines()
+    return lines[0 if crash else -1][:500] if lines else ""
+
+
+def files_with(marker: str, folder: Path) -> list[Path]:
+    """Test files that name the marker: others may import what is not installed here."""
+    found = sorted(folder.rglob("test_*.py"))
+    return [path for path in found if f"mark.{marker}" in path.read_text()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tests; 0 if none failed."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("folder", type=Path, nargs="?", default=ROOT / "tests")
+    options.add_argument("--json", type=Path, metavar="FILE")
+    options.add_argument("--marker", default="gpu")
+    args = options.parse_args(argv)
+    outcomes = Outcomes(args.json)
+    files = files_with(args.marker, args.folder.resolve())
+    if importlib.util.find_spec("pytest"):
+        import pytest
+
+        flags = ["-m", args.marker, "-p", "no:cacheprovider", "-p", "no:terminal"]
+        flags += ["--rootdir", str(ROOT), "--continue-on-collection-errors"]
+        pytest.main([*flags, *map(str, files)], plugins=[outcomes])
+    elif not torch.cuda.is_available():
+        for path in files:
+            outcomes.add(path.name, "skipped", "needs an NVIDIA GPU")
+    else:
+        mini_pytest.install()
+        for path in files:
+            mini_pytest.run_file(path, args.marker, outcomes.add)
+    print(outcomes.summary or "no test found")
+    return int(any(row["outcome"] == "failed" for row in outcomes.rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

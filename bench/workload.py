@@ -1,0 +1,99 @@
+"""What a training step trains in the benchmarks: a model's shape and its packed microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from laser_fast.records import Microbatch, Sequence
+from laser_fast.training.attention import IMPLEMENTATIONS
+from laser_fast.training.packing import Packer
+
+SCORE_TOKEN = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model's shape and a step's data."""
+
+    name: str
+    model: dict[str, int]
+    num_sequences: int
+    prompt_tokens: tuple[int, int]  # range of lengths
+    completion_tokens: tuple[int, int]
+    budget: int  # tokens of a microbatch
+
+
+QUICKSTART = Workload(
+    "quickstart",
+    {
+        "vocab_size": 33,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    num_sequences=256,
+    prompt_tokens=(10, 13),
+    completion_tokens=(20, 36),
+    budget=8192,
+)
+QWEN_1_5B = Workload(
+    "qwen2.5-1.5b",
+    {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    num_sequences=16,
+    prompt_tokens=(128, 128),
+    completion_tokens=(896, 896),
+    budget=16384,
+)
+
+
+def make_model(workload: Workload, device: torch.device) -> PreTrainedModel:
+    """Random weights; bfloat16 on a GPU, float32 elsewhere."""
+    config = Qwen2Config(
+        **workload.model, tie_word_embeddings=True, attn_implementation=IMPLEMENTATIONS["sdpa"]
+    )
+    torch.manual_seed(0)
+    with device:
+        model = Qwen2ForCausalLM(config)
+    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+
+
+def make_microbatches(workload: Workload, device: torch.device) -> list[Microbatch]:
+    """Random completions that have finished, with advantages and rewards of both kinds."""
+    rng = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high + 1, (1,), generator=rng))
+        vocabulary = workload.model["vocab_size"]
+        return tuple(torch.randint(3, vocabulary, (length,), generator=rng).tolist())
+
+    sequences = []
+    for index in range(workload.num_sequences):
+        completion = ids(*workload.completion_tokens)
+        sequences.append(
+            Sequence(
+                prompt_ids=ids(*workload.prompt_tokens),
+                completion_ids=completion,
+                rollout_logprobs=(-3.0,) * len(completion),
+                has_score_row=True,
+                advantage=1.0 - index % 3,
+                token_weight=1 / (workload.num_sequences * len(completion)),
+                reward=float(index % 2),
+                score_weight=1 / workload.num_sequences,
+            )
+        )
+    packer = Packer(
+        budget=workload.budget, score_token_id=SCORE_TOKEN, temperature=1.0, device=device
+    )
+    return packer.microbatches(sequences)

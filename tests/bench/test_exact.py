@@ -1,0 +1,80 @@
+"""The oracle of the benchmarks, their random data and their bounds."""
+
+import pytest
+import torch
+
+from bench import exact as exact_module
+from bench.exact import Exact
+from bench.providers import bare_gemms, weight_stream
+from bench.shapes import SHAPES, make_input_sets, make_inputs
+from laser_kernels import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def inputs():
+    return make_inputs(SHAPES["smoke"], 40, torch.float32, CPU, seed=3)
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 64])
+def test_float64_results_equal_autograd_of_the_reference(inputs, rows_at_once, monkeypatch):
+    monkeypatch.setattr(exact_module, "_ROWS_AT_ONCE", rows_at_once)
+    h, w = (x.detach().double().requires_grad_() for x in inputs.leaves)
+    logprobs = reference.linear_logprob(h, w, inputs.labels)
+    exact = Exact(inputs, inputs.row_weight)
+    torch.testing.assert_close(exact.logprobs, logprobs.detach())
+    torch.testing.assert_close(exact.loss, (inputs.row_weight * logprobs).sum().detach())
+    assert exact.largest_logit == pytest.approx((h @ w.T).abs().max().item())
+    expected = torch.autograd.grad(logprobs, (h, w), inputs.row_weight.double())
+    for found, grad in zip(exact.gradients, expected, strict=True):
+        torch.testing.assert_close(found, grad.float())
+
+
+def test_errors_tell_a_rounded_result_from_an_exact_one(inputs):
+    exact = Exact(inputs, inputs.row_weight)
+    off = exact.logprobs.clone()
+    off[7] += 1e-2
+    assert not exact.logprob_error(exact.logprobs.float(), is_exact=True).is_wrong
+    error = exact.logprob_error(off, is_exact=True)
+    assert error.is_wrong and error.value == pytest.approx(1e-2)
+    assert exact.loss_error(exact.loss + inputs.row_weight.abs().sum(), is_exact=True).is_wrong
+    scaled = tuple(1.01 * grad for grad in exact.gradients)
+    errors = exact.gradient_errors(scaled, is_exact=True)
+    assert errors["grad_weight"].value == pytest.approx(1e-2, rel=1e-3)
+    assert errors["grad_hidden"].is_wrong
+    assert not exact.gradient_errors(exact.gradients, is_exact=True)["grad_hidden"].is_wrong
+
+
+def test_data_are_peaked_like_a_language_model(inputs):
+    inputs = make_inputs(SHAPES["smoke"], 400, torch.float32, CPU, seed=0)
+    logprobs = Exact(inputs, inputs.row_weight).logprobs
+    is_certain = logprobs > -0.1
+    assert 0.3 < is_certain.float().mean() < 0.6  # about half, a few of them not quite
+    assert (logprobs < -4).float().mean() > 0.4
+    assert (inputs.row_weight > 0).any() and (inputs.row_weight < 0).any()
+
+
+def test_input_sets_are_repeatable():
+    (first,) = make_input_sets(SHAPES["smoke"], 8, torch.float32, CPU)
+    again = make_inputs(SHAPES["smoke"], 8, torch.float32, CPU, seed=0)
+    other = make_inputs(SHAPES["smoke"], 8, torch.float32, CPU, seed=1)
+    assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, other.weight)
+
+
+@pytest.mark.parametrize("num_gemms", [3, 4])
+def test_bounds_do_the_work_that_they_stand_for(inputs, num_gemms):
+    h, w = (x.detach() for x in inputs.leaves)
+    run = bare_gemms([inputs], num_gemms)
+    logits = run.calls["fwd"](0)
+    torch.testing.assert_close(logits, h @ w.T)
+    with torch.profiler.profile() as profiler:
+        grad_hidden, grad_weight = run.calls["fwd+bwd"](0)
+    torch.testing.assert_close(grad_hidden, logits @ w)
+    torch.testing.assert_close(grad_weight, logits.T @ h)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::mm"] == num_gemms
+
+    stream = weight_stream([inputs], {"fwd": 1, "fwd+bwd": 3})
+    torch.testing.assert_close(stream.calls["fwd"](0), w)
+    assert stream.scale == {"fwd": 0.5, "fwd+bwd": 1.5}

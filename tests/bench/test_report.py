@@ -1,0 +1,135 @@
+"""Tables and plots from made results: the README's, and the table of targets."""
+
+import json
+
+import pytest
+
+from bench import report, targets
+from bench.provenance import ROOT
+
+
+def row(provider, milliseconds, *, op="linear_logprob_loss", shape="qwen2.5-7b", n=8192, **changes):
+    case = {"op": op, "shape": shape, "N": n, "D": 3584, "V": 152064, "dtype": "bfloat16"}
+    time = {
+        "median_ms": milliseconds,
+        "p20_ms": milliseconds,
+        "p80_ms": milliseconds,
+        "rounds": 9,
+        "x_baseline": milliseconds / 60,
+        "x_bound": milliseconds / 34,
+    }
+    return {
+        "case": case,
+        "provider": provider,
+        "cannot": "",
+        "status": "ok",
+        "reason": "",
+        "rank": 1,
+        "errors": {"loss": {"value": 1e-6, "tolerance": 1e-5}},
+        "peak_extra_mib": {"fwd": 1.0, "fwd+bwd": 3072.0},
+        "times": {"fwd": time, "fwd+bwd": time},
+    } | changes
+
+
+ABSENT = {"times": {}, "peak_extra_mib": {}, "errors": {}, "rank": None, "status": "skipped"}
+ROWS = [
+    row("unfused", 60.0, rank=2),
+    row("ours triton", 36.0),
+    row("ours triton", 4.5, n=1024),
+    row("ours triton", 144.0, n=32768),
+    row("unfused", 240.0, n=32768, peak_extra_mib={"fwd+bwd": 65 * 1024.0}),
+    row("bare GEMMs", 34.0, status="bound", rank=None),
+    row("stream of W", 0.5, status="bound", rank=None),
+    row("bare GEMMs", 4.3, n=1024, status="bound", rank=None),
+    row("bare GEMMs", 136.0, n=32768, status="bound", rank=None),
+    row("quack", 0.0, cannot="a gradient per row") | ABSENT | {"reason": "No module named 'quack'"},
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(rows, name="loss_h200.json", device="NVIDIA H200", **header):
+        path = tmp_path / name
+        path.write_text(json.dumps({"header": {"device": device} | header, "rows": rows}))
+        return path
+
+    return write
+
+
+def test_table_and_plot(results, tmp_path):
+    png = tmp_path / "plots" / "loss.png"
+    text = report.main([str(results(ROWS)), "--plot", str(png)])
+    lines = text.splitlines()
+    assert "N 8192" in lines[0] and "NVIDIA H200" in lines[0] and "`loss_h200.json`" in lines[0]
+    assert [line.split(" | ")[0] for line in lines[4:8]] == [
+        "| ours triton",
+        "| unfused",
+        "| bare GEMMs",
+        "| stream of W",
+    ]
+    assert lines[4] == "| ours triton | 36 | 0.60 | 1.06 | 3.00 | loss 1.0e-06 |  |"
+    assert lines[-1] == "Not measured: quack (No module named 'quack')"
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+
+
+def test_a_later_file_replaces_an_earlier_one(results):
+    old = results([row("ours triton", 99.0)], "a.json")
+    new = results([row("ours triton", 36.0)], "b.json")
+    text = report.main([str(old), str(new)])
+    assert "| ours triton | 36 |" in text and "99" not in text
+
+
+def test_nothing_is_made_up(results):
+    assert report.main([str(results(ROWS)), "--shape", "llama-3-8b"]) == "not yet measured\n"
+
+
+def test_targets_are_met_missed_or_not_measured(results, tmp_path):
+    results(ROWS)
+    results([row("ours triton", 40.0, op="linear_logprob")], "scoring.json")
+    lines = {line.split(" | ")[0]: line for line in targets.report(targets.read([tmp_path]))}
+    bound = lines["| linear_logprob_loss fwd+bwd, 7B head, N 8192, over three bare GEMMs"]
+    assert bound.endswith("| 1.08x | 1.06x (ours triton) | met | NVIDIA H200 |")
+    assert "| 0.60x (ours triton) | met |" in lines["| the same over the unfused baseline"]
+    assert (
+        "| 1.18x (ours triton) | NOT met |"
+        in lines["| scoring, 7B head, N 8192, over one bare GEMM"]
+    )
+    memory = lines["| peak extra memory, 7B head, N 32768"]
+    assert "3.00 GiB, unfused 65.0 GiB (ours triton) | met |" in memory
+    assert "not measured" in lines["| last_token_loss fwd, 7B head, B 64, over reading W once"]
+
+
+def test_a_wrong_result_meets_no_target(results, tmp_path):
+    results([row("ours triton", 20.0, status="wrong")])
+    (line,) = [x for x in targets.report(targets.read([tmp_path])) if "three bare" in x]
+    assert "0.59x (ours triton, wrong) | NOT met |" in line
+
+
+def test_targets_on_a_cpu_and_of_the_rollout(results, tmp_path):
+    def on_cpu(provider, mib, time):
+        times = {"fwd+bwd": {"median_ms": time, "x_baseline": time / 100}}
+        return row(provider, 0, shape="cpu", peak_extra_mib={"fwd+bwd": mib}, times=times)
+
+    results([on_cpu("ours chunked", 120.0, 80.0), on_cpu("unfused", 750.0, 100.0)]
+            + [on_cpu("unfused logits held", 1000.0, 100.0)], "cpu.json", "a CPU")  # fmt: skip
+    inline = {"way": "inline", "extra_tokens_per_completion": 1.0, "extra_time": 0.07}
+    results([inline], "rollout.json", "a CPU", op="rollout_score", case="64 completions")
+    results([inline | {"extra_time": 0.01}], "x.json", "a CPU", op="rollout_score", case="smoke")
+    step = {"step": {"median_ms": 5.0, "x_baseline": 0.97}}
+    results(
+        [row("laser_fast", 0, op="train_step", shape="quickstart", times=step)], "s.json", "a CPU"
+    )
+    lines = targets.report(targets.read([tmp_path]))
+    text = "\n".join(lines)
+    assert "time over unfused | 0.85x | 0.80x | met | a CPU |" in text
+    assert "0.120x (120 of 1000 MiB; 0.160x of 750 MiB where no logits are held) | met" in text
+    assert "over plain logits | 1.00x | 0.97x (laser_fast) | met" in text
+    assert "per inline score | 1.00 | 1.00 | met" in text
+    assert "of inline scores | +5.0% | +7.0% | NOT met" in text
+
+
+def test_committed_results_say_where_they_come_from():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        header = json.loads(path.read_text())["header"]
+        assert {"device", "versions", "commit", "date", "command"} <= set(header), path.name
+        assert path.with_suffix(".md").exists(), path.name

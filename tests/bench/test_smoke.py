@@ -1,0 +1,122 @@
+"""Every benchmark runs on a CPU and gives a complete table, so that none can rot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bench import (
+    last_token,
+    linear_logprob,
+    linear_logprob_loss,
+    profile_kernels,
+    providers,
+    train_step,
+)
+from bench.provenance import ROOT
+
+OURS = {provider.name for provider in providers.OURS}
+ROWS = {p.name for p in (*providers.BASELINES, *providers.OURS, *providers.PEERS)}
+MEANS = {provider.name for provider in providers.MEAN_PEERS}
+# Run by torch alone, so they must be there on any machine.
+ALWAYS = {"unfused", "ours reference", "ours chunked"}
+HEADER = {"op", "device", "threads", "cuda", "python", "versions", "commit", "date", "command"}
+TIME = {"median_ms", "p20_ms", "p80_ms", "rounds"}
+
+
+def smoke(module, tmp_path, *options):
+    path = tmp_path / "result.json"
+    module.main(["--smoke", "--json", str(path), *options])
+    result = json.loads(path.read_text())
+    assert set(result["header"]) >= HEADER
+    text = path.with_suffix(".md").read_text()
+    for row in result["rows"]:
+        assert f"| {row['provider']} |" in text
+    return result["rows"]
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "modes"),
+    [
+        (linear_logprob, ROWS | {"bare GEMMs", "stream of W"}, {"fwd", "fwd+bwd"}),
+        (
+            linear_logprob_loss,
+            ROWS | MEANS | {"bare GEMMs", "stream of W"},
+            {"fwd", "fwd+bwd"},
+        ),
+        (last_token, ROWS | {"stream of W"}, {"score", "fwd", "fwd+bwd"}),
+    ],
+)
+def test_head_benchmarks(module, names, modes, tmp_path):
+    rows = smoke(module, tmp_path)
+    for num_rows in (8, 200):
+        case = {row["provider"]: row for row in rows if row["case"]["N"] == num_rows}
+        assert set(case) == names
+        for name, row in case.items():
+            if row["status"] in ("skipped", "crashed"):
+                assert name not in ALWAYS and row["reason"]
+                continue
+            assert row["status"] in ("ok", "bound"), f"{name}: {row['reason']}"
+            assert set(row["times"]) == modes and set(row["peak_extra_mib"]) == modes
+            assert all(set(time) >= TIME for time in row["times"].values())
+            assert all("x_bound" in time for time in row["times"].values())
+            assert row["errors"] or row["status"] == "bound"
+        for name in ("ours triton", "ours cuda"):
+            assert case[name]["reason"] == "needs an NVIDIA GPU"
+        ranks = [row["rank"] for row in case.values() if row["rank"]]
+        assert sorted(ranks) == list(range(1, len(ranks) + 1)) and len(ranks) >= 3
+        for name in names - OURS - providers_that_do_all():
+            assert case[name]["cannot"] or case[name]["status"] == "bound"
+
+
+def providers_that_do_all():
+    return {provider.name for provider in providers.BASELINES}
+
+
+def test_train_step(tmp_path):
+    rows = smoke(train_step, tmp_path)
+    assert [row["provider"] for row in rows] == ["plain logits", "laser_fast", "body + kernel"]
+    for row in rows:
+        assert row["status"] == "ok", row["reason"]
+        assert set(row["times"]) == {"head", "step"}
+        assert row["times"]["step"]["x_baseline"] > 0
+
+
+def test_profile(tmp_path):
+    rows = profile_kernels.main(["--smoke", "--json", str(tmp_path / "profile.json")])
+    for op in ("linear_logprob_loss", "linear_logprob", "last_token"):
+        kernels = [row for row in rows if row["op"] == op and row["provider"] == "ours chunked"]
+        assert "aten::mm" in {row["kernel"] for row in kernels}
+        assert sum(row["share"] for row in kernels) == pytest.approx(1, abs=0.2)
+    assert (tmp_path / "profile.md").exists()
+
+
+def test_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "bench.last_token", "--smoke", "--only", "unfused,stream of W"]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "- command: python -m bench.last_token --smoke --only" in result.stdout
+    assert result.stdout.count("| unfused | 1 |") == 2
+
+
+def test_resume_keeps_finished_cases_and_skip_names_the_reason(tmp_path):
+    path = tmp_path / "result.json"
+    arguments = ["--smoke", "--only", "unfused,ours chunked", "--json", str(path)]
+    first, second = linear_logprob.main(arguments)[:2], linear_logprob.main(arguments)[2:]
+    result = json.loads(path.read_text())
+    result["rows"] = first  # as if the process had died in the second case
+    path.write_text(json.dumps(result))
+    skip = "ours chunked=ended the process (exit code -11)"
+    rows = linear_logprob.main([*arguments, "--resume", "--skip", skip])
+    assert rows[:2] == first and len(rows) == len(first) + len(second)
+    assert rows[3]["status"] == "skipped" and "exit code -11" in rows[3]["reason"]
+    assert rows[2]["rank"] == 1
+
+
+def test_unknown_providers_and_shapes_are_refused_by_name():
+    with pytest.raises(SystemExit, match="no provider magic"):
+        linear_logprob.main(["--smoke", "--only", "magic"])
+    with pytest.raises(SystemExit, match="no shape gpt-9"):
+        linear_logprob.main(["--shapes", "gpt-9"])
