@@ -1,6 +1,7 @@
 """Every benchmark runs on a CPU and gives a complete table, so that none can rot."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_profile(tmp_path):
         assert "aten::mm" in {row["kernel"] for row in kernels}
         assert sum(row["share"] for row in kernels) == pytest.approx(1, abs=0.2)
     assert (tmp_path / "profile.md").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_rollout_score(tmp_path):
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench.rollout_score", "--smoke", "--json", str(path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    result = json.loads(path.read_text())
+    assert set(result["header"]) >= HEADER
+    ways = {row["way"]: row["extra_tokens_per_completion"] for row in result["rows"]}
+    assert ways["off"] == 0 and ways["inline"] == 1
+    assert path.with_suffix(".md").exists()
 
 
 def test_the_command_line(tmp_path):
