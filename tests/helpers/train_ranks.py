@@ -1,4 +1,4 @@
-"""Runs for test_train.py on two ranks, and a reward function of a user's own module.
+"""Runs for tests/runs on two ranks, and a reward function of a user's own module.
 
     python train_ranks.py CONFIG.toml ...
 

@@ -2,21 +2,18 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import tomli_w
 import torch
+from small_runs import GROUP_SIZE, GROUPS, PLAIN_GRPO, STEPS
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laser_fast import cli
 from laser_fast.config import ConfigError, load_config
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.sandbox import EOS_TOKEN, RESERVED_TOKENS
@@ -31,104 +28,6 @@ from laser_fast.training.packing import Packer
 from laser_fast.training.policy import build_policy
 from laser_fast.training.reading import read_completions
 from laser_fast.training.run import train
-from laser_fast.training.warm_start import make_sandbox_model
-
-HELPERS = Path(__file__).parent / "helpers"
-STEPS = 4
-GROUPS, GROUP_SIZE = 6, 4
-
-# Every optional part of a step at once; the plain configuration has the usual ones.
-EXTRAS = {
-    "loss": {"kind": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "clip_dual": 3.0},
-    "optim": {"minibatches": 2, "tokens_per_microbatch": 80},
-    "rollout": {"resample_rounds": 2, "score": "off", "temperature": 1.3, "max_num_seqs": 5},
-    "reward": {"overlong": "mask"},
-    "score": {"warmup_steps": 1, "ref_logprob": "auto", "beta": 0.9},
-    "advantage": {"scale": "none", "score_warmup_steps": 1},
-}
-PLAIN_GRPO = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A sandbox model after a short warm start: it ends what it writes, and little more."""
-    folder = tmp_path_factory.mktemp("sandbox") / "model"
-    make_sandbox_model(folder, seed=0, steps=8)
-    return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def user_module():
-    """Makes the reward function importable, as a user's module in the working folder would be."""
-    sys.path.append(str(HELPERS))
-    yield
-    sys.path.remove(str(HELPERS))
-
-
-@pytest.fixture(scope="session")
-def write_config(model):
-    """A function that writes the TOML of a small run into `folder`, and returns its path."""
-
-    def write(folder, **sections):
-        data = {
-            "output_dir": str(folder / "run"),
-            "model": {"path": str(model)},
-            "data": {
-                "train": "sandbox",
-                "eval": "sandbox",
-                "eval_limit": 4,
-                "eval_samples": 2,
-                "template": "{prompt}",
-                "max_prompt_tokens": 24,
-                "prompts_per_step": GROUPS,
-            },
-            "rollout": {"max_new_tokens": 30, "group_size": GROUP_SIZE},
-            "reward": {"kind": "train_ranks:reward", "workers": 1},
-            "score": {
-                "token": RESERVED_TOKENS[0],
-                "beta": 0.2,
-                "ref_logprob": -11.0,
-                "loss_coef": 1.0,
-                "max_grad_ratio": 1.0,
-            },
-            "advantage": {"score_min_std": 0.01},
-            "optim": {"steps": STEPS, "lr": 5e-4, "schedule": "linear", "warmup_steps": 2},
-            "checkpoint": {"every": 2, "keep": 9},
-            "log": {"samples_per_step": GROUPS * GROUP_SIZE, "tensorboard": False},
-        }
-        for name, keys in sections.items():
-            data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.toml"
-        path.write_text(tomli_w.dumps(data))
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def one_rank(tmp_path_factory, write_config):
-    """Folder of the plain run and of the one with every extra, on one rank."""
-    folder = tmp_path_factory.mktemp("one-rank")
-    train(load_config(write_config(folder / "plain")))
-    train(load_config(write_config(folder / "extras", **EXTRAS)))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory, write_config):
-    """The same two runs on two ranks, packed otherwise, and one that cannot be shared out."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    configs = [
-        write_config(folder / "plain", optim={"tokens_per_microbatch": 120}),
-        write_config(folder / "extras", **EXTRAS),
-        write_config(folder / "odd", data={"prompts_per_step": 5}),
-    ]
-    command = [sys.executable, HELPERS / "train_ranks.py", *configs]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
 
 
 def read_lines(path):
@@ -393,122 +292,3 @@ def test_export_overwrites_nothing(one_rank, tmp_path):
         export(one_rank / "plain" / "run", tmp_path)
     with pytest.raises(ConfigError, match="is no run folder"):
         export(tmp_path, tmp_path / "out")
-
-
-def run_cli(monkeypatch, capsys, *arguments):
-    """Exit code and standard error of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["laser-fast", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code, capsys.readouterr().err
-
-
-def write_rows(name, text):
-    """A function that writes a data file and gives the overrides that read it."""
-
-    def write(folder):
-        (folder / name).write_text(text)
-        return [f"data.train={folder / name}", "data.eval="]
-
-    return write
-
-
-GOOD_ROW = '{"problem": "1a+1=", "answer": "2"}\n'
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data.train=nowhere.jsonl"], r"nowhere.jsonl"),
-        (write_rows("broken.jsonl", GOOD_ROW + "{oops\n"), r"broken\.jsonl.*\b2\b"),
-        (write_rows("field.jsonl", '{"question": "1", "answer": "1"}\n'), r"problem.*question"),
-        (write_rows("empty.jsonl", ""), r"no rows"),
-        (["data.max_prompt_tokens=3"], r"no prompt is left"),
-        (["data.max_prompt_tokens=100"], r"= 131 exceeds the 128 positions of the model"),
-        (["data.template=chat"], r"no chat template"),
-        (["score.token=<|nope|>"], r"not in the tokenizer.*<\|reserved_0\|>"),
-        (["score.beta=0.09"], r"-11 \+ 1/0\.09 = 0\.111, must stay well below 0"),
-        (["rollout.group_size=1"], r"rollout\.group_size"),
-        (["optim.tokens_per_microbatch=53"], r"raise it to at least 54"),
-        (["optim.minibatches=7"], r"exceeds data\.prompts_per_step = 6"),
-        (["optim.learning_rate=1"], r"optim\.lr"),
-        (["optim.lr=fast"], r"optim\.lr"),
-        (["model.path=nowhere"], r"model\.path"),
-        (["reward.kind=train_ranks:rewards"], r"reward\.kind"),
-        (["reward.kind=maths"], r"did you mean"),
-        (["rollout.engine=vllm_server"], r"server_url"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_bad_input_is_one_sentence(overrides, message, tmp_path, write_config, monkeypatch, capsys):
-    config = write_config(tmp_path)
-    if callable(overrides):
-        overrides = overrides(tmp_path)
-    code, stderr = run_cli(monkeypatch, capsys, "train", config, *overrides)
-    assert code == 2
-    [line] = re.findall("^error: .*", stderr, re.MULTILINE)
-    assert stderr.endswith(line + "\n")
-    assert re.search(message, line), line
-    assert not (tmp_path / "run").exists()
-
-
-def folder_state(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], r"is in use: it holds .*; continue that run with --resume or choose another"),
-        (["--resume", "optim.lr=0.25"], r"another configuration: optim\.lr was 0\.0005 and is now"),
-        (["--resume", "seed=1"], r"seed was 0 and is now 1"),
-        (["--resume", "output_dir=nowhere"], r"holds no run to resume"),
-    ],
-)
-def test_a_run_is_not_overwritten(one_rank, arguments, message, monkeypatch, capsys):
-    before = folder_state(one_rank / "plain")
-    config = one_rank / "plain" / "config.toml"
-    code, stderr = run_cli(monkeypatch, capsys, "train", config, *arguments)
-    assert code == 2
-    assert re.search(message, stderr), stderr
-    assert stderr.count("\n") == 1
-    assert folder_state(one_rank / "plain") == before
-
-
-def test_a_run_without_a_checkpoint_cannot_be_resumed(one_rank, tmp_path, monkeypatch, capsys):
-    shutil.copy(one_rank / "plain" / "run" / "config.toml", tmp_path)
-    config = one_rank / "plain" / "config.toml"
-    code, stderr = run_cli(
-        monkeypatch, capsys, "train", config, "--resume", f"output_dir={tmp_path}"
-    )
-    assert code == 2
-    assert "no complete checkpoint to resume from" in stderr
-
-
-def test_the_command_line_as_a_program(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "laser_fast", "train", str(tmp_path / "none.toml")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path / 'none.toml'}: ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_print_config_is_the_resolved_configuration(tmp_path, write_config, monkeypatch, capsys):
-    path = write_config(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["laser-fast", "train", str(path), "--print-config", "optim.lr=0.25"]
-    )
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert not exit_.value.code
-    printed = tmp_path / "printed.toml"
-    printed.write_text(capsys.readouterr().out)
-    assert load_config(printed) == load_config(path, ["optim.lr=0.25"])
-    assert not (tmp_path / "run").exists()

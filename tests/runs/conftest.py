@@ -1,0 +1,98 @@
+"""Small runs on one rank and on two, made once; puts tests/helpers on the path."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+# The reward function is imported from there too, as a user's module in the working folder.
+sys.path.append(str(HELPERS))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A sandbox model after a short warm start: it ends what it writes, and little more."""
+    from laser_fast.training.warm_start import make_sandbox_model
+
+    folder = tmp_path_factory.mktemp("sandbox") / "model"
+    make_sandbox_model(folder, seed=0, steps=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(model):
+    """A function that writes the TOML of a small run into `folder`, and returns its path."""
+    import tomli_w
+    from small_runs import GROUP_SIZE, GROUPS, STEPS
+
+    from laser_fast.data.sandbox import RESERVED_TOKENS
+
+    def write(folder, **sections):
+        data = {
+            "output_dir": str(folder / "run"),
+            "model": {"path": str(model)},
+            "data": {
+                "train": "sandbox",
+                "eval": "sandbox",
+                "eval_limit": 4,
+                "eval_samples": 2,
+                "template": "{prompt}",
+                "max_prompt_tokens": 24,
+                "prompts_per_step": GROUPS,
+            },
+            "rollout": {"max_new_tokens": 30, "group_size": GROUP_SIZE},
+            "reward": {"kind": "train_ranks:reward", "workers": 1},
+            "score": {
+                "token": RESERVED_TOKENS[0],
+                "beta": 0.2,
+                "ref_logprob": -11.0,
+                "loss_coef": 1.0,
+                "max_grad_ratio": 1.0,
+            },
+            "advantage": {"score_min_std": 0.01},
+            "optim": {"steps": STEPS, "lr": 5e-4, "schedule": "linear", "warmup_steps": 2},
+            "checkpoint": {"every": 2, "keep": 9},
+            "log": {"samples_per_step": GROUPS * GROUP_SIZE, "tensorboard": False},
+        }
+        for name, keys in sections.items():
+            data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.toml"
+        path.write_text(tomli_w.dumps(data))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory, write_config):
+    """Folder of the plain run and of the one with every extra, on one rank."""
+    from small_runs import EXTRAS
+
+    from laser_fast.config import load_config
+    from laser_fast.training.run import train
+
+    folder = tmp_path_factory.mktemp("one-rank")
+    train(load_config(write_config(folder / "plain")))
+    train(load_config(write_config(folder / "extras", **EXTRAS)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory, write_config):
+    """The same two runs on two ranks, packed otherwise, and one that cannot be shared out."""
+    from small_runs import EXTRAS
+
+    folder = tmp_path_factory.mktemp("two-ranks")
+    configs = [
+        write_config(folder / "plain", optim={"tokens_per_microbatch": 120}),
+        write_config(folder / "extras", **EXTRAS),
+        write_config(folder / "odd", data={"prompts_per_step": 5}),
+    ]
+    command = [sys.executable, HELPERS / "train_ranks.py", *configs]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
