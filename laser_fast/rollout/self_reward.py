@@ -33,7 +33,7 @@ from laser_fast.rollout.score_request import (
     TEMPERING,
     VOCAB_SIZE,
 )
-from laser_fast.rollout.tempering import Tempering, collect
+from laser_fast.rollout.tempering import Tempering, collect, row_index
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Interface
@@ -157,6 +157,7 @@ class _V2Processor(SelfScoreProcessor):
         super().__init__(vllm_config)
         self._states = req_states
         self._slots: dict[int, _Request] = {}
+        self._eos: dict[frozenset[int], Tensor] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take over a slot; slots are reused without a sign that the last request left."""
@@ -184,31 +185,28 @@ class _V2Processor(SelfScoreProcessor):
             rows = [row for row in rows if num_outputs[row] > 0]
             if not rows or not eos_token_ids:
                 continue
-            eos = torch.tensor(sorted(eos_token_ids), device=logits.device)
-            index = _index(rows, logits)
-            is_forced = torch.isin(ctx.input_ids[index], eos)  # [n] bool, read without a sync
-            edited = logits[index].masked_fill(is_forced[:, None], -torch.inf)
+            if eos_token_ids not in self._eos:
+                self._eos[eos_token_ids] = torch.tensor(sorted(eos_token_ids), device=logits.device)
+            index = row_index(rows, logits)
+            # Which rows follow an EOS is never read back: that would stall the device.
+            is_forced = torch.isin(ctx.input_ids[index], self._eos[eos_token_ids])  # [n] bool
+            edited = logits[index]  # a view where the index is a slice
+            edited.masked_fill_(is_forced[:, None], -torch.inf)
             edited[:, token_id] = torch.where(is_forced, 0.0, -torch.inf)
-            logits[index] = edited
+            if isinstance(index, Tensor):
+                logits[index] = edited
         return logits
 
 
 def _by_kind(requests: dict[int, _Request]) -> dict[tuple, list[int]]:
     kinds: dict[tuple, list[int]] = {}
-    for row, request in requests.items():
-        kinds.setdefault(request.kind, []).append(row)
+    for row in sorted(requests):
+        kinds.setdefault(requests[row].kind, []).append(row)
     return kinds
 
 
-def _index(rows: list[int], logits: Tensor) -> Tensor | slice:
-    """Rows as an index; all of them as a slice, which needs no copy."""
-    if len(rows) == len(logits):
-        return slice(None)
-    return torch.tensor(rows, device=logits.device)
-
-
 def _ban(logits: Tensor, rows: list[int], token_id: int, vocab_size: int | None) -> None:
-    index = _index(rows, logits)
+    index = row_index(rows, logits)
     logits[index, token_id] = -torch.inf
     if vocab_size is not None and vocab_size < logits.shape[1]:
         logits[index, vocab_size:] = -torch.inf

@@ -40,10 +40,19 @@ class Tempering:
 
 def collect(logits: Tensor, drawn: dict[int, tuple[Tempering, int]]) -> None:
     """Hand c to the requests that want it: by row of `logits` [B, V], collector and position."""
-    if not drawn:
-        return
-    raw = logits[list(drawn)]
-    temperature = raw.new_tensor([tempering.temperature for tempering, _ in drawn.values()])
-    corrections = raw.logsumexp(1) / temperature - (raw / temperature[:, None]).logsumexp(1)
-    for row, (tempering, position) in enumerate(drawn.values()):
-        tempering.add(position, corrections, row)
+    by_temperature: dict[float, list[int]] = {}
+    for row in sorted(drawn):
+        by_temperature.setdefault(drawn[row][0].temperature, []).append(row)
+    for temperature, rows in by_temperature.items():
+        raw = logits[row_index(rows, logits)]
+        corrections = raw.logsumexp(1) / temperature - (raw / temperature).logsumexp(1)
+        for place, row in enumerate(rows):
+            tempering, position = drawn[row]
+            tempering.add(position, corrections, place)
+
+
+def row_index(rows: list[int], logits: Tensor) -> Tensor | slice:
+    """Ascending rows as an index; all of them as a slice, which needs no copy to the device."""
+    if len(rows) == len(logits):
+        return slice(None)
+    return torch.tensor(rows, device=logits.device)

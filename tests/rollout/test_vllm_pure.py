@@ -61,16 +61,28 @@ def test_score_request_stops_at_the_score_and_not_before():
     assert fields["vllm_xargs"] == {"laser_score_token_id": SCORE}
 
 
-def test_tempering_turns_raw_into_tempered_logprobs():
+@pytest.mark.parametrize("rows", [(2, 0), (2, 0, 1)])  # some of the batch, and all of it
+def test_tempering_turns_raw_into_tempered_logprobs(rows):
     torch.manual_seed(0)
-    logits = torch.randn(3, 11, dtype=torch.float64) * 3  # rows 0 and 2 belong to the request
-    tempering = Tempering(0.7)
-    collect(logits, {0: (tempering, 1), 2: (tempering, 0)})
-    chosen = [4, 9]
-    raw = [logits[2].log_softmax(0)[4].item(), logits[0].log_softmax(0)[9].item()]
-    expected = [
-        (logits[row] / 0.7).log_softmax(0)[y].item() for row, y in zip((2, 0), chosen, strict=True)
-    ]
+    logits = torch.randn(3, 11, dtype=torch.float64) * 3
+    temperatures = {0: 0.7, 1: 1.3, 2: 0.7}
+    collectors = {row: Tempering(temperatures[row]) for row in rows}
+    collect(logits, {row: (collectors[row], 0) for row in rows})
+    for row in rows:
+        raw = [logits[row].log_softmax(0)[4].item()]
+        expected = (logits[row] / temperatures[row]).log_softmax(0)[4].item()
+        assert collectors[row].apply(raw) == pytest.approx([expected], abs=1e-12)
+
+
+def test_tempering_keeps_the_last_number_of_every_position():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 1, 11, dtype=torch.float64)
+    tempering = Tempering(0.5)
+    # A prompt read in parts is sampled from, and thrown away, before its first token.
+    for position, step in ((0, 0), (0, 1), (1, 2)):
+        collect(logits[step], {0: (tempering, position)})
+    raw = [logits[step, 0].log_softmax(0)[6].item() for step in (1, 2)]
+    expected = [(logits[step, 0] / 0.5).log_softmax(0)[6].item() for step in (1, 2)]
     assert tempering.apply(raw) == pytest.approx(expected, abs=1e-12)
     assert tempering.apply([]) == []
 
