@@ -36,7 +36,7 @@ _VERIFICATION = (
     ("TPR", "tpr"),
     ("TNR", "tnr"),
     ("F1", "f1"),
-    ("accuracy", "verification_accuracy"),
+    ("accuracy of the verdict", "verification_accuracy"),
     ("AUROC", "auroc"),
     ("AUROC within problems", "auroc_within"),
     ("ECE", "ece"),

@@ -97,6 +97,7 @@ def test_a_kill_between_samples_and_report_needs_no_model(finished, model, tmp_p
     assert run_evaluation(model, options).report == finished.report
 
 
+@pytest.mark.slow
 def test_sigkill_from_outside(model, tmp_path):
     """The same through the command line and a real kill, with chunks small enough to be cut."""
     out = tmp_path / "out"
