@@ -31,9 +31,8 @@ class Pool:
         self.lengths = np.array([record.num_tokens for record in graded], np.float64)
         self.scores = None
         if is_scored:
-            # Unfinished completions count as score 0 everywhere.
-            scores = [record.score if record.is_finished else 0.0 for record in graded]
-            self.scores = np.array(scores, np.float64)
+            # That of unfinished completions is 0 by the definition of a record.
+            self.scores = np.array([record.score for record in graded], np.float64)
         self._base_rate = base_rate
 
     def base_rate(self, rows: NDArray[np.int64]) -> float:

@@ -163,7 +163,7 @@ def _problem_values(
         }
     values["auroc_within"] = float("nan")
     if is_scored:
-        scores = [record.score if record.is_finished else 0.0 for record in ballot]
+        scores = [record.score for record in ballot]
         values["auroc_within"] = auroc(scores, np.array(correct, bool))
     return values
 
