@@ -129,13 +129,13 @@ main()
 
 
 @contextmanager
-def running_server(model, *options):
+def running_server(model, *options, **environment):
     """`vllm serve` on a port of the system's choice; yields its base URL and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[2]
-    environment = {
+    defaults = {
         "PYTHONPATH": f"{root}:{root / 'kernels'}",
         "OMP_NUM_THREADS": "1",
         "VLLM_SERVER_DEV_MODE": "1",
@@ -153,7 +153,7 @@ def running_server(model, *options):
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ | environment,
+            env=os.environ | defaults | environment,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -190,6 +190,12 @@ def is_healthy(port):
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
     return TinyServed.make(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def start_server():
+    """`running_server`, for tests that need a server of their own."""
+    return running_server
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from laser_fast.config import ConfigError
 from laser_fast.records import Prompt, Sampling
 
 pytestmark = pytest.mark.vllm
-TOLERANCE = 2e-5  # float32, against a float64 softmax of transformers' float32 logits
+# float32, against a float64 softmax of transformers' float32 logits; a GPU may multiply in TF32.
+TOLERANCE = 1e-2 if torch.cuda.is_available() else 2e-5
 
 
 def make_prompts(num=6):
@@ -129,13 +130,13 @@ def test_a_completion_does_not_depend_on_its_neighbours(engine):
 
 
 def test_more_prompt_tokens_than_one_forward_takes(engine, tiny):
-    # 50 prompts of 100 tokens: vLLM must not sample from a prompt it has read in part.
+    # 50 prompts of 140 tokens: vLLM must not sample from a prompt it has read in part.
     draw = random.Random(1)
     prompts = [
         Prompt(
             prompt_id=str(i),
             text="",
-            prompt_ids=tuple(draw.choices(range(10, 99), k=100)),
+            prompt_ids=tuple(draw.choices(range(10, 99), k=140)),
             answer="",
         )
         for i in range(50)
