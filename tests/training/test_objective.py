@@ -23,7 +23,7 @@ TEMPERATURE = 0.7
 
 @pytest.fixture(autouse=True)
 def two_chunks(monkeypatch):
-    """The head works in its smallest chunks, 128 rows; the score rows begin within the second."""
+    """The head works in its smallest chunks, 128 rows."""
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.001")
 
 
@@ -42,10 +42,16 @@ def exact():
     return make_model().double()
 
 
-@pytest.fixture(scope="module")
-def sequences():
-    sequences = make_sequences(32)
-    assert 128 < pack(sequences).num_policy_rows < 256
+@pytest.fixture(scope="module", params=["policy rows", "score rows"])
+def sequences(request):
+    """Sequences whose policy rows, or whose score rows, lie in both chunks."""
+    if request.param == "policy rows":
+        sequences = make_sequences(32)
+        first, last = 0, pack(sequences).num_policy_rows
+    else:
+        sequences = make_sequences(30, longest=6)
+        first, last = pack(sequences).num_policy_rows, len(pack(sequences).rows)
+    assert first < 128 - 3 < 128 + 3 < last <= 256
     return sequences
 
 
