@@ -5,7 +5,7 @@
     laser-fast calibrate MODEL --data PROMPTS
     laser-fast eval MODEL --benchmark NAME
     laser-fast score MODEL IN.jsonl OUT.jsonl
-    laser-fast report RUN [RUN2]
+    laser-fast report RUN [RUN2] [--eval FOLDER]
     laser-fast plan CONFIG --gpus N --memory GB
 
 A mistake of the user ends in one sentence and exit code 2.
@@ -73,11 +73,18 @@ def report(
     other: Annotated[
         Path | None, typer.Argument(help="Folder of a run to compare it with.")
     ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            help="Folder of laser-fast eval, found by itself below a run; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Write RUN/report.html: curves, evaluations, samples and configuration in one file."""
     from laser_fast.observe.report import write_report
 
-    typer.echo(write_report(run, other))
+    typer.echo(write_report(run, other, evaluations or ()))
 
 
 @app.command()

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import uuid
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any
 
 from laser_fast.config import Config
 from laser_fast.observe.run_folder import RunFolder
 
 
-class Dashboard(Protocol):
-    """Somewhere to send the numbers of a step."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send finite numbers; steps do not decrease."""
-
-    def close(self) -> None:
-        """Flush and leave."""
-
-
 def open_dashboards(
     config: Config, folder: RunFolder, *, resume_step: int | None, last_step: int
-) -> list[Dashboard]:
+) -> list[TensorBoard | HostedRun]:
     """Those that the config asks for; a resumed run continues its old curves.
 
     Args:
@@ -31,13 +22,13 @@ def open_dashboards(
         resume_step: the step that comes next in a resumed run, None in a new one.
         last_step: the last step that the interrupted run sent, -1 in a new run.
     """
-    dashboards: list[Dashboard] = []
+    dashboards: list[TensorBoard | HostedRun] = []
     if config.log.tensorboard:
         dashboards.append(TensorBoard(folder, resume_step=resume_step))
-    if config.log.wandb:
-        dashboards.append(Wandb(config, folder, last_step=last_step))
-    if config.log.trackio:
-        dashboards.append(Trackio(config, folder, last_step=last_step))
+    for package, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
+        if project:
+            run = _start_run(package, project, config, folder)
+            dashboards.append(HostedRun(run, last_step=last_step))
     return dashboards
 
 
@@ -61,25 +52,15 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
-    """A run of Weights & Biases; it cannot take back steps, and a resumed run repeats them exactly.
+class HostedRun:
+    """A run of Weights & Biases or of Trackio, which has the same interface.
 
-    So the steps that it already has are not sent again.
+    Neither takes steps back, and a resumed run repeats them exactly: those that it already has are
+    not sent again.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, *, last_step: int):
-        import wandb
-
-        self._last_step = last_step
-
-        self._run = wandb.init(
-            project=config.log.wandb,
-            name=folder.path.name,
-            id=_run_id(folder, "wandb"),
-            resume="allow",
-            dir=str(folder.path),
-            config=config.model_dump(mode="json"),
-        )
+    def __init__(self, run: Any, *, last_step: int):
+        self._run, self._last_step = run, last_step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one step."""
@@ -91,34 +72,16 @@ class Wandb:
         self._run.finish()
 
 
-class Trackio:
-    """A run of Trackio, named after the run folder; repeated steps are not sent again."""
-
-    def __init__(self, config: Config, folder: RunFolder, *, last_step: int):
-        import trackio
-
-        self._last_step = last_step
-
-        self._run = trackio.init(
-            project=config.log.trackio,
-            name=f"{folder.path.name}-{_run_id(folder, 'trackio')}",
-            resume="allow",
-            config=config.model_dump(mode="json"),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step."""
-        if step > self._last_step:
-            self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Upload what is left."""
-        self._run.finish()
-
-
-def _run_id(folder: RunFolder, name: str) -> str:
-    """The dashboard's id of this run, kept in the run folder so that a resumed run finds it."""
-    path = folder.path / f"{name}_id"
+def _start_run(package: str, project: str, config: Config, folder: RunFolder) -> Any:
+    """The run of a package; its id is kept in the run folder so that a resumed run finds it."""
+    path = folder.path / f"{package}_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+    run_id, name = path.read_text(), folder.path.name
+    # Trackio knows a run by its name alone.
+    identity: dict[str, Any] = {"name": f"{name}-{run_id}"}
+    if package == "wandb":
+        identity = {"name": name, "id": run_id, "dir": str(folder.path)}
+    return importlib.import_module(package).init(
+        project=project, resume="allow", config=config.model_dump(mode="json"), **identity
+    )

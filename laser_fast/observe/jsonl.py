@@ -53,6 +53,21 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: the file holds no JSON object; the message names it.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {str(content)[:60]}")
+    return content
+
+
 def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file whole or not at all."""
     replace_text(path, "".join(to_line(record) for record in records))

@@ -1,196 +1,212 @@
 """report.html: a whole run, or two in comparison, in one file that any browser opens.
 
-Curves, time per stage, evaluations, samples with their scores and the resolved configuration. The
-file loads nothing from anywhere; it is drawn anew from the run folder at every call.
+Curves, time per stage, evaluations, samples with their scores and the resolved configuration; with
+them the folders of `laser-fast eval` that lie below a run or are named. The file loads nothing from
+anywhere; it is drawn anew at every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from laser_fast.config import ConfigError
 from laser_fast.observe import jsonl
-from laser_fast.observe.curves import PANELS, Panel
-from laser_fast.observe.report_charts import Series, line_chart, stacked_chart
-from laser_fast.observe.report_page import page
-from laser_fast.observe.report_run import ReportRun, curve, number, read_run
-from laser_fast.observe.report_tables import (
-    config_section,
-    evaluation_table,
-    result_tiles,
-    sample_table,
+from laser_fast.observe.charts import (
+    Figure,
+    draw_panel,
+    draw_stages,
+    panel_curves,
+    stage_curves,
+    svg_figure,
 )
+from laser_fast.observe.panels import PANELS
+from laser_fast.observe.report_evaluations import (
+    SCORE_METRICS,
+    Evaluation,
+    compare_benchmarks,
+    find_evaluations,
+    read_evaluation,
+    sizes,
+)
+from laser_fast.observe.run_folder import Run, number, read_run
 
 FILE_NAME = "report.html"
+TEMPLATE = "report.html.jinja"
 
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # of curves.py, by colour class
-_BLUE, _ORANGE, _GREEN, _RED = _COLORS
-# What curves.png leaves out for want of room.
-_MORE_PANELS = (
-    Panel(
-        title="verdicts of the score",
-        lines={
-            "score/tpr": ("correct accepted (TPR)", _GREEN),
-            "score/tnr": ("incorrect rejected (TNR)", _RED),
-        },
-        points={"tpr": ("held out: TPR", _GREEN), "tnr": ("held out: TNR", _RED)},
-        limits=(-0.03, 1.03),
-        guide=0.5,
-    ),
-    Panel(title="entropy (nats per token)", lines={"loss/entropy": ("estimate", _BLUE)}),
-    Panel(
-        title="score coefficient alpha, after the gradient cap",
-        lines={"score/coef": ("alpha", _ORANGE)},
-        limits=(0.0, None),
-    ),
-    Panel(title="KL to the initial model (nats)", lines={"loss/kl": ("k3 estimate", _BLUE)}),
-    Panel(title="learning rate", lines={"step/lr": ("learning rate", _BLUE)}, limits=(0.0, None)),
-    Panel(
-        title="peak memory (GB)",
-        lines={"memory/peak_gb": ("rank 0", _BLUE)},
-        limits=(0.0, None),
-    ),
-    Panel(
-        title="failed grades per step",
-        lines={"reward/failed": ("completions", _RED)},
-        limits=(0.0, None),
-    ),
-)
-# Colours of the stages that take time; the others share the last one.
-_STAGES = ("rollout", "loss", "reward", "step", "sync", "score", "pack")
-_OTHER_COLOR = 7
+# What is shown of every evaluation during the run, with the text of its column.
+_COLUMNS = {
+    "accuracy": "accuracy",
+    "majority": "majority vote",
+    "weighted_majority": "weighted vote",
+    "best_of": "best by score",
+    **SCORE_METRICS,
+    "truncated": "truncated",
+    "mean_length": "tokens",
+}
+_TILES = ("accuracy", "majority", "weighted_majority", "f1", "auroc", "ece_corrected")
+# A page of thousands of long completions opens in no browser.
+MAX_SAMPLES = 400
+MAX_CHARACTERS = 6000
 
 
-def write_report(run: str | Path, other: str | Path | None = None) -> Path:
+def write_report(
+    run: str | Path, other: str | Path | None = None, evaluations: Sequence[str | Path] = ()
+) -> Path:
     """Write RUN/report.html, over an older one; with `other` it compares the two runs.
 
+    Args:
+        run: the folder of a run.
+        other: the folder of another one.
+        evaluations: folders of `laser-fast eval` that do not lie below the runs.
+
     Raises:
-        ConfigError: a folder that holds no run, or a broken file in it.
+        ConfigError: a folder that holds no run or no finished evaluation, or a broken file in it.
     """
     folders = [Path(run)] if other is None else [Path(run), Path(other)]
     if len(folders) == 2 and folders[0].resolve() == folders[1].resolve():
         raise ConfigError(f"{run} and {other} are the same run; name two different ones")
+    runs = [read_run(folder) for folder in folders]
+    found = [
+        evaluation
+        for index, folder in enumerate(folders)
+        for evaluation in find_evaluations(folder, run=index)
+    ]
+    found += [read_evaluation(path, name=str(path)) for path in map(Path, evaluations)]
     path = folders[0] / FILE_NAME
-    jsonl.replace_text(path, render_report([read_run(folder) for folder in folders]))
+    jsonl.replace_text(path, render_report(runs, found))
     return path
 
 
-def render_report(runs: Sequence[ReportRun]) -> str:
+def render_report(runs: Sequence[Run], evaluations: Sequence[Evaluation] = ()) -> str:
     """The HTML text of one run, or of two in comparison."""
-    charts = "".join(_draw(panel, runs) for panel in (*PANELS, *_MORE_PANELS))
-    charts += "".join(_draw_stages(runs))
-    sections = {
-        "Curves": f'<div class="charts">{charts}</div>'
-        if charts
-        else '<p class="none">No step has been logged yet.</p>',
-        "Evaluations on held-out problems": evaluation_table(runs),
-        "Samples": sample_table(runs),
-        "Configuration": config_section(runs),
-    }
-    title = " and ".join(run.name for run in runs)
-    body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
-    return page(title, f"<header>{_header(runs)}</header>{result_tiles(runs)}{body}")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: "" if value is None else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["text"] = _text
+    records = [record for run in runs for record in run.evaluations]
+    html = environment.get_template(TEMPLATE).render(
+        title=" and ".join(run.name for run in runs),
+        runs=runs,
+        facts=[_facts(run) for run in runs],
+        tiles=_tiles(runs),
+        figures=_run_figures(runs),
+        columns={
+            key: label
+            for key, label in _COLUMNS.items()
+            if any(number(record.get(key)) is not None for record in records)
+        },
+        sizes=sizes(records),
+        evaluations=evaluations,
+        benchmarks=compare_benchmarks(evaluations),
+        samples=_samples(runs),
+        differences=_differences(runs),
+    )
+    # A model may write half a surrogate pair, which UTF-8 cannot hold.
+    return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def _header(runs: Sequence[ReportRun]) -> str:
-    parts = []
-    for index, run in enumerate(runs):
-        badge = f'<b class="run">{"AB"[index]}</b> ' if len(runs) > 1 else ""
-        facts = " &middot; ".join(escape(fact) for fact in _facts(run))
-        parts.append(f'<h1>{badge}{escape(run.name)}</h1><p class="facts">{facts}</p>')
-    if len(runs) > 1:
-        parts.append('<p class="note">A is drawn solid, B dashed and hollow.</p>')
-    return "".join(parts)
-
-
-def _facts(run: ReportRun) -> list[str]:
+def _facts(run: Run) -> list[str]:
     facts = [run.method]
     facts += [str(run.config[key]) for key in ("model.path", "data.train") if key in run.config]
     facts.append(f"seed {run.config.get('seed', 0)}")
-    planned = run.config.get("optim.steps", "?")
-    facts.append(f"{len(run.steps)} of {planned} steps logged")
+    facts.append(f"{len(run.steps)} of {run.config.get('optim.steps', '?')} steps logged")
     seconds = number(run.summary.get("wall_seconds"))
     if seconds is not None:
         facts.append(f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h")
     return facts
 
 
-def _draw(panel: Panel, runs: Sequence[ReportRun]) -> str:
-    series = []
-    for index, run in enumerate(runs):
-        for kind, metrics, records in (
-            ("line", panel.lines, run.steps),
-            ("marks", panel.points or {}, run.evaluations),
-        ):
-            series += [
-                Series(
-                    label=label,
-                    color=_COLORS.index(color),
-                    points=curve(records, key, keep=lambda value: value > 0 or not panel.is_log),
-                    run=index,
-                    kind=kind,
-                )
-                for key, (label, color) in metrics.items()
-            ]
-    return line_chart(
-        panel.title,
-        series,
-        limits=panel.limits,
-        is_log=panel.is_log,
-        guide=panel.guide,
-        is_comparison=len(runs) > 1,
-    )
-
-
-def _draw_stages(runs: Sequence[ReportRun]) -> list[str]:
-    """Seconds per stage, one stacked diagram per run on a common scale."""
-    layers = [_stage_layers(run) for run in runs]
-    tops = [
-        max(
-            (sum(values) for values in zip(*(_values(one) for one in stack), strict=True)),
-            default=0,
-        )
-        for stack in layers
+def _run_figures(runs: Sequence[Run]) -> list[Figure]:
+    figures = [
+        svg_figure(panel.title, draw_panel, panel, curves)
+        for panel in PANELS
+        if (curves := panel_curves(panel, runs))
     ]
-    titles = ["seconds per stage"]
-    if len(runs) > 1:
-        titles = [f"seconds per stage ({name})" for name in "AB"]
-    return [
-        stacked_chart(title, stack, top=max(tops))
-        for title, stack in zip(titles, layers, strict=True)
+    stages = [stage_curves(run) for run in runs]
+    # One scale, so that two runs compare.
+    heights = [
+        sum(value for _, value in column)
+        for curves in stages
+        for column in zip(*(curve.points for curve in curves), strict=True)
     ]
+    for index, curves in enumerate(stages):
+        if curves:
+            title = "seconds per stage" + (f" ({'AB'[index]})" if len(runs) > 1 else "")
+            figures.append(svg_figure(title, draw_stages, curves, max(heights)))
+    return figures
 
 
-def _stage_layers(run: ReportRun) -> list[Series]:
-    """Stages with at least a hundredth of the time, largest first, and the rest as one."""
-    steps = [record["step"] for record in run.steps]
-    names = dict.fromkeys(key for record in run.steps for key in record if key.startswith("time/"))
-    seconds = {
-        key.removeprefix("time/"): [number(record.get(key)) or 0.0 for record in run.steps]
-        for key in names
+def _tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, list[float | None]]]]:
+    """By label, the first and the last value of each run that has the metric."""
+    tiles: dict[str, list[tuple[int, list[float | None]]]] = {}
+    for key in _TILES:
+        for index, run in enumerate(runs):
+            values = [number(record.get(key)) for record in run.evaluations]
+            if any(value is not None for value in values):
+                ends = values if len(values) == 1 else [values[0], values[-1]]
+                tiles.setdefault(_COLUMNS[key], []).append((index, ends))
+    return tiles
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The configuration keys with different values, and the values; empty for one run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    values = {
+        key: [repr(run.config[key]) if key in run.config else "-" for run in runs] for key in keys
     }
-    total = sum(map(sum, seconds.values()))
-    if total == 0:
-        return []
-    shares = {name: sum(values) / total for name, values in seconds.items()}
-    large = sorted(
-        (name for name in shares if shares[name] >= 0.01), key=lambda name: -shares[name]
-    )
-    layers = [(name, seconds[name]) for name in large]
-    small = [values for name, values in seconds.items() if name not in large]
-    if small:
-        layers.append(("other", [sum(column) for column in zip(*small, strict=True)]))
-    return [
-        Series(
-            label=f"{name} {sum(values) / len(steps):.3g} s, {sum(values) / total:.0%}",
-            color=_STAGES.index(name) if name in _STAGES else _OTHER_COLOR,
-            points=list(zip(steps, values, strict=True)),
-        )
-        for name, values in layers
-    ]
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
 
 
-def _values(series: Series) -> list[float]:
-    return [value for _, value in series.points]
+def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of the table of samples; `agrees` is whether score > 0.5 says what the reward says.
+
+    A run with more than its share of them gives evenly spread ones, first and last included.
+    """
+    rows = []
+    for index, run in enumerate(runs):
+        count = min(len(run.samples), MAX_SAMPLES // len(runs))
+        for place in np.linspace(0, len(run.samples) - 1, count).round().astype(int):
+            sample = run.samples[place]
+            step, reward, score = (number(sample.get(key)) for key in ("step", "reward", "score"))
+            is_judged = reward is not None and score is not None
+            rows.append(
+                {
+                    "run": index,
+                    "step": step,
+                    "prompt": _shortened(sample.get("prompt")),
+                    "completion": _shortened(sample.get("completion")),
+                    "reward": reward,
+                    "score": score,
+                    "agrees": (score > 0.5) == (reward > 0.5) if is_judged else None,
+                    "finish_reason": sample.get("finish_reason", "-"),
+                }
+            )
+    return rows
+
+
+def _shortened(value: object) -> str:
+    """The text, of a very long one both ends: the answer is at the end."""
+    text = "" if value is None else str(value)
+    left_out = len(text) - MAX_CHARACTERS
+    if left_out <= 0:
+        return text
+    half = MAX_CHARACTERS // 2
+    return f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"
+
+
+def _text(value: object, style: str = "") -> str:
+    """A number as a reader wants it: shares to three places, large numbers to one."""
+    found = number(value)
+    if found is None:
+        return "-"
+    return format(found, style or (".1f" if abs(found) >= 10 else ".3f"))

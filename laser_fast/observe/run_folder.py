@@ -1,13 +1,19 @@
-"""The folder of a run: what it holds, whether it is free, and which config may continue it."""
+"""The folder of a run: whether it is free, which config may continue it, and what it says."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laser_fast.config import Config, ConfigError, LogConfig, all_keys, load_config
+from laser_fast.observe import jsonl
+
+Record = Mapping[str, Any]
 
 # A resumed run must repeat the undisturbed one, so only keys that leave its numbers alone may
 # change: how long it goes on, where it writes, and what costs memory or time. The evaluation data
@@ -34,64 +40,45 @@ _FREE_KEYS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The names inside a run folder."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration; its presence marks the folder as taken."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per training step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        """One JSON object per evaluation; `step` counts the updates before it."""
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Completions with reward and score, a few per step."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """The result of the run."""
-        return self.path / "summary.json"
-
-    @property
-    def curves(self) -> Path:
-        """The run at a glance."""
-        return self.path / "curves.png"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Everything that `--resume` and `export` need."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.toml"  # resolved; its presence marks the folder as taken
+        self.metrics = path / "metrics.jsonl"  # one JSON object per training step
+        self.evaluations = path / "evaluations.jsonl"  # one each; `step` counts the updates before
+        self.samples = path / "samples.jsonl"  # completions with reward and score, a few per step
+        self.summary = path / "summary.json"  # the result
+        self.curves = path / "curves.png"  # the run at a glance
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"  # everything that --resume and export need
 
     def contents(self) -> tuple[Path, ...]:
         """Everything that a run writes here."""
-        return (
-            self.config,
-            self.metrics,
-            self.evaluations,
-            self.samples,
-            self.summary,
-            self.curves,
-            self.tensorboard,
-            self.checkpoints,
-        )
+        return tuple(path for name, path in vars(self).items() if name != "path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run has logged; `config` is flat, by dotted key."""
+
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    steps: Sequence[Record] = ()  # by step, one record each
+    evaluations: Sequence[Record] = ()  # by step, one record each
+    samples: Sequence[Record] = ()
+    summary: Record = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The algorithm, from the two coefficients that switch the score on."""
+        if not number(self.config.get("score.loss_coef")):
+            return "GRPO"
+        if not number(self.config.get("advantage.score_coef")):
+            return "LaSeR without advantage mixing"
+        return "LaSeR"
 
 
 def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
@@ -120,6 +107,45 @@ def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
     return folder
 
 
+def read_run(path: str | Path) -> Run:
+    """Read a run folder; a run that is still going, or was killed, lacks files and that is fine.
+
+    Raises:
+        ConfigError: the folder holds no run, or a file of it is broken.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise ConfigError(
+            f"{path} holds no run ({folder.config.name} is missing); name the output_dir of a run"
+        )
+    text = folder.config.read_text(encoding="utf-8")
+    try:
+        # Not load_config: the run of an older version may have keys that are gone.
+        config = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{folder.config}: not valid TOML: {error}") from None
+    metrics, evaluations, samples = (
+        jsonl.read_lines(file) if file.is_file() else []
+        for file in (folder.metrics, folder.evaluations, folder.samples)
+    )
+    return Run(
+        name=folder.path.resolve().name,
+        config=_flat(config),
+        config_text=text,
+        steps=_by_step(metrics),
+        evaluations=_by_step(evaluations),
+        samples=samples,
+        summary=jsonl.read_json(folder.summary) if folder.summary.is_file() else {},
+    )
+
+
+def number(value: object) -> float | None:
+    """A finite number, else None: missing, null, text, true and false are no values to draw."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The keys, with old and new value, that forbid continuing a run of `old` with `new`.
 
@@ -127,7 +153,7 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     schedule then decays towards the new end), `log.*`, `checkpoint.*`, and keys that cost memory
     or time but leave the numbers alone up to rounding, such as `optim.tokens_per_microbatch`.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
     return {
         key: (before[key], after[key])
         for key in all_keys()
@@ -165,9 +191,15 @@ def _check_dashboards(log: LogConfig) -> None:
             )
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    values = {}
-    for name, value in config.model_dump().items():
+def _by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ordered by step, the last record of a step wins; what has no step cannot be drawn."""
+    found = {record["step"]: record for record in records if number(record.get("step")) is not None}
+    return [found[step] for step in sorted(found)]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in config.items():
         if isinstance(value, dict):
             values |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:

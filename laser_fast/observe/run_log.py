@@ -17,11 +17,11 @@ from typing import Any
 from laser_fast.algorithm.score import self_reward_score
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.observe import jsonl
+from laser_fast.observe.charts import draw_curves
 from laser_fast.observe.console import StepConsole
-from laser_fast.observe.curves import draw_curves
 from laser_fast.observe.dashboards import open_dashboards
 from laser_fast.observe.report import write_report
-from laser_fast.observe.run_folder import RunFolder
+from laser_fast.observe.run_folder import RunFolder, read_run
 from laser_fast.observe.summary import print_summary, summarize_run
 from laser_fast.records import Group
 
@@ -148,9 +148,9 @@ class RunLog:
         self._samples.close()
         for dashboard in self._dashboards:
             dashboard.close()
-        steps = jsonl.read_lines(self.folder.metrics)
-        if steps:
-            draw_curves(steps, self.evaluations(), self.folder.curves)
+        run = read_run(self.folder.path)
+        if run.steps:
+            draw_curves(run, self.folder.curves)
 
     def __enter__(self) -> RunLog:
         return self
@@ -191,35 +191,17 @@ class RunLog:
 class NullLog:
     """The log of the other ranks: takes everything, writes nothing."""
 
-    def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log_step(self, *_: object, **__: object) -> None:
         """Ignore the step."""
 
-    def log_samples(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        rewards: Sequence[float | None],
-        *,
-        decode: Callable[[Sequence[int]], str],
-        ref_logprob: float,
-    ) -> None:
-        """Ignore the samples."""
+    log_samples = log_evaluation = close = __exit__ = log_step
 
-    def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:
-        """Ignore the evaluation."""
-
-    def finish(self, *, wall_seconds: float | None = None) -> dict[str, Any]:
+    def finish(self, **_: object) -> dict[str, Any]:
         """Return an empty summary."""
         return {}
 
-    def close(self) -> None:
-        """Nothing to close."""
-
     def __enter__(self) -> NullLog:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def spread_indices(total: int, count: int) -> list[int]:

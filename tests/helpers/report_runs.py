@@ -1,8 +1,12 @@
-"""Run folders for the tests of the report, and a headless browser to open it in."""
+"""Folders of runs and evaluations for the tests of the report, and a headless browser for it."""
 
+import random
 import shutil
 import subprocess
 
+from typer.testing import CliRunner
+
+from laser_fast.cli import app
 from laser_fast.config import dump_config, parse_config
 from laser_fast.observe import jsonl
 
@@ -85,6 +89,48 @@ def _sample(step, trains_score):
         "reward": None if step == 4 else float(step % 2),
         "score": step / 50 if trains_score else None,
         "finish_reason": "stop",
+    }
+
+
+def make_evaluation(folder, skills, *, is_scored=True, problems=20, samples=4):
+    """Let `laser-fast eval --rescore` write an evaluation of drawn completions.
+
+    `skills` maps a benchmark to the probability of a correct answer, which scores tell with noise.
+    """
+    source = folder.with_name(f"{folder.name}-drawn")
+    for benchmark, skill in skills.items():
+        rng = random.Random(benchmark)
+        (source / benchmark).mkdir(parents=True)
+        jsonl.write_lines(
+            source / benchmark / "samples.jsonl",
+            [
+                _completion(rng, problem, sample, skill, is_scored)
+                for problem in range(problems)
+                for sample in range(samples)
+            ],
+        )
+    score = ("--beta", "0.1", "--ref-logprob", "-20") if is_scored else ()
+    arguments = ["eval", "--rescore", str(source), "--out", str(folder), *score]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    shutil.rmtree(source)
+    return folder
+
+
+def _completion(rng, problem, sample, skill, is_scored):
+    is_correct = rng.random() < skill
+    answer = "7" if is_correct else str(rng.randrange(3))
+    return {
+        "prompt_id": f"{problem}",
+        "sample": sample,
+        "prompt": f"question {problem}",
+        "gold": "7",
+        "text": f"\\boxed{{{answer}}}",
+        "answer": answer,
+        "reward": float(is_correct),
+        "score": None,
+        "score_logprob": rng.gauss(-11 if is_correct else -17, 3) if is_scored else None,
+        "finish_reason": "stop",
+        "num_tokens": 5,
     }
 
 

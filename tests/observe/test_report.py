@@ -2,17 +2,19 @@
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import make_run
+from report_runs import make_evaluation, make_run
 
 from laser_fast.cli import main
 from laser_fast.config import ConfigError, load_config
-from laser_fast.observe.report import render_report, write_report
-from laser_fast.observe.report_run import curve, read_run
-from laser_fast.observe.report_tables import MAX_CHARACTERS, MAX_SAMPLES
+from laser_fast.observe.charts import panel_curves
+from laser_fast.observe.panels import PANELS
+from laser_fast.observe.report import MAX_CHARACTERS, MAX_SAMPLES, render_report, write_report
+from laser_fast.observe.run_folder import read_run
 from laser_fast.observe.run_log import RunLog
 
 
@@ -26,9 +28,12 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "path", "circle", "input", "br"):
+        if tag not in ("meta", "input", "br"):
             self.open.append(tag)
         self.loads += [value for name, value in attributes if name in ("src", "href")]
+        self.loads += [
+            value for name, value in attributes if name == "xlink:href" and value[0] != "#"
+        ]
         if tag == "figure":
             self.charts.append("")
         if tag == "table":
@@ -51,6 +56,11 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    return make_evaluation(tmp_path_factory.mktemp("evaluations") / "chains", {"chains": 0.7})
+
+
 def _page(*folders):
     return Page(render_report([read_run(folder) for folder in folders]))
 
@@ -60,15 +70,19 @@ def test_report_of_a_run(tmp_path):
     assert write_report(run) == run / "report.html"
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert page.loads == [] and "http://" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert page.loads == []
+    assert set(re.findall("https?://[^\"']*", html)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert page.charts == [
         "reward",
-        "score by class",
+        "mean score by class",
         "self-verification",
-        "gradient norm",
         "disagreement of sampler and policy (nats)",
-        "loss",
         "entropy (nats per token)",
+        "gradient norm",
+        "loss",
         "peak memory (GB)",
         "seconds per stage",
     ]
@@ -83,7 +97,7 @@ def test_report_of_a_run(tmp_path):
     assert samples[5][3:5] == ["-", "0.080"]
     # Rewards are 1 at odd steps, scores above 0.5 from step 26 on, and step 4 has no reward.
     assert html.count('class="agrees"') == 12 + 2 and html.count('class="differs"') == 13 + 2
-    assert "LaSeR &middot; sandbox" in html and "30 of 30 steps logged" in html
+    assert "LaSeR · sandbox" in html and "30 of 30 steps logged" in html
     assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html and "other" in html
 
 
@@ -100,7 +114,7 @@ def test_finished_run_writes_it_and_says_where(tmp_path, capsys):
 
 def test_run_without_scores(tmp_path):
     page = _page(make_run(tmp_path / "run", loss_coef=0.0, score_coef=0.0))
-    assert "score by class" not in page.charts and "reward" in page.charts
+    assert "mean score by class" not in page.charts and "reward" in page.charts
     assert page.tables[1][1][4] == "-"
     assert read_run(tmp_path / "run").method == "GRPO"
     assert (
@@ -128,7 +142,8 @@ def test_resumed_run_counts_no_step_twice(tmp_path):
     metrics += [{"step": step, "reward/mean": value} for step, value in ((1, 0.2), (2, None))]
     metrics.append({"reward/mean": 0.3})
     run = read_run(make_run(tmp_path / "run", metrics=metrics))
-    assert curve(run.steps, "reward/mean") == [(0, 0.1), (1, 0.2)]
+    (curve,) = panel_curves(PANELS[0], [run])[:1]
+    assert curve.points == [(0, 0.1), (1, 0.2)]
     assert [record["step"] for record in run.steps] == [0, 1, 2]
 
 
@@ -146,8 +161,8 @@ def test_text_of_the_model_stays_text(tmp_path):
     assert "<script>alert" not in html and "<img" not in html
     page = Page(html)
     assert page.tables[-1][1][1] == evil and page.tables[-1][1][2] == evil + "?"
-    for data in re.findall(r'<script type="application/json">(.*?)</script>', html):
-        json.loads(data)
+    data = re.findall(r'<script type="application/json">(.*?)</script>', html)[-1]
+    assert json.loads(data)["series"][0]["label"] == f"{evil} 1 s, 100%"
 
 
 def test_two_runs_in_comparison(tmp_path):
@@ -163,7 +178,7 @@ def test_two_runs_in_comparison(tmp_path):
     assert ["score.loss_coef", "0.1", "0.0"] in differences
     assert ["optim.steps", "30", "20"] in differences
     assert "seed" not in [row[0] for row in differences]
-    assert html.count('class="line c0 dashed"') > 0 and 'class="raw' not in html
+    assert "stroke-dasharray" in html and '"A: training prompts"' in html
 
 
 def test_long_run_stays_small(tmp_path):
@@ -175,10 +190,6 @@ def test_long_run_stays_small(tmp_path):
     assert [rows[0][0], rows[-1][0]] == ["0", str(3 * MAX_SAMPLES - 1)]
     assert len(rows[0][2]) < MAX_CHARACTERS + 100
     assert rows[0][2].endswith("\\boxed{7}") and "characters left out" in rows[0][2]
-    html = render_report([read_run(tmp_path / "run")])
-    paths = re.findall(r'class="(?:raw|line) [^"]*" d="([^"]*)"', html)
-    assert max(path.count("L") for path in paths) == 399
-    assert re.findall(r'class="area [^"]*" d="([^"]*)"', html)[0].count("L") == 2 * 120 - 1
 
 
 @pytest.mark.parametrize(
@@ -211,3 +222,73 @@ def test_command_line_says_where(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(first / "report.html")
     with pytest.raises(ConfigError, match="same run"):
         write_report(first, first)
+
+
+def test_evaluations_below_a_run_and_named_ones(tmp_path, capsys, monkeypatch):
+    run, other = make_run(tmp_path / "run"), tmp_path / "elsewhere"
+    make_evaluation(run / "evals" / "final", {"chains": 0.9, "powers": 0.8})
+    make_evaluation(other, {"chains": 0.6})
+    (run / "unfinished").mkdir()
+    (run / "unfinished" / "settings.json").write_text("{}")
+    (run / "report.json").write_text("not an evaluation's")
+    monkeypatch.setattr(sys, "argv", ["laser-fast", "report", str(run), "--eval", str(other)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    html = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    # Three figures each of: chains in both, powers in one.
+    assert len(page.charts) == 9 + 3 * 3
+    answers, scores = page.tables[1:3]
+    assert answers[0] == ["correct answers", "evals/final", str(other)]
+    report = json.loads((run / "evals" / "final" / "report.json").read_text())
+    entry = report["benchmarks"]["chains"]["metrics"]["weighted_majority@4"]
+    shown = "{value:.3f} {low:.3f} to {high:.3f}".format(**entry)
+    row = next(row for row in answers if row[0] == "score-weighted majority of 4")
+    assert row[1].split() == shown.split() and row[2] != row[1]
+    rows = {row[0]: row[1:] for row in scores[1:]}
+    assert {"F1", "AUROC", "ECE", "ECE, prior corrected", "Brier"} <= rows.keys()
+    assert "chains: 20 problems, 4 completions each" in html
+    assert page.tables[3][0] == ["correct answers", "evals/final"]
+    assert "mean over benchmarks" in html and page.tables[5][0] == page.tables[3][0]
+
+
+def test_evaluations_of_two_runs_stand_side_by_side(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, skill in zip(runs, (0.9, 0.5), strict=True):
+        make_evaluation(run / "eval", {"chains": skill})
+    page = Page(write_report(*runs).read_text())
+    answers = page.tables[1]
+    assert answers[0] == ["correct answers", "A eval", "B eval"]
+    first, second = (float(cell.split()[0]) for cell in answers[1][1:])
+    assert answers[1][0] == "one completion" and first > second + 0.2
+
+
+def test_evaluation_without_scores_has_votes_alone(tmp_path):
+    run = make_run(tmp_path / "run")
+    make_evaluation(run / "eval", {"chains": 0.7}, is_scored=False)
+    page = Page(write_report(run).read_text())
+    assert page.charts[9:] == ["share of problems answered correctly"]
+    assert [table[0][0] for table in page.tables] == ["after step", "correct answers", "step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("report.json", None, r"holds no finished evaluation \(report.json is missing\)"),
+        ("report.json", "{", "report.json: not valid JSON"),
+        ("report.json", "[]", "report.json: expected a JSON object"),
+        ("report.json", "{}", "report.json: expected the key benchmarks"),
+        ("chains/samples.jsonl", "hello\n", "samples.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_broken_evaluation_is_refused(tmp_path, evaluation, name, text, message):
+    run, folder = make_run(tmp_path / "run"), tmp_path / "eval"
+    shutil.copytree(evaluation, folder)
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        write_report(run, evaluations=[folder])
+    assert not (run / "report.html").exists()

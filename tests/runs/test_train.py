@@ -207,8 +207,8 @@ def test_without_the_score_it_is_plain_grpo(tmp_path, write_config):
 def test_the_run_folder_holds_what_the_readme_says(one_rank):
     run = one_rank / "plain" / "run"
     names = {path.name for path in run.iterdir()}
-    files = "config.toml metrics.jsonl evaluations.jsonl samples.jsonl summary.json curves.png"
-    assert names >= {*files.split(), "checkpoints"}
+    files = "config.toml metrics.jsonl evaluations.jsonl samples.jsonl summary.json"
+    assert names >= {*files.split(), "curves.png", "report.html", "checkpoints"}
     assert load_config(run / "config.toml") == load_config(run.parent / "config.toml")
     checkpoints = sorted((run / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step-000002", "step-000004"]
