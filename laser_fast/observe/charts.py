@@ -121,9 +121,9 @@ def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
     """The metrics of a panel that the runs have."""
     curves = []
     for index, run in enumerate(runs):
-        for kind, metrics, records in (
-            ("line", panel.lines, run.steps),
-            ("marks", panel.marks, run.evaluations),
+        for kind, prefix, metrics, records in (
+            ("line", "", panel.lines, run.steps),
+            ("marks", "held out: ", panel.marks, run.evaluations),
         ):
             for key, (label, color) in metrics.items():
                 known = [(record["step"], number(record.get(key))) for record in records]
@@ -131,8 +131,8 @@ def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
                 if panel.is_log:
                     points = [(step, value) for step, value in points if value > 0]
                 if points:
-                    curve = Curve(label=label, color=color, points=points, kind=kind, run=index)
-                    curves.append(curve)
+                    names = {"label": prefix + label, "color": color, "kind": kind, "run": index}
+                    curves.append(Curve(points=points, **names))
     return curves
 
 

@@ -16,7 +16,7 @@ _FROM_ZERO = (0.0, None)
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram: metrics of the steps as lines, metrics of the evaluations as marks.
+    """One diagram: metrics of the steps as lines, metrics of held-out evaluations as marks.
 
     `lines` and `marks` map a metric to its label and colour; `guide` is a level worth seeing.
     """
@@ -34,47 +34,44 @@ PANELS = (
         "reward",
         {"reward/mean": ("training prompts", BLUE)},
         {
-            "accuracy": ("held out: accuracy", RED),
-            "majority": ("held out: majority vote", ORANGE),
-            "weighted_majority": ("held out: weighted vote", GREEN),
+            "accuracy": ("accuracy", RED),
+            "majority": ("majority vote", ORANGE),
+            "weighted_majority": ("weighted vote", GREEN),
         },
     ),
     Panel(
         "mean score by class",
         {"score/mean_correct": ("correct", GREEN), "score/mean_incorrect": ("incorrect", RED)},
-        {
-            "mean_correct": ("held out: correct", GREEN),
-            "mean_incorrect": ("held out: incorrect", RED),
-        },
+        {"mean_correct": ("correct", GREEN), "mean_incorrect": ("incorrect", RED)},
         guide=0.5,
     ),
     Panel(
         "self-verification",
         {"score/f1": ("F1", BLUE), "score/auroc": ("AUROC", ORANGE)},
-        {"f1": ("held out: F1", BLUE), "auroc": ("held out: AUROC", ORANGE)},
+        {"f1": ("F1", BLUE), "auroc": ("AUROC", ORANGE)},
         limits=_SHARE,
         guide=0.5,
     ),
     Panel(
         "verdicts of the score (share)",
         {"score/tpr": ("correct accepted", GREEN), "score/tnr": ("incorrect rejected", RED)},
-        {
-            "tpr": ("held out: correct accepted", GREEN),
-            "tnr": ("held out: incorrect rejected", RED),
-        },
+        {"tpr": ("correct accepted", GREEN), "tnr": ("incorrect rejected", RED)},
         limits=_SHARE,
         guide=0.5,
     ),
     Panel(
         "disagreement of sampler and policy (nats)",
-        {"rollout/disagreement": ("mean |difference| of log-probs", BLUE)},
+        {
+            "rollout/disagreement": ("mean |difference| of log-probs", BLUE),
+            "rollout/sync_disagreement": ("of held tokens after a sync", GREEN),
+        },
         is_log=True,
     ),
     Panel("entropy (nats per token)", {"loss/entropy": ("estimate", BLUE)}),
     Panel(
         "completion length (tokens)",
         {"rollout/mean_length": ("training prompts", BLUE)},
-        {"mean_length": ("held out", RED)},
+        {"mean_length": ("tokens", RED)},
         limits=_FROM_ZERO,
     ),
     Panel(

@@ -72,7 +72,7 @@ def test_lines_come_from_steps_and_marks_from_evaluations():
     first, second = _run(steps, [{"step": 6, "c": 0.5}]), _run([{"step": 0}])
     assert panel_curves(panel, [second, first]) == [
         Curve(label="line", color=BLUE, points=[(0, 0.1), (5, 0.2)], run=1),
-        Curve(label="mark", color=RED, points=[(6, 0.5)], kind="marks", run=1),
+        Curve(label="held out: mark", color=RED, points=[(6, 0.5)], kind="marks", run=1),
     ]
 
 

@@ -97,7 +97,7 @@ def test_report_of_a_run(tmp_path):
     assert samples[5][3:5] == ["-", "0.080"]
     # Rewards are 1 at odd steps, scores above 0.5 from step 26 on, and step 4 has no reward.
     assert html.count('class="agrees"') == 12 + 2 and html.count('class="differs"') == 13 + 2
-    assert "LaSeR · sandbox" in html and "30 of 30 steps logged" in html
+    assert "LaSeR &middot; sandbox" in html and "30 of 30 steps logged" in html
     assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html and "other" in html
 
 
