@@ -68,8 +68,11 @@ def draw_curves(run: Run, path: Path) -> None:
 
     found = [(panel, curves) for panel in PANELS if (curves := panel_curves(panel, [run]))]
     num_rows = max(1, math.ceil(len(found) / 4))
-    canvas = Canvas(figsize=(19, 3.6 * num_rows), layout="constrained")
+    canvas = Canvas(figsize=(19, 3.6 * num_rows))
     grid = canvas.subplots(num_rows, 4, squeeze=False).flatten()
+    # Fixed margins: matplotlib's layouts take longer than all the rest.
+    bottom, top = 0.14 / num_rows, 1 - 0.1 / num_rows
+    canvas.subplots_adjust(0.035, bottom, 0.99, top, wspace=0.17, hspace=0.32)
     for axes in grid[len(found) :]:
         axes.set_axis_off()
     for axes, (panel, curves) in zip(grid, found, strict=False):
@@ -184,7 +187,10 @@ def draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> Sequence[Cu
     if panel.is_log:
         _scale_log(axes, curves)
     _style(axes, "step")
-    axes.set_ylim(*panel.limits)
+    low, high = panel.limits
+    if low == 0 and high is None:
+        high = 1.06 * max(value for curve in curves for _, value in curve.points) or 1.0
+    axes.set_ylim(low, high)
     return curves
 
 

@@ -9,7 +9,6 @@ Steps count from 0: step s is the one after s updates, and so is evaluation s.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ class RunLog:
         """
         self.folder = RunFolder(Path(output_dir))
         self._config = config
-        self._start = time.monotonic()
         self.folder.path.mkdir(parents=True, exist_ok=True)
         last_step = -1
         if resume_step is None:
@@ -122,16 +120,11 @@ class RunLog:
             return {}
         return {line.pop("step"): line for line in jsonl.read_lines(self.folder.evaluations)}
 
-    def finish(self, *, wall_seconds: float | None = None) -> dict[str, Any]:
-        """Write summary.json, curves.png and report.html, print the result; returns the summary.
-
-        `wall_seconds` is by default the time since this log was opened.
-        """
+    def finish(self, *, wall_seconds: float) -> dict[str, Any]:
+        """Write summary.json, curves.png and report.html, print the result; returns the summary."""
         steps = self._config.optim.steps
         reports = self.evaluations()
         before, after = reports.get(0), reports.get(steps)
-        if wall_seconds is None:
-            wall_seconds = time.monotonic() - self._start
         summary = summarize_run(before, after, steps=steps, wall_seconds=wall_seconds)
         jsonl.replace_text(self.folder.summary, jsonl.to_text(summary))
         self.close()

@@ -149,6 +149,11 @@ def test_flat_and_single_values_have_an_axis():
     assert axes.lines[0].get_marker() == "o"
     low, high = axes.get_ylim()
     assert low < 3.0 < high
+    for values, top in (((0.0, 0.0), 1.0), ((5.0, 4.0), 5.3)):
+        axes = _axes()
+        curve = Curve(label="flat", color=BLUE, points=list(enumerate(values)))
+        draw_panel(axes, Panel("", {}, limits=(0.0, None)), [curve])
+        assert axes.get_ylim() == (0.0, pytest.approx(top))
 
 
 def test_long_curve_keeps_its_ends(tmp_path):
