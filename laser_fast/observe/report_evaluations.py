@@ -55,15 +55,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark in all evaluations that have it: tables with a column, figures for each.
+    """A benchmark in all evaluations that have it, each with its warnings and figures.
 
     The rows of a table are a label and, for every evaluation, {value, low, high} or {}.
     """
 
     title: str
-    members: Sequence[Evaluation]
+    members: Sequence[tuple[Evaluation, Sequence[str], Sequence[Figure]]]
     tables: Mapping[str, Sequence[tuple[str, Sequence[Record]]]]
-    figures: Sequence[Sequence[Figure]]
 
 
 def find_evaluations(folder: Path, *, run: int) -> list[Evaluation]:
@@ -112,19 +111,21 @@ def compare_benchmarks(evaluations: Sequence[Evaluation]) -> list[Benchmark]:
     names = dict.fromkeys(name for one in evaluations for name in one.report["benchmarks"])
     benchmarks = []
     for name in names:
-        members = [one for one in evaluations if name in one.report["benchmarks"]]
-        reports = [one.report["benchmarks"][name] for one in members]
+        known = [one for one in evaluations if name in one.report["benchmarks"]]
+        reports = [one.report["benchmarks"][name] for one in known]
         limits = _vote_limits(reports)
-        figures = [
-            _figures(report, one.samples.get(name, ()), limits)
-            for one, report in zip(members, reports, strict=True)
+        members = [
+            (one, _warnings(report), _figures(report, one.samples.get(name, ()), limits))
+            for one, report in zip(known, reports, strict=True)
         ]
-        title = f"{name}: {'; '.join(sizes(reports))}"
-        benchmarks.append(Benchmark(title, members, _tables(reports), figures))
-    members = [one for one in evaluations if "average" in one.report]
-    if members:
-        tables = _tables([one.report["average"] for one in members])
-        benchmarks.append(Benchmark("mean over benchmarks", members, tables, [()] * len(members)))
+        level = f"{reports[0]['interval']:.0%} bootstrap intervals over problems"
+        title = f"{name}: {'; '.join([*sizes(reports), level])}"
+        benchmarks.append(Benchmark(title, members, _tables(reports)))
+    known = [one for one in evaluations if "average" in one.report]
+    if known:
+        tables = _tables([one.report["average"] for one in known])
+        members = [(one, (), ()) for one in known]
+        benchmarks.append(Benchmark("mean over benchmarks", members, tables))
     return benchmarks
 
 
@@ -132,6 +133,17 @@ def sizes(reports: Sequence[Record]) -> list[str]:
     """How much stands behind the numbers; one entry if it is the same everywhere."""
     found = {(report.get("num_prompts"), report.get("samples_per_prompt")) for report in reports}
     return [f"{p} problems, {n} completions each" for p, n in sorted(found, key=str) if p and n]
+
+
+def _warnings(report: Record) -> list[str]:
+    """What the numbers leave out or may get wrong."""
+    counts = {
+        "grades failed": report.get("num_failed_grades", 0),
+        "over-long problems dropped": report.get("num_dropped", 0),
+        "gold answers that the grader rejects": len(report.get("golds_rejected", ())),
+        "gold answers that it cannot read": len(report.get("golds_unreadable", ())),
+    }
+    return [f"{count} {label}" for label, count in counts.items() if count]
 
 
 def _tables(reports: Sequence[Record]) -> dict[str, list[tuple[str, list[Record]]]]:

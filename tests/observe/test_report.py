@@ -249,7 +249,7 @@ def test_evaluations_below_a_run_and_named_ones(tmp_path, capsys, monkeypatch):
     assert row[1].split() == shown.split() and row[2] != row[1]
     rows = {row[0]: row[1:] for row in scores[1:]}
     assert {"F1", "AUROC", "ECE", "ECE, prior corrected", "Brier"} <= rows.keys()
-    assert "chains: 20 problems, 4 completions each" in html
+    assert "chains: 20 problems, 4 completions each; 95% bootstrap intervals over" in html
     assert page.tables[3][0] == ["correct answers", "evals/final"]
     assert "mean over benchmarks" in html and page.tables[5][0] == page.tables[3][0]
 
@@ -263,6 +263,19 @@ def test_evaluations_of_two_runs_stand_side_by_side(tmp_path):
     assert answers[0] == ["correct answers", "A eval", "B eval"]
     first, second = (float(cell.split()[0]) for cell in answers[1][1:])
     assert answers[1][0] == "one completion" and first > second + 0.2
+
+
+def test_evaluation_says_what_its_numbers_leave_out(tmp_path, evaluation):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        shutil.copytree(evaluation, run / "eval")
+    path = runs[1] / "eval" / "report.json"
+    report = json.loads(path.read_text())
+    report["benchmarks"]["chains"] |= {"num_failed_grades": 3, "golds_rejected": ["7", "8"]}
+    path.write_text(json.dumps(report))
+    html = write_report(*runs).read_text()
+    warning = "3 grades failed, 2 gold answers that the grader rejects"
+    assert html.count(warning) == 1 and f'<b class="run">B</b> eval: {warning}' in html
 
 
 def test_evaluation_without_scores_has_votes_alone(tmp_path):
