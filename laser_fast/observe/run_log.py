@@ -17,11 +17,10 @@ from laser_fast.algorithm.score import self_reward_score
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.observe import jsonl
 from laser_fast.observe.charts import draw_curves
-from laser_fast.observe.console import StepConsole
+from laser_fast.observe.console import StepConsole, print_summary, summarize_run
 from laser_fast.observe.dashboards import open_dashboards
 from laser_fast.observe.report import write_report
 from laser_fast.observe.run_folder import RunFolder, read_run
-from laser_fast.observe.summary import print_summary, summarize_run
 from laser_fast.records import Group
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from laser_fast.observe.summary import print_summary, summarize_run
+from laser_fast.observe.console import print_summary, summarize_run
 
 
 def _report(**changes):
