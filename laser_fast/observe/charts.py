@@ -51,6 +51,10 @@ class Curve:
     run: int = 0
 
 
+# Title, a `draw_...` and what it takes after the axes.
+Diagram = tuple[str, Callable[..., Sequence[Curve]], *tuple[Any, ...]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
     """A diagram for the report; `data` is what its script shows where the pointer is."""
@@ -63,22 +67,27 @@ class Figure:
 
 def draw_curves(run: Run, path: Path) -> None:
     """Draw the panels that have data into a PNG, four in a row."""
+    found = [(panel, panel_curves(panel, [run])) for panel in PANELS]
+    save_png(path, [(p.title, draw_panel, p, curves) for p, curves in found if curves], columns=4)
+
+
+def save_png(path: Path, diagrams: Sequence[Diagram], *, columns: int) -> None:
+    """Draw diagrams into a PNG, row by row."""
     # Drawing takes a second to import; a run without curves need not pay it.
     from matplotlib.figure import Figure as Canvas
 
-    found = [(panel, curves) for panel in PANELS if (curves := panel_curves(panel, [run]))]
-    num_rows = max(1, math.ceil(len(found) / 4))
-    canvas = Canvas(figsize=(19, 3.6 * num_rows))
-    grid = canvas.subplots(num_rows, 4, squeeze=False).flatten()
+    rows = max(1, math.ceil(len(diagrams) / columns))
+    canvas = Canvas(figsize=(4.75 * columns, 3.6 * rows))
+    grid = canvas.subplots(rows, columns, squeeze=False).flatten()
     # Fixed margins: matplotlib's layouts take longer than all the rest.
-    bottom, top = 0.14 / num_rows, 1 - 0.1 / num_rows
-    canvas.subplots_adjust(0.035, bottom, 0.99, top, wspace=0.17, hspace=0.32)
-    for axes in grid[len(found) :]:
+    left, bottom, top = 0.14 / columns, 0.14 / rows, 1 - 0.1 / rows
+    canvas.subplots_adjust(left, bottom, 1 - 0.04 / columns, top, wspace=0.17, hspace=0.32)
+    for axes in grid[len(diagrams) :]:
         axes.set_axis_off()
-    for axes, (panel, curves) in zip(grid, found, strict=False):
-        draw_panel(axes, panel, curves)
-        axes.set_title(panel.title, fontsize=11, loc="left")
-        axes.legend(fontsize=8, frameon=False)
+    for axes, (title, draw, *data) in zip(grid, diagrams, strict=False):
+        if draw(axes, *data):
+            axes.legend(fontsize=8, frameon=False)
+        axes.set_title(title, fontsize=11, loc="left")
     canvas.savefig(path, format="png", dpi=100)
 
 
@@ -205,7 +214,27 @@ def draw_stages(axes: Axes, curves: Sequence[Curve], top: float) -> Sequence[Cur
     return curves
 
 
-def draw_votes(axes: Axes, report: Record, limits: tuple[float, float]) -> Sequence[Curve]:
+def evaluation_diagrams(
+    report: Record,
+    samples: Sequence[Record],
+    limits: tuple[float | None, float | None] = (None, None),
+) -> list[Diagram]:
+    """What a benchmark's report and samples can be drawn as; `limits` are of the votes."""
+    diagrams: list[Diagram] = [
+        ("share of problems answered correctly", draw_votes, report, limits),
+    ]
+    if report["reliability"]:
+        title = "reliability: share correct by stated probability"
+        diagrams.append((title, draw_reliability, report))
+        if samples:
+            title = "score by correctness, density within the class"
+            diagrams.append((title, draw_scores, samples))
+    return diagrams
+
+
+def draw_votes(
+    axes: Axes, report: Record, limits: tuple[float | None, float | None]
+) -> Sequence[Curve]:
     """Accuracy of the voting rules against k, with their intervals as bands."""
     curves = []
     for rule, label, color in RULES:
@@ -227,7 +256,7 @@ def draw_votes(axes: Axes, report: Record, limits: tuple[float, float]) -> Seque
     axes.minorticks_off()
     _style(axes, "completions per problem, k")
     axes.set_xticks(report["ks"], [str(k) for k in report["ks"]])
-    axes.set_ylim(limits)
+    axes.set_ylim(*limits)
     return curves
 
 
@@ -243,10 +272,10 @@ def draw_reliability(axes: Axes, report: Record) -> Sequence[Curve]:
         x, y, count = (
             np.array([b[key] for b in bins]) for key in ("confidence", "accuracy", "count")
         )
-        axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7)
-        axes.scatter(x, y, s=12 + 500 * count / count.sum(), color=color, alpha=0.6, linewidths=0)
         ece = number(report["metrics"][metric]["value"])
         label = f"{label}, ECE {'-' if ece is None else format(ece, '.3f')}"
+        axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7, label=label)
+        axes.scatter(x, y, s=12 + 500 * count / count.sum(), color=color, alpha=0.6, linewidths=0)
         curves.append(Curve(label=label, color=color, points=list(zip(x, y, strict=True))))
     _style(axes, "probability of being correct, as stated")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
@@ -272,9 +301,9 @@ def draw_scores(axes: Axes, samples: Sequence[Record]) -> Sequence[Curve]:
         if not len(members):
             continue
         heights, _ = np.histogram(members, edges, density=True)
-        axes.stairs(heights, edges, fill=True, color=color, alpha=0.45)
         points = list(zip((edges[:-1] + edges[1:]) / 2, heights, strict=True))
         label = f"{name} ({len(members)})"
+        axes.stairs(heights, edges, fill=True, color=color, alpha=0.45, label=label)
         curves.append(Curve(label=label, color=color, points=points, kind="area"))
     axes.axvline(0.5, color=_TEXT, linewidth=0.8, linestyle=":")
     _style(axes, "score")

@@ -11,14 +11,7 @@ from pathlib import Path
 
 from laser_fast.config import ConfigError
 from laser_fast.observe import jsonl
-from laser_fast.observe.charts import (
-    RULES,
-    Figure,
-    draw_reliability,
-    draw_scores,
-    draw_votes,
-    svg_figure,
-)
+from laser_fast.observe.charts import RULES, Figure, evaluation_diagrams, svg_figure
 from laser_fast.observe.run_folder import Record, number
 
 # Metrics of the score and their labels, each followed by its class-prior corrected value.
@@ -114,10 +107,11 @@ def compare_benchmarks(evaluations: Sequence[Evaluation]) -> list[Benchmark]:
         known = [one for one in evaluations if name in one.report["benchmarks"]]
         reports = [one.report["benchmarks"][name] for one in known]
         limits = _vote_limits(reports)
-        members = [
-            (one, _warnings(report), _figures(report, one.samples.get(name, ()), limits))
-            for one, report in zip(known, reports, strict=True)
-        ]
+        members = []
+        for one, report in zip(known, reports, strict=True):
+            diagrams = evaluation_diagrams(report, one.samples.get(name, ()), limits)
+            figures = [svg_figure(*diagram) for diagram in diagrams]
+            members.append((one, _warnings(report), figures))
         level = f"{reports[0]['interval']:.0%} bootstrap intervals over problems"
         title = f"{name}: {'; '.join([*sizes(reports), level])}"
         benchmarks.append(Benchmark(title, members, _tables(reports)))
@@ -176,16 +170,3 @@ def _vote_limits(reports: Sequence[Record]) -> tuple[float, float]:
     ends = [number(entry.get(end)) for entry in entries for end in ("low", "value", "high")]
     known = [end for end in ends if end is not None] or [0.0, 1.0]
     return min(known) - 0.02, max(known) + 0.02
-
-
-def _figures(
-    report: Record, samples: Sequence[Record], limits: tuple[float, float]
-) -> list[Figure]:
-    figures = [svg_figure("share of problems answered correctly", draw_votes, report, limits)]
-    if report["reliability"]:
-        title = "reliability: share correct by stated probability"
-        figures.append(svg_figure(title, draw_reliability, report))
-    if samples and report["reliability"]:
-        title = "score by correctness, density within the class"
-        figures.append(svg_figure(title, draw_scores, samples))
-    return figures

@@ -17,7 +17,9 @@ from laser_fast.observe.charts import (
     draw_scores,
     draw_stages,
     draw_votes,
+    evaluation_diagrams,
     panel_curves,
+    save_png,
     smooth,
     stage_curves,
     svg_figure,
@@ -223,6 +225,21 @@ def test_reliability_marks_grow_with_their_share():
     assert raw.points == [(0.2, 0.1), (0.8, 0.9)] and corrected.points == [(0.2, 0.1)]
     assert [raw.label[-9:], corrected.label[-5:]] == ["ECE 0.100", "ECE -"]
     np.testing.assert_allclose(axes.collections[0].get_sizes(), [12 + 375, 12 + 125])
+
+
+def test_evaluation_as_png(tmp_path):
+    report = _votes(**{"majority@1": (0.4, 0.5, 0.6), "majority@4": (0.6, 0.7, 0.8)})
+    bins = [{"count": 30, "confidence": 0.2, "accuracy": 0.1}]
+    report["metrics"] |= {"ece": {"value": 0.1}, "ece_corrected": {"value": 0.2}}
+    scored = report | {"reliability": {"raw": bins, "corrected": bins}}
+    sample = {"score": 0.9, "reward": 1.0, "finish_reason": "stop"}
+    diagrams = evaluation_diagrams(scored, [sample])
+    assert [draw for _, draw, *_ in diagrams] == [draw_votes, draw_reliability, draw_scores]
+    save_png(tmp_path / "three.png", diagrams, columns=3)
+    alone = evaluation_diagrams(report | {"reliability": {}}, [sample])
+    save_png(tmp_path / "one.png", alone, columns=1)
+    (width, height), one = _size(tmp_path / "three.png"), _size(tmp_path / "one.png")
+    assert (width, height) == (3 * one[0], one[1]) == (1425, 360)
 
 
 def test_score_histogram_has_finished_graded_completions():
