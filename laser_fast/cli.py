@@ -144,7 +144,6 @@ def calibrate(
     seed: Seed = None,
 ) -> None:
     """Measure c_ref on a model's own completions; print the lines for the configuration."""
-    from laser_fast.evaluation.calibrate import CalibrateOptions
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
     from laser_fast.evaluation.settings import ModelOptions
     from laser_fast.evaluation.terminal import print_calibration
@@ -158,13 +157,11 @@ def calibrate(
             seed=seed,
             overrides=overrides or (),
         ),
-        CalibrateOptions(
-            data=data,
-            data_dir=data_dir,
-            prompts=prompts,
-            samples=samples,
-            templates=template or (),
-        ),
+        data,
+        data_dir=data_dir,
+        prompts=prompts,
+        samples=samples,
+        templates=template or (),
     )
     if found is not None:
         print_calibration(found, beta=beta)
@@ -222,26 +219,24 @@ def evaluate(
 
     report = ReportOptions(ks=tuple(sorted(set(k))) if k else None, base_rate=base_rate)
     if rescore is not None:
-        from laser_fast.evaluation.rescore import RescoreOptions, rescore_evaluation
+        from laser_fast.evaluation.conclude import rescore_evaluation
 
         if model is not None or benchmark or out is None:
             raise ConfigError("--rescore takes neither a model nor a benchmark, and needs --out")
         conclusion = rescore_evaluation(
-            RescoreOptions(
-                source=rescore,
-                out=out,
-                beta=beta,
-                ref_logprob=ref_logprob,
-                reward=reward,
-                overwrite=overwrite,
-                report=report,
-            )
+            rescore,
+            out,
+            beta=beta,
+            ref_logprob=ref_logprob,
+            reward=reward,
+            overwrite=overwrite,
+            report=report,
         )
         print_conclusion(conclusion)
         return
     if model is None or reward is not None:
         raise ConfigError("eval needs a model; --reward is for --rescore, else say reward.kind=...")
-    from laser_fast.evaluation.run import EvalOptions, run_evaluation
+    from laser_fast.evaluation.evaluate import run_evaluation
     from laser_fast.evaluation.settings import ModelOptions
 
     with progress_bar(is_shown=_is_main()) as on_progress:
@@ -256,16 +251,14 @@ def evaluate(
                 seed=seed,
                 overrides=overrides or (),
             ),
-            EvalOptions(
-                benchmarks=benchmark or (),
-                out=out or Path("evaluations") / Path(model).name,
-                data_dir=data_dir,
-                samples=samples,
-                limit=limit,
-                needs_score=score,
-                overwrite=overwrite,
-                report=report,
-            ),
+            benchmark or (),
+            out or Path("evaluations") / Path(model).name,
+            data_dir=data_dir,
+            samples=samples,
+            limit=limit,
+            needs_score=score,
+            overwrite=overwrite,
+            report=report,
             on_progress=on_progress,
         )
     if conclusion is not None:
@@ -285,7 +278,6 @@ def score(
     beta: Beta = None,
     ref_logprob: RefLogprob = None,
     config: ConfigFile = None,
-    engine: EngineName = "hf",
     overwrite: Overwrite = False,
 ) -> None:
     """Write the self-scores of given (prompt, response) pairs."""
@@ -301,7 +293,6 @@ def score(
                 token=token,
                 beta=beta,
                 ref_logprob=ref_logprob,
-                engine=engine,
                 overrides=overrides or (),
             ),
             source,

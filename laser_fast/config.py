@@ -15,11 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laser_fast.algorithm.score import check_score_target
-from laser_fast.config_errors import explain
-
-
-class ConfigError(ValueError):
-    """A configuration or input that cannot run; the message is one sentence for the user."""
+from laser_fast.config_errors import ConfigError, explain
 
 
 class _Section(BaseModel):
@@ -326,18 +322,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one sentence with the key's path, the nearest valid name and what to do.
     """
-    path = Path(path)
+    data = read_toml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file as nested dicts, not validated yet."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration: {error.strerror}; name a TOML file"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, source=str(path))
 
 
 def parse_config(data: dict[str, Any], *, source: str) -> Config:

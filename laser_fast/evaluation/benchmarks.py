@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laser_fast.config import ConfigError
@@ -38,34 +38,20 @@ class Benchmark:
     samples: int = FILE_SAMPLES
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Named:
-    """A benchmark that has a name: on the hub, and as the file that its authors publish."""
+def _on_hub(
+    name: str, source: str, samples: int, fields: str = "problem answer", **options: str
+) -> Benchmark:
+    prompt_field, answer_field = fields.split()
+    return Benchmark(
+        name=name,
+        source=source,
+        samples=samples,
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        **{"reward_kind": "math"} | options,
+    )
 
-    hub: str
-    samples: int
-    split: str = "test"
-    hub_fields: tuple[str, str] = ("problem", "answer")
-    file_fields: tuple[str, str] = ("problem", "answer")
-    reward_kind: str = "math"
 
-
-_NAMED = {
-    "math500": _Named(hub="HuggingFaceH4/MATH-500", samples=2),
-    "amc23": _Named(hub="math-ai/amc23", samples=32, hub_fields=("question", "answer")),
-    "aime24": _Named(hub="HuggingFaceH4/aime_2024", samples=32, split="train"),
-    "aime25": _Named(hub="math-ai/aime25", samples=32),
-    "olympiadbench": _Named(
-        hub="math-ai/olympiadbench", samples=2, hub_fields=("question", "final_answer")
-    ),
-    "gsm8k": _Named(
-        hub="openai/gsm8k:main",
-        samples=8,
-        hub_fields=("question", "answer"),
-        file_fields=("question", "answer"),
-        reward_kind="gsm8k",
-    ),
-}
 SANDBOX = Benchmark(
     name="sandbox",
     source="sandbox",
@@ -73,7 +59,18 @@ SANDBOX = Benchmark(
     answer_field="answer",
     reward_kind="laser_fast.data.sandbox:reward",
 )
-NAMES = (*_NAMED, SANDBOX.name)
+_NAMED = (
+    _on_hub("math500", "HuggingFaceH4/MATH-500", 2),
+    _on_hub("amc23", "math-ai/amc23", 32, "question answer"),
+    _on_hub("aime24", "HuggingFaceH4/aime_2024", 32, split="train"),
+    _on_hub("aime25", "math-ai/aime25", 32),
+    _on_hub("olympiadbench", "math-ai/olympiadbench", 2, "question final_answer"),
+    _on_hub("gsm8k", "openai/gsm8k:main", 8, "question answer", reward_kind="gsm8k"),
+    SANDBOX,
+)
+NAMES = tuple(benchmark.name for benchmark in _NAMED)
+# The files that the authors publish call the question so, and the answer "answer".
+_FILE_PROMPT_FIELD = {"gsm8k": "question"}
 
 
 def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
@@ -86,10 +83,9 @@ def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
     Raises:
         ConfigError: an unknown name, or a file that is not there.
     """
-    if name == SANDBOX.name:
-        return SANDBOX
-    if name in _NAMED:
-        return _named(name, _NAMED[name], data_dir)
+    if name in NAMES:
+        known = _NAMED[NAMES.index(name)]
+        return known if data_dir is None or known is SANDBOX else _in_folder(known, data_dir)
     if "/" not in name and not Path(name).suffix:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
         hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
@@ -103,23 +99,14 @@ def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
     return Benchmark(name=re.sub(r"[^\w.-]+", "_", own_name), source=name)
 
 
-def _named(name: str, known: _Named, data_dir: Path | None) -> Benchmark:
-    source, fields = known.hub, known.hub_fields
-    if data_dir is not None:
-        places = [f"{name}.jsonl", f"eval/{name}.jsonl", f"{name}/test.jsonl"]
-        found = [data_dir / place for place in places if (data_dir / place).is_file()]
-        if not found:
-            raise ConfigError(
-                f'benchmark "{name}": {data_dir} has none of {", ".join(places)}; leave out '
-                f"--data-dir to take {known.hub} from the hub"
-            )
-        source, fields = str(found[0]), known.file_fields
-    return Benchmark(
-        name=name,
-        source=source,
-        split=known.split,
-        prompt_field=fields[0],
-        answer_field=fields[1],
-        reward_kind=known.reward_kind,
-        samples=known.samples,
-    )
+def _in_folder(known: Benchmark, folder: Path) -> Benchmark:
+    name = known.name
+    places = [f"{name}.jsonl", f"eval/{name}.jsonl", f"{name}/test.jsonl"]
+    found = [folder / place for place in places if (folder / place).is_file()]
+    if not found:
+        raise ConfigError(
+            f'benchmark "{name}": {folder} has none of {", ".join(places)}; leave out '
+            f"--data-dir to take {known.source} from the hub"
+        )
+    prompt_field = _FILE_PROMPT_FIELD.get(name, "problem")
+    return replace(known, source=str(found[0]), prompt_field=prompt_field, answer_field="answer")

@@ -1,44 +1,47 @@
-"""From the samples in an evaluation's folder to scores, report and plots; needs no model."""
+"""From the samples in an evaluation's folder to scores, report and plots; needs no model.
+
+`laser-fast eval` ends with it, and `--rescore` is nothing else: other scores, grades or k from
+samples that exist.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from laser_fast.config import ConfigError
+from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.grading import Graders, answer_of
 from laser_fast.evaluation.plots import draw_plots
-from laser_fast.evaluation.report import Report, ReportOptions, average, build_report
-from laser_fast.evaluation.samples import SampleRecord, read_samples, rescore, write_samples
+from laser_fast.evaluation.report import (
+    DEFAULTS,
+    Report,
+    ReportOptions,
+    SameAnswer,
+    average,
+    build_report,
+)
+from laser_fast.evaluation.samples import (
+    SampleRecord,
+    group_by_prompt,
+    read_samples,
+    rescore,
+    write_samples,
+)
+from laser_fast.evaluation.settings import Score, read_ref_logprob
 from laser_fast.observe.jsonl import replace_text, to_text
+from laser_fast.rewards import Grader
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Conclusion:
     """A finished evaluation: its folder and the content of report.json."""
 
     folder: EvalFolder
     report: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """How score log-probs become scores.
-
-    `ref_logprob` None takes the mean score log-prob of all finished samples: right for a model
-    that never trained a score.
-    """
-
-    token: str | None
-    beta: float
-    ref_logprob: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As settings.json has it."""
-        ref_logprob = "auto" if self.ref_logprob is None else self.ref_logprob
-        return {"token": self.token, "beta": self.beta, "ref_logprob": ref_logprob}
 
 
 def conclude(
@@ -47,7 +50,7 @@ def conclude(
     *,
     score: Score | None,
     options: ReportOptions,
-    same_answer: Callable[[str, str], bool],
+    same_answer: SameAnswer,
 ) -> Conclusion:
     """Score all samples, write report and plots; report.json comes last and marks the end.
 
@@ -59,14 +62,15 @@ def conclude(
         same_answer: equivalence of two answers in the votes.
     """
     samples = {name: read_samples(folder.samples(name)) for name in about}
+    content: dict[str, Any] = {}
     if score is not None:
-        everything = [record for records in samples.values() for record in records]
-        is_measured = score.ref_logprob is None
-        ref_logprob = _mean_logprob(everything) if is_measured else score.ref_logprob
-        score = replace(score, ref_logprob=ref_logprob)
+        is_measured = score.ref_logprob == "auto"
+        if is_measured:
+            score = replace(score, ref_logprob=_mean_logprob(samples))
         for name, records in samples.items():
-            samples[name] = rescore(records, beta=score.beta, ref_logprob=ref_logprob)
+            samples[name] = rescore(records, beta=score.beta, ref_logprob=score.ref_logprob)
             write_samples(folder.samples(name), samples[name])
+        content["score"] = {**asdict(score), "ref_logprob_is_measured": is_measured}
     reports: dict[str, Report] = {}
     draws = []
     for name, records in samples.items():
@@ -74,20 +78,113 @@ def conclude(
         reports[name] = {**about[name], **report}
         draws.append(drawn)
         draw_plots(name, records, reports[name], folder.plots(name))
-    content: dict[str, Any] = {"benchmarks": reports}
-    if score is not None:
-        content["score"] = {**score.to_dict(), "ref_logprob_is_measured": is_measured}
+    content["benchmarks"] = reports
     if len(reports) > 1:
         content["average"] = average(list(reports.values()), draws)
     replace_text(folder.report, to_text(content))
-    return Conclusion(folder=folder, report=content)
+    return Conclusion(folder, content)
 
 
-def _mean_logprob(records: Sequence[SampleRecord]) -> float:
-    found = [record.score_logprob for record in records if record.score_logprob is not None]
+def rescore_evaluation(
+    source: Path,
+    out: Path,
+    *,
+    beta: float | None = None,
+    ref_logprob: str | None = None,
+    reward: str | None = None,
+    overwrite: bool = False,
+    report: ReportOptions = DEFAULTS,
+) -> Conclusion:
+    """Write a second evaluation folder from the samples of a first.
+
+    Args:
+        source: folder of an evaluation, or one samples.jsonl.
+        out: a new folder.
+        beta: None keeps that of the samples, as for the next two.
+        ref_logprob: a number or "auto".
+        reward: kind to grade anew with.
+        overwrite: replace an evaluation in `out`.
+        report: see `ReportOptions`.
+
+    Raises:
+        ConfigError: the source has no sound samples, the output is taken, or options do not fit.
+    """
+    paths = [source] if source.is_file() else sorted(source.glob("*/samples.jsonl"))
+    if not paths:
+        raise ConfigError(
+            f"--rescore {source}: expected the folder of an evaluation or its samples.jsonl"
+        )
+    root = paths[0].resolve().parent.parent
+    if out.resolve() == root:
+        raise ConfigError(f"--out {out} is where the samples come from; name a new folder")
+    samples = {path.resolve().parent.name: _read(path, report) for path in paths}
+    before = EvalFolder(root).read_settings()
+    score = _choose_score(before.get("score") or {}, beta, ref_logprob)
+    known = before.get("benchmarks", {})
+    changes = {} if reward is None else {"reward": reward}
+    about = {
+        name: {"source": str(path), **changes} for name, path in zip(samples, paths, strict=True)
+    }
+    folder = EvalFolder(out)
+    settings = {
+        **before,
+        "rescored_from": str(source),
+        "benchmarks": {name: {**known.get(name, {}), **changes} for name in samples},
+        "score": None if score is None else asdict(score),
+    }
+    folder.prepare(settings, overwrite=overwrite)
+    rewards = RewardConfig(kind=reward or "math")
+    with Graders(rewards) as graders:
+        for name, records in samples.items():
+            if reward is not None:
+                records = _regrade(records, reward, graders.of(rewards))
+            write_samples(folder.samples(name), records)
+        return conclude(folder, about, score=score, options=report, same_answer=graders.same_answer)
+
+
+def _mean_logprob(samples: Mapping[str, Sequence[SampleRecord]]) -> float:
+    everything = [record for records in samples.values() for record in records]
+    found = [record.score_logprob for record in everything if record.score_logprob is not None]
     if not found:
         raise ConfigError(
             "--ref-logprob auto found no finished completion to measure; raise "
             "rollout.max_new_tokens or give a number"
         )
     return fmean(found)
+
+
+def _read(path: Path, options: ReportOptions) -> list[SampleRecord]:
+    records = read_samples(path)
+    try:
+        num_samples = len(group_by_prompt(records)[0])
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if max(options.ks or (1,)) > num_samples:
+        raise ConfigError(f"--k {max(options.ks)}: {path} has {num_samples} samples per problem")
+    return records
+
+
+def _choose_score(
+    before: Mapping[str, Any], beta: float | None, ref_logprob: str | None
+) -> Score | None:
+    """The score to compute; None leaves the recorded ones."""
+    beta = before.get("beta") if beta is None else beta
+    ref = before.get("ref_logprob") if ref_logprob is None else read_ref_logprob(ref_logprob)
+    if beta is None and ref is None:
+        return None
+    if beta is None or ref is None:
+        raise ConfigError("these samples come without settings; give both --beta and --ref-logprob")
+    return Score(token=before.get("token"), beta=beta, ref_logprob=ref)
+
+
+def _regrade(records: Sequence[SampleRecord], kind: str, grader: Grader) -> list[SampleRecord]:
+    """The records with the rewards and answers of another reward kind."""
+    rewards = grader.grade(
+        [record.text for record in records],
+        [record.gold for record in records],
+        prompts=[record.prompt for record in records],
+    )
+    return [
+        replace(record, reward=reward, answer=answer_of(kind)(record.text))
+        for record, reward in zip(records, rewards, strict=True)
+    ]

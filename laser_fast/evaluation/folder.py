@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,13 @@ from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samp
 from laser_fast.observe.jsonl import replace_text, to_line, to_text
 
 
-@dataclass(frozen=True, slots=True)
 class EvalFolder:
     """The names inside an evaluation's folder."""
 
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        """What decides the samples."""
-        return self.path / "settings.json"
-
-    @property
-    def report(self) -> Path:
-        """The result."""
-        return self.path / "report.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.report = path / "report.json"
 
     def samples(self, benchmark: str) -> Path:
         """Completions of one benchmark."""
@@ -43,6 +35,10 @@ class EvalFolder:
     def plots(self, benchmark: str) -> Path:
         """Plots of one benchmark."""
         return self.path / benchmark / "plots.png"
+
+    def read_settings(self) -> dict[str, Any]:
+        """What decided the samples; empty where nothing says."""
+        return json.loads(self.settings.read_text("utf-8")) if self.settings.is_file() else {}
 
     def refuse_finished(self) -> None:
         """Raise a ConfigError if the folder holds a report."""
@@ -64,12 +60,14 @@ class EvalFolder:
             self._clear()
         self.refuse_finished()
         if self.settings.exists():
-            _check_same(self.path, json.loads(self.settings.read_text("utf-8")), settings)
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+            _check_same(self.path, self.read_settings(), settings)
+        elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} holds other files; choose another --out")
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.settings, to_text(settings))
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.settings, to_text(settings))
+        for name in settings["benchmarks"]:
+            self.samples(name).parent.mkdir(exist_ok=True)
 
     def keep_whole_chunks(
         self, benchmark: str, ids: Sequence[str], *, size: int, chunk: int
@@ -86,7 +84,6 @@ class EvalFolder:
             chunk: prompts of one chunk.
         """
         path = self.samples(benchmark)
-        path.parent.mkdir(exist_ok=True)
         if not path.exists():
             return 0
         records = read_samples(path)
@@ -110,15 +107,15 @@ class EvalFolder:
 
     def _clear(self) -> None:
         """Remove an earlier evaluation, and nothing else."""
-        if not self.settings.exists():
-            return
-        for name in json.loads(self.settings.read_text("utf-8"))["benchmarks"]:
+        for name in self.read_settings().get("benchmarks", ()):
             for path in (self.samples(name), self.plots(name)):
                 path.unlink(missing_ok=True)
-            if self.samples(name).parent.is_dir() and not any(self.samples(name).parent.iterdir()):
-                self.samples(name).parent.rmdir()
-        self.report.unlink(missing_ok=True)
-        self.settings.unlink()
+            folder = self.samples(name).parent
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if self.settings.exists():
+            self.report.unlink(missing_ok=True)
+            self.settings.unlink()
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -126,9 +123,10 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     # Benchmarks last: a seed or a length, say, changes their entries too.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "benchmarks", key)):
         if key != "score" and before.get(key) != now.get(key):
+            was, wanted = (_short(settings.get(key)) for settings in (before, now))
             raise ConfigError(
-                f"{path} was begun with another {key}: {_short(before.get(key))} against "
-                f"{_short(now.get(key))}; choose another --out or --overwrite it"
+                f"{path} was begun with another {key}: {was} against {wanted}; choose another "
+                "--out or --overwrite it"
             )
 
 

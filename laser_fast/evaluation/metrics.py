@@ -4,46 +4,27 @@
     F1    = 2 TPR TNR / (TPR + TNR), what the LaSeR paper calls F1 (arXiv 2510.14943)
     AUROC = P(r_s of a correct > r_s of an incorrect) + 1/2 P(the two are equal)
     ECE   = sum_bins n_bin / N |mean correct - mean p|,   Brier = mean (p - correct)^2
-    p     = pc r / (pc r + (1 - pc) (1 - r)),   r = clip(r_s, 0, 1)
+    risk  = share of wrong completions among the c N with the highest scores;  AURC = its mean
+            over c = 1/N, 2/N, ..., 1
+    p     = clip(r_s, 0, 1) = r, or corrected: pc r / (pc r + (1 - pc) (1 - r))
 
-The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the last line
-puts the base rate pc of correct completions back in.
+The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the
+correction puts the base rate pc of correct completions back in.
 
-Arguments are one-dimensional arrays or CPU tensors of B completions. What is undefined, because a
+Arguments are one-dimensional arrays or CPU tensors of B completions: scores float, probabilities in
+[0, 1], is_correct bool. What is undefined, because a
 class or everything is missing, is nan and never 0: a batch of correct completions has no F1, while
 a verifier that always says "incorrect" has F1 = 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 THRESHOLD = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verification:
-    """The self-verification metrics of one set of completions; nan where undefined.
-
-    `accuracy` is that of the verdict r_s > 1/2, not of the completions. `mean_correct` and
-    `mean_incorrect` are means of the unclipped score over finished completions.
-    `ece_corrected` and `brier_corrected` are those of p after the class-prior correction.
-    """
-
-    tpr: float
-    tnr: float
-    f1: float
-    accuracy: float
-    auroc: float
-    ece: float
-    brier: float
-    ece_corrected: float
-    brier_corrected: float
-    mean_correct: float
-    mean_incorrect: float
+# Shares of the completions at which the risk is stated.
+COVERAGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def verify(
@@ -52,8 +33,8 @@ def verify(
     *,
     is_finished: ArrayLike | None = None,  # [B] bool
     base_rate: float | None = None,
-) -> Verification:
-    """All self-verification metrics at once.
+) -> dict[str, float]:
+    """All self-verification metrics at once; nan where undefined.
 
     Args:
         scores: self-scores r_s, not clipped; the values of unfinished completions are not read.
@@ -61,6 +42,11 @@ def verify(
         is_finished: unfinished completions count as score 0, so as predicted incorrect.
         base_rate: pc of the class-prior correction; by default that of the finished completions
             given here, which knows the answers: pass a rate measured elsewhere where that matters.
+
+    Returns:
+        `tpr`, `tnr`, `f1`, `verification_accuracy` (of the verdict, not of the completions), `ece`
+        and `brier`, each also as `NAME_corrected`; `auroc`; `aurc` and `risk@c`; `mean_correct` and
+        `mean_incorrect`, means of the unclipped score over finished completions.
 
     Raises:
         ValueError: shapes that differ, `is_correct` not boolean, a score that is nan or infinite.
@@ -73,38 +59,43 @@ def verify(
         )
     scores = np.where(finished, np.asarray(scores, np.float64), 0.0)
     scores, correct = _check("verify", scores, is_correct)
-    tpr, tnr = class_rates(scores, correct)
-    probabilities = np.clip(scores, 0.0, 1.0)
-    if base_rate is None:
-        base_rate = _mean(correct[finished])
-    if np.isnan(base_rate):
-        # Nothing finished: every score is 0 and so is every corrected one, whatever the rate.
-        base_rate = 0.0
-    corrected = correct_class_prior(scores, base_rate)
-    return Verification(
-        tpr=tpr,
-        tnr=tnr,
-        f1=harmonic_mean(tpr, tnr),
-        accuracy=_mean((scores > THRESHOLD) == correct),
-        auroc=auroc(scores, correct),
-        ece=calibration_error(probabilities, correct),
-        brier=brier_score(probabilities, correct),
-        ece_corrected=calibration_error(corrected, correct),
-        brier_corrected=brier_score(corrected, correct),
-        mean_correct=_mean(scores[finished & correct]),
-        mean_incorrect=_mean(scores[finished & ~correct]),
-    )
+    values = {
+        "auroc": auroc(scores, correct),
+        "mean_correct": _mean(scores[finished & correct]),
+        "mean_incorrect": _mean(scores[finished & ~correct]),
+    }
+    for suffix, p in readings(scores, correct, finished, base_rate).items():
+        tpr, tnr = class_rates(p, correct)
+        values |= {
+            f"tpr{suffix}": tpr,
+            f"tnr{suffix}": tnr,
+            f"f1{suffix}": harmonic_mean(tpr, tnr),
+            f"verification_accuracy{suffix}": _mean((p > THRESHOLD) == correct),
+            f"ece{suffix}": calibration_error(p, correct),
+            f"brier{suffix}": brier_score(p, correct),
+        }
+    curve = risk_curve(scores, correct)
+    values["aurc"] = _mean(curve)
+    return values | {f"risk@{c:g}": risk_at(curve, c) for c in COVERAGES}
 
 
-def class_rates(
-    scores: ArrayLike,  # [B]
-    is_correct: ArrayLike,  # [B] bool
-    *,
-    threshold: float = THRESHOLD,
-) -> tuple[float, float]:
-    """TPR and TNR of the verdict score > threshold; each is nan if its class is absent."""
+def readings(
+    scores: NDArray, correct: NDArray, finished: NDArray, base_rate: float | None
+) -> dict[str, NDArray[np.float64]]:
+    """Both probabilities that a score states, by the suffix of their metrics' names."""
+    rate = finished_rate(correct, finished) if base_rate is None else base_rate
+    return {"": np.clip(scores, 0.0, 1.0), "_corrected": correct_class_prior(scores, rate)}
+
+
+def finished_rate(correct: NDArray, finished: NDArray) -> float:
+    """Share of correct ones among the finished; 0 without any, when every score is 0 anyway."""
+    return float(correct[finished].mean()) if finished.any() else 0.0
+
+
+def class_rates(scores: ArrayLike, is_correct: ArrayLike) -> tuple[float, float]:
+    """TPR and TNR of the verdict score > 1/2; each is nan if its class is absent."""
     scores, correct = _check("class_rates", scores, is_correct)
-    verdict = scores > threshold
+    verdict = scores > THRESHOLD
     return _mean(verdict[correct]), _mean(~verdict[~correct])
 
 
@@ -116,10 +107,7 @@ def harmonic_mean(tpr: float, tnr: float) -> float:
     return 2 * tpr * tnr / (tpr + tnr)
 
 
-def auroc(
-    scores: ArrayLike,  # [B]
-    is_correct: ArrayLike,  # [B] bool
-) -> float:
+def auroc(scores: ArrayLike, is_correct: ArrayLike) -> float:
     """Area under the ROC curve by the rank sum, ties counting one half; nan without both classes.
 
     (sum of the ranks of the correct - n_c (n_c + 1) / 2) / (n_c n_i), tied scores sharing their
@@ -132,16 +120,12 @@ def auroc(
         return float("nan")
     _, value_of, counts = np.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = np.cumsum(counts) - (counts - 1) / 2
-    rank_sum = mean_rank[value_of][correct].sum()
-    u = rank_sum - num_correct * (num_correct + 1) / 2
+    u = mean_rank[value_of][correct].sum() - num_correct * (num_correct + 1) / 2
     return float(u / (num_correct * num_incorrect))
 
 
 def reliability(
-    probabilities: ArrayLike,  # [B] in [0, 1]
-    is_correct: ArrayLike,  # [B] bool
-    *,
-    num_bins: int = 10,
+    probabilities: ArrayLike, is_correct: ArrayLike, *, num_bins: int = 10
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """The reliability diagram: count, mean probability and share correct of equal-width bins.
 
@@ -162,33 +146,22 @@ def reliability(
 
 
 def calibration_error(
-    probabilities: ArrayLike,  # [B] in [0, 1]
-    is_correct: ArrayLike,  # [B] bool
-    *,
-    num_bins: int = 10,
+    probabilities: ArrayLike, is_correct: ArrayLike, *, num_bins: int = 10
 ) -> float:
     """Expected calibration error over equal-width bins; nan without completions."""
     counts, confidence, share_correct = reliability(probabilities, is_correct, num_bins=num_bins)
-    filled = counts > 0
-    if not filled.any():
+    if not counts.any():
         return float("nan")
-    gaps = np.abs(confidence[filled] - share_correct[filled])
-    return float((counts[filled] * gaps).sum() / counts.sum())
+    return float(np.nansum(counts * np.abs(confidence - share_correct)) / counts.sum())
 
 
-def brier_score(
-    probabilities: ArrayLike,  # [B] in [0, 1]
-    is_correct: ArrayLike,  # [B] bool
-) -> float:
+def brier_score(probabilities: ArrayLike, is_correct: ArrayLike) -> float:
     """Mean squared distance between probability and outcome; nan without completions."""
     p, correct = _check("brier_score", probabilities, is_correct)
     return _mean((p - correct) ** 2)
 
 
-def correct_class_prior(
-    scores: ArrayLike,  # [B]
-    base_rate: float,
-) -> NDArray[np.float64]:
+def correct_class_prior(scores: ArrayLike, base_rate: float) -> NDArray[np.float64]:
     """Probability of being correct from a class-balanced score: pc r / (pc r + (1-pc)(1-r)).
 
     r is the score clipped to [0, 1], pc the base rate of correct completions. Where the formula is
@@ -200,6 +173,25 @@ def correct_class_prior(
     correct = base_rate * r
     total = correct + (1 - base_rate) * (1 - r)
     return np.divide(correct, total, out=np.full_like(r, base_rate), where=total > 0)
+
+
+def risk_curve(scores: ArrayLike, is_correct: ArrayLike) -> NDArray[np.float64]:
+    """Risk at coverage 1/B, 2/B, ..., 1; [B].
+
+    Tied scores cannot be told apart, so each of them counts as the mean of its tie: the curve does
+    not depend on the order of the input, and a constant score gives a flat one.
+    """
+    scores, correct = _check("risk_curve", scores, is_correct)
+    _, tie, counts = np.unique(-scores, return_inverse=True, return_counts=True)
+    wrong = np.bincount(tie, weights=~correct, minlength=len(counts)) / counts
+    return np.cumsum(np.repeat(wrong, counts)) / np.arange(1, scores.size + 1)
+
+
+def risk_at(curve: NDArray[np.float64], coverage: float) -> float:
+    """Risk of the best `coverage` of the completions, at least one; nan without any."""
+    if not curve.size:
+        return float("nan")
+    return float(curve[max(int(np.ceil(coverage * curve.size - 1e-9)), 1) - 1])
 
 
 def _check(

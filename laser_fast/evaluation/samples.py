@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Protocol
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from laser_fast.algorithm.score import is_correct, self_reward_score
 from laser_fast.config import ConfigError
 from laser_fast.observe import jsonl
-from laser_fast.records import FinishReason
+from laser_fast.records import FinishReason, Group
+from laser_fast.rewards.boxed import extract_boxed
 
-_NUMBER = (int, float, type(None))
-_KINDS: dict[str, tuple[type, ...]] = {
-    "prompt_id": (str,),
-    "sample": (int,),
-    "prompt": (str,),
-    "gold": (str,),
-    "text": (str,),
-    "answer": (str, type(None)),
-    "reward": _NUMBER,
-    "score": _NUMBER,
-    "score_logprob": _NUMBER,
-    "finish_reason": (str,),
-    "num_tokens": (int,),
-}
+
+class AnswerGrader(Protocol):
+    """What grading needs; `laser_fast.rewards.Grader` is one."""
+
+    def grade(
+        self, texts: list[str], answers: list[str], *, prompts: list[str]
+    ) -> list[float | None]:
+        """Reward of each completion text against its gold answer, None if grading failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +36,8 @@ class SampleRecord:
     `answer` is what votes, None if the completion gave none. `reward` is None if grading failed.
     `score` is 0 for an unfinished completion and None for a finished one that was not scored.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     prompt_id: str
     sample: int
@@ -62,6 +62,55 @@ class SampleRecord:
         return self.reward is not None and bool(is_correct(self.reward))
 
 
+def to_records(
+    groups: Sequence[Group],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    grader: AnswerGrader,
+    beta: float,
+    ref_logprob: float,
+    extract: Callable[[str], str | None] = extract_boxed,
+) -> list[SampleRecord]:
+    """Grade and score sampled completions.
+
+    Args:
+        groups: completions, of this rank alone; may be empty.
+        decode: completion ids, EOS included, to text.
+        grader: rewards of texts against gold answers.
+        beta: scale of the score.
+        ref_logprob: c_ref of the score.
+        extract: the answer of a text that enters the votes, the last boxed one by default.
+    """
+    members = [
+        (group.prompt, sample, completion)
+        for group in groups
+        for sample, completion in enumerate(group.completions)
+    ]
+    texts = [decode(completion.completion_ids) for _, _, completion in members]
+    rewards = grader.grade(
+        texts,
+        [prompt.answer for prompt, _, _ in members],
+        prompts=[prompt.text for prompt, _, _ in members],
+    )
+    records = [
+        SampleRecord(
+            prompt_id=prompt.prompt_id,
+            sample=sample,
+            prompt=prompt.text,
+            gold=prompt.answer,
+            text=text,
+            answer=extract(text),
+            reward=reward,
+            score=None,
+            score_logprob=completion.score_logprob,
+            finish_reason=completion.finish_reason,
+            num_tokens=len(completion.completion_ids),
+        )
+        for (prompt, sample, completion), text, reward in zip(members, texts, rewards, strict=True)
+    ]
+    return rescore(records, beta=beta, ref_logprob=ref_logprob)
+
+
 def rescore(
     records: Iterable[SampleRecord], *, beta: float, ref_logprob: float
 ) -> list[SampleRecord]:
@@ -75,6 +124,33 @@ def rescore(
     return rescored
 
 
+def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]:
+    """The k records of each prompt, samples in order, prompts in the order of their first record.
+
+    Raises:
+        ValueError: no records, a (prompt, sample) twice, or prompts with different k.
+    """
+    if not records:
+        raise ValueError("group_by_prompt: expected at least one record, got none")
+    problems: dict[str, dict[int, SampleRecord]] = {}
+    for record in records:
+        samples = problems.setdefault(record.prompt_id, {})
+        if record.sample in samples:
+            raise ValueError(
+                f"group_by_prompt: sample {record.sample} of prompt {record.prompt_id} appears "
+                "twice; gather every rank's records once and give each prompt its own id"
+            )
+        samples[record.sample] = record
+    expected = len(problems[records[0].prompt_id])
+    for prompt_id, samples in problems.items():
+        if len(samples) != expected:
+            raise ValueError(
+                f"group_by_prompt: expected {expected} samples of every prompt, "
+                f"got {len(samples)} of {prompt_id}"
+            )
+    return [[samples[index] for index in sorted(samples)] for samples in problems.values()]
+
+
 def write_samples(path: str | Path, records: Iterable[SampleRecord]) -> None:
     """Write the records as JSON lines, whole or not at all; `read_samples` gives them back."""
     jsonl.write_lines(path, (asdict(record) for record in records))
@@ -86,13 +162,13 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
     Raises:
         ConfigError: a line that is no such record; the message names file, line and field.
     """
+    validate = TypeAdapter(SampleRecord).validate_python
     records = []
     for number, line in enumerate(jsonl.read_lines(path), 1):
-        if line.keys() != _KINDS.keys():
-            wrong = ", ".join(sorted(line.keys() ^ _KINDS.keys()))
-            raise ConfigError(f"{path}, line {number}: missing or unknown field {wrong}")
-        for name, kinds in _KINDS.items():
-            if not isinstance(line[name], kinds) or isinstance(line[name], bool):
-                raise ConfigError(f"{path}, line {number}: unexpected {name}: {line[name]!r:.60}")
-        records.append(SampleRecord(**line))
+        try:
+            records.append(validate(line))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise ConfigError(f"{path}, line {number}: {field}: {problem['msg']}") from None
     return records

@@ -6,17 +6,20 @@ Later layers win:
     --config, such as the config.toml of a training run
     source, fields, split and reward of a named benchmark
     options of the command line, section.key=value overrides
+
+laser_fast.json lies beside a model's weights and holds the score that it was trained to give: a
+score means something only with the token, beta and c_ref of its training.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_fast.config import Config, ConfigError, apply_override, parse_config
+from laser_fast.config import Config, ConfigError, apply_override, parse_config, read_toml
 from laser_fast.evaluation.benchmarks import (
     MAX_NEW_TOKENS,
     MAX_PROMPT_TOKENS,
@@ -24,10 +27,10 @@ from laser_fast.evaluation.benchmarks import (
     SANDBOX,
     Benchmark,
 )
-from laser_fast.evaluation.conclude import Score
-from laser_fast.evaluation.score_settings import read_score_settings
+from laser_fast.observe.jsonl import replace_text, to_text
 
-_Layer = dict[str, Any]
+_SCORE_FILE = "laser_fast.json"
+_SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +46,18 @@ class ModelOptions:
     seed: int | None = None
     overrides: Sequence[str] = ()
 
-    @property
-    def measures_ref(self) -> bool:
-        """Whether the user asked for c_ref from this very model's completions."""
-        asked = [self.ref_logprob, *(o.partition("score.ref_logprob=")[2] for o in self.overrides)]
-        return any(value is not None and value.strip("\"' ") == "auto" for value in asked)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How score log-probs become scores.
+
+    `ref_logprob` "auto" takes the mean score log-prob of all finished samples: right for a model
+    that never trained a score.
+    """
+
+    token: str | None
+    beta: float
+    ref_logprob: float | str
 
 
 def build_config(options: ModelOptions, benchmark: Benchmark | None = None) -> Config:
@@ -60,36 +70,36 @@ def build_config(options: ModelOptions, benchmark: Benchmark | None = None) -> C
         ConfigError: an option or key that does not fit.
     """
     _refuse_run_folder(options.model)
-    layers: _Layer = _defaults(benchmark)
-    _merge(layers, {"score": read_score_settings(options.model)})
-    _merge(layers, _file_layer(options.config))
+    score = read_score_settings(options.model)
+    values = _defaults(benchmark) | {f"score.{key}": value for key, value in score.items()}
+    values |= _of_file(options.config)
     if benchmark is not None:
-        _merge(layers, _benchmark_layer(benchmark))
-    _merge(layers, _option_layer(options))
+        values |= _of_benchmark(benchmark)
+    values |= _of_options(options)
+    layers: dict[str, Any] = {}
+    for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
+        section, _, name = key.rpartition(".")
+        (_section(layers, section) if section else layers)[name] = value
     for override in options.overrides:
         apply_override(layers, override)
     _neutralize(layers)
     return parse_config(layers, source=str(options.config or "options"))
 
 
-def score_of(config: Config, options: ModelOptions) -> Score:
+def score_of(config: Config) -> Score:
     """The score that the options and the model's own file ask for.
 
     Raises:
-        ConfigError: nobody said c_ref.
+        ConfigError: nobody said c_ref, be it "auto".
     """
-    ref_logprob = config.score.ref_logprob
-    if ref_logprob == "auto" and not options.measures_ref:
+    score = config.score
+    if "ref_logprob" not in score.model_fields_set:
         raise ConfigError(
             "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
             "--ref-logprob (`laser-fast calibrate` measures it on the base model), or "
             "--ref-logprob auto if this model never trained a score"
         )
-    return Score(
-        token=config.score.token,
-        beta=config.score.beta,
-        ref_logprob=None if ref_logprob == "auto" else ref_logprob,
-    )
+    return Score(token=score.token, beta=score.beta, ref_logprob=score.ref_logprob)
 
 
 def read_ref_logprob(text: str) -> float | str:
@@ -106,85 +116,107 @@ def read_ref_logprob(text: str) -> float | str:
         raise ConfigError(f'--ref-logprob: expected a number or "auto", got "{text}"') from None
 
 
-def _defaults(benchmark: Benchmark | None) -> _Layer:
-    data = {"train": "none", "max_prompt_tokens": MAX_PROMPT_TOKENS}
-    if benchmark is not None:
-        data["prompt_suffix"] = PROMPT_SUFFIX
-    rollout = {"max_new_tokens": MAX_NEW_TOKENS}
-    if benchmark == SANDBOX:
-        data |= {"template": "{prompt}", "prompt_suffix": "", "max_prompt_tokens": 24}
-        rollout = {"max_new_tokens": 48}
-    return {"output_dir": "", "data": data, "rollout": rollout, "optim": {"steps": 1}}
+def write_score_settings(
+    folder: str | Path, *, token: str, beta: float, ref_logprob: float
+) -> None:
+    """Write laser_fast.json into a model folder."""
+    score = {"token": token, "beta": float(beta), "ref_logprob": float(ref_logprob)}
+    replace_text(Path(folder) / _SCORE_FILE, to_text({"score": score}))
 
 
-def _file_layer(path: Path | None) -> _Layer:
-    if path is None:
+def read_score_settings(model: str | Path) -> dict[str, Any]:
+    """Return `token`, `beta` and `ref_logprob` of a model folder; empty where it has no such file.
+
+    Raises:
+        ConfigError: a file that is not what `write_score_settings` writes.
+    """
+    path = Path(model) / _SCORE_FILE
+    if not path.is_file():
         return {}
     try:
-        layer = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    score = layer.get("score")
-    if isinstance(score, dict) and score.get("ref_logprob") == "auto":
-        # It was measured in training, and the exported model knows it.
-        del score["ref_logprob"]
-    return layer
+        score = json.loads(path.read_text(encoding="utf-8"))["score"]
+        return {key: kind(score[key]) for key, kind in _SCORE_KEYS.items()}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
+            "remove it and give the three yourself"
+        ) from None
 
 
-def _benchmark_layer(benchmark: Benchmark) -> _Layer:
-    data = {
-        "train": benchmark.source,
-        "eval": benchmark.source,
-        "prompt_field": benchmark.prompt_field,
-        "answer_field": benchmark.answer_field,
-        "train_split": benchmark.split,
-        "eval_split": benchmark.split,
+def _defaults(benchmark: Benchmark | None) -> dict[str, Any]:
+    values = {
+        "output_dir": "",
+        "data.train": "none",
+        "data.max_prompt_tokens": MAX_PROMPT_TOKENS,
+        "rollout.max_new_tokens": MAX_NEW_TOKENS,
+        "optim.steps": 1,
     }
-    layer: _Layer = {"data": {key: value for key, value in data.items() if value}}
-    if benchmark.reward_kind:
-        layer["reward"] = {"kind": benchmark.reward_kind}
-    return layer
+    if benchmark == SANDBOX:
+        values |= {"data.template": "{prompt}", "data.max_prompt_tokens": 24}
+        values |= {"data.prompt_suffix": "", "rollout.max_new_tokens": 48}
+    elif benchmark is not None:
+        values["data.prompt_suffix"] = PROMPT_SUFFIX
+    return values
 
 
-def _option_layer(options: ModelOptions) -> _Layer:
-    layer: _Layer = {"model": {"path": options.model}, "rollout": {"engine": options.engine}}
-    if options.engine == "hf":
-        layer["rollout"]["tensor_parallel"] = 1
-    if options.seed is not None:
-        layer["seed"] = options.seed
-    score = {"token": options.token, "beta": options.beta}
-    if options.ref_logprob is not None:
-        score["ref_logprob"] = read_ref_logprob(options.ref_logprob)
-    layer["score"] = {key: value for key, value in score.items() if value is not None}
-    return layer
+def _of_file(path: Path | None) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in ({} if path is None else read_toml(path)).items():
+        if isinstance(value, dict) and value:
+            values |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            values[name] = value
+    if values.get("score.ref_logprob") == "auto":
+        # It was measured in training, and the exported model knows it.
+        del values["score.ref_logprob"]
+    return values
 
 
-def _neutralize(layers: _Layer) -> None:
+def _of_benchmark(benchmark: Benchmark) -> dict[str, Any]:
+    values = {
+        "data.train": benchmark.source,
+        "data.eval": benchmark.source,
+        "data.prompt_field": benchmark.prompt_field,
+        "data.answer_field": benchmark.answer_field,
+        "data.train_split": benchmark.split,
+        "data.eval_split": benchmark.split,
+        "reward.kind": benchmark.reward_kind,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _of_options(options: ModelOptions) -> dict[str, Any]:
+    ref_logprob = options.ref_logprob
+    values = {
+        "model.path": options.model,
+        "rollout.engine": options.engine,
+        "rollout.tensor_parallel": 1 if options.engine == "hf" else None,
+        "seed": options.seed,
+        "score.token": options.token,
+        "score.beta": options.beta,
+        "score.ref_logprob": None if ref_logprob is None else read_ref_logprob(ref_logprob),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _neutralize(layers: dict[str, Any]) -> None:
     """Let nothing that only training reads stand in the way of a measurement."""
-    for name in ("data", "rollout", "score", "advantage", "optim"):
-        if not isinstance(layers.setdefault(name, {}), dict):
-            raise ConfigError(f'"{name}" is a section, not a value; set its keys, {name}.key=value')
-    layers["score"]["loss_coef"] = layers["advantage"]["score_coef"] = 0.0
-    rollout = layers["rollout"]
+    data, rollout, optim = (_section(layers, name) for name in ("data", "rollout", "optim"))
+    _section(layers, "score")["loss_coef"] = _section(layers, "advantage")["score_coef"] = 0.0
     if rollout.get("score") == "off":
         rollout["score"] = "auto"  # scores come from generation here
     # Wrong types are left to the validation, which names them.
-    lengths = (layers["data"].get("max_prompt_tokens"), rollout.get("max_new_tokens"))
-    budget = layers["optim"].get("tokens_per_microbatch", 16384)
+    lengths = (data.get("max_prompt_tokens"), rollout.get("max_new_tokens"))
+    budget = optim.get("tokens_per_microbatch", 16384)
     if all(isinstance(number, int) for number in (*lengths, budget)):
-        layers["optim"]["tokens_per_microbatch"] = max(budget, sum(lengths) + 1)
+        optim["tokens_per_microbatch"] = max(budget, sum(lengths) + 1)
 
 
-def _merge(layers: _Layer, upper: Mapping[str, Any]) -> None:
-    for key, value in upper.items():
-        if isinstance(value, Mapping):
-            below = layers.setdefault(key, {})
-            if isinstance(below, dict):
-                _merge(below, value)
-                continue
-        layers[key] = value
+def _section(layers: dict[str, Any], name: str) -> dict[str, Any]:
+    section = layers.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f'"{name}" is a section, not a value; set its keys, {name}.key=value')
+    return section
 
 
 def _refuse_run_folder(model: str) -> None:

@@ -11,26 +11,20 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibration import MAX_NOISE, Calibration, Spread
-from laser_fast.evaluation.conclude import Conclusion
 
 if TYPE_CHECKING:
+    from laser_fast.evaluation.calibrate import Calibration, Spread
+    from laser_fast.evaluation.conclude import Conclusion
     from laser_fast.evaluation.score_pairs import ScoreTotals
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
+_MAX_NOISE = 0.05
 _SPREAD = ("c_ref", "std", "std error")
 _VERIFICATION = (
     ("TPR", "tpr"),
@@ -55,18 +49,8 @@ _VOTES = (
 @contextmanager
 def progress_bar(*, is_shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A function (name, done, total) that moves one bar per name; on stderr, so output pipes."""
-    if not is_shown:
-        yield lambda name, done, total: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
         bars: dict[str, Any] = {}
 
         def move(name: str, done: int, total: int) -> None:
@@ -81,13 +65,13 @@ def print_conclusion(conclusion: Conclusion) -> None:
     """The tables of an evaluation, and where the rest is."""
     console = Console()
     print_report(conclusion.report, console)
-    console.print(f"report, samples and plots: {conclusion.folder.path}", markup=False)
+    _say(console, f"report, samples and plots: {conclusion.folder.path}")
 
 
 def print_totals(totals: ScoreTotals, out: Path) -> None:
     """One line about a scored file."""
     unscored = "".join(f", {count} {reason}" for reason, count in sorted(totals.unscored.items()))
-    Console().print(f"{totals.num_scored} scored{unscored}: {out}", markup=False, highlight=False)
+    _say(Console(), f"{totals.num_scored} scored{unscored}: {out}")
 
 
 def print_calibration(calibration: Calibration, *, beta: float | None = None) -> None:
@@ -98,12 +82,11 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
     """
     console = Console(stderr=True)
     best = calibration.candidates[0]
-    finished, total = calibration.num_finished, calibration.num_completions
     table = _table("token", "id", "n", *_SPREAD, "beta", "noise")
     for candidate in calibration.candidates[:_NUM_CANDIDATES]:
-        name, overall = escape(candidate.token), candidate.spreads[0]
+        cells = _spread_cells(candidate.spreads[0])
         ends = (f"{candidate.beta:g}", f"{candidate.noise:.3f}")
-        table.add_row(name, str(candidate.token_id), *_spread_cells(overall), *ends)
+        table.add_row(escape(candidate.token), str(candidate.token_id), *cells, *ends)
     console.print(table)
     if len(best.spreads) > 1:
         table = _table(f"{escape(best.token)} by completion", "n", *_SPREAD)
@@ -112,8 +95,9 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
         console.print(table)
     left_out = len(calibration.candidates) - _NUM_CANDIDATES
     if left_out > 0:
-        console.print(f"and {left_out} more with more noise")
-    console.print(f"{finished} of {total} completions ended with an EOS token", highlight=False)
+        _say(console, f"and {left_out} more with more noise")
+    finished, total = calibration.num_finished, calibration.num_completions
+    _say(console, f"{finished} of {total} completions ended with an EOS token")
     beta = best.beta if beta is None else beta
     if not math.isfinite(beta):
         raise ConfigError(
@@ -126,20 +110,14 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{best.token}: {error}") from None
     noise = beta * best.spreads[0].std
-    if noise > MAX_NOISE:
-        console.print(
-            f"warning: beta * std = {noise:.3f} > {MAX_NOISE}: a constant c_ref blurs the score by "
-            "that much; choose a token with less spread, or one template",
-            style="yellow",
-            highlight=False,
+    if noise > _MAX_NOISE:
+        text = (
+            f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the score "
+            "by that much; choose a token with less spread, or one template"
         )
+        _say(console, text, style="yellow")
     score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
     print(tomli_w.dumps({"score": score}), end="")
-
-
-def _spread_cells(spread: Spread) -> tuple[str, ...]:
-    numbers = (spread.mean, spread.std, spread.standard_error)
-    return (str(spread.count), *(f"{number:.3f}" for number in numbers))
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -147,12 +125,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     score = report.get("score")
     if score:
         measured = ", measured on these completions" if score["ref_logprob_is_measured"] else ""
-        console.print(
-            f"score {score['token']}: beta {score['beta']:g}, "
-            f"c_ref {score['ref_logprob']:.3f}{measured}",
-            highlight=False,
-            markup=False,
-        )
+        beta, ref_logprob = f"beta {score['beta']:g}", f"c_ref {score['ref_logprob']:.3f}"
+        _say(console, f"score {score['token']}: {beta}, {ref_logprob}{measured}")
     for name, benchmark in report["benchmarks"].items():
         _print_benchmark(name, benchmark, console)
     if "average" in report:
@@ -166,16 +140,16 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> None:
     metrics, num_samples = report["metrics"], report["samples_per_prompt"]
-    console.print(
+    truncated = metrics.get("truncated", {}).get("value")
+    share = "-" if truncated is None else f"{truncated:.1%}"
+    _say(
+        console,
         f"\n{name}: {report['num_prompts']} problems, {num_samples} completions each; "
-        f"accuracy (avg@{num_samples}) {_cell(metrics, 'accuracy')}, "
-        f"{_share(metrics, 'truncated')} truncated, {report['num_failed_grades']} grades failed",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"accuracy (avg@{num_samples}) {_cell(metrics, 'accuracy')}, {share} truncated, "
+        f"{report['num_failed_grades']} grades failed",
     )
-    has_scores = metrics.get("f1", {}).get("value") is not None or bool(report["reliability"])
-    rules = [rule for rule in _VOTES if has_scores or rule[1] in ("pass", "majority")]
+    has_scores = bool(report["reliability"])
+    rules = _VOTES if has_scores else _VOTES[:2]
     table = _table("k", *(label for label, _ in rules))
     for k in report["ks"]:
         table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
@@ -185,14 +159,19 @@ def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> 
     if report["uses_scores"]:
         largest = report["ks"][-1]
         gain = _cell(metrics, f"weighted_gain@{largest}")
-        console.print(f"weighted minus plain majority at k = {largest}: {gain}", highlight=False)
+        _say(console, f"weighted minus plain majority at k = {largest}: {gain}")
     else:
         spread = "-" if report["score_std"] is None else f"{report['score_std']:.3f}"
-        console.print(f"the scores spread by {spread} only: they do not weight votes yet")
+        _say(console, f"the scores spread by {spread} only: they do not weight votes yet")
     table = _table("self-verification", "score", f"at base rate {report['base_rate']:.3f}")
     for label, key in _VERIFICATION:
         table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
     console.print(table)
+
+
+def _say(console: Console, text: str, **options: Any) -> None:
+    """A line as it is: names in brackets are no markup, and long lines wrap by themselves."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True, **options)
 
 
 def _table(*columns: str) -> Table:
@@ -203,24 +182,22 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _spread_cells(spread: Spread) -> tuple[str, ...]:
+    numbers = (spread.mean, spread.std, spread.standard_error)
+    return (str(spread.count), *(f"{number:.3f}" for number in numbers))
+
+
 def _cell(metrics: Mapping[str, Any], key: str) -> str:
-    """A value with its interval, as `.509 (.463, .552)`."""
-    entry = metrics.get(key)
-    if entry is None:
+    """A value with its interval, as `.509 (.463, .552)`; empty for what there is not."""
+    if key not in metrics:
         return ""
-    if entry["value"] is None:
+    value, low, high = (metrics[key][part] for part in ("value", "low", "high"))
+    if value is None:
         return "-"
-    if entry["low"] is None:
-        return _short(entry["value"])
-    return f"{_short(entry['value'])} ({_short(entry['low'])}, {_short(entry['high'])})"
+    return _short(value) if low is None else f"{_short(value)} ({_short(low)}, {_short(high)})"
 
 
 def _short(value: float) -> str:
     """Three decimals in four places: `.509`, `1.00`."""
     text = f"{value:.3f}"
     return text.replace("0.", ".", 1) if abs(value) < 0.9995 else text[:-1]
-
-
-def _share(metrics: Mapping[str, Any], key: str) -> str:
-    value = metrics.get(key, {}).get("value")
-    return "-" if value is None else f"{value:.1%}"

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
-from laser_fast.evaluation.score_settings import write_score_settings
+from laser_fast.evaluation.settings import write_score_settings
 from laser_fast.observe.run_folder import RunFolder
 from laser_fast.training.checkpoint import latest_checkpoint
 from laser_fast.training.distributed import open_world

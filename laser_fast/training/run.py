@@ -14,7 +14,8 @@ from pathlib import Path
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.evaluate import summarize, to_records
+from laser_fast.evaluation.report import summarize
+from laser_fast.evaluation.samples import to_records
 from laser_fast.observe.run_folder import RunFolder, open_run_folder
 from laser_fast.observe.run_log import NullLog, RunLog
 from laser_fast.observe.timer import StageTimer, peak_memory_gb
@@ -260,7 +261,7 @@ def _evaluate(
     records = trainer.world.gather(records)
     if trainer.world.is_main:
         report = summarize(records, same_answer=collector.grader.same_answer)
-        log.log_evaluation(step, report.to_dict())
+        log.log_evaluation(step, report)
     trainer.stages.timer.pop()  # evaluation is not part of any step
 
 

@@ -112,11 +112,5 @@ class RowMetrics:
             is_correct(torch.cat([rows[:, 1], truncated])),
             is_finished=torch.arange(len(scores) + len(truncated)) < len(scores),
         )
-        return {
-            "score/mean_correct": found.mean_correct,
-            "score/mean_incorrect": found.mean_incorrect,
-            "score/tpr": found.tpr,
-            "score/tnr": found.tnr,
-            "score/f1": found.f1,
-            "score/auroc": found.auroc,
-        }
+        names = ("mean_correct", "mean_incorrect", "tpr", "tnr", "f1", "auroc")
+        return {f"score/{name}": found[name] for name in names}

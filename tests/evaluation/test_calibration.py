@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibration import Row, propose_beta, rank_candidates, spread
+from laser_fast.evaluation.calibrate import Row, propose_beta, rank_candidates, spread
 
 
 @pytest.mark.parametrize(

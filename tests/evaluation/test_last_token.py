@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laser_fast.config import ModelConfig
-from laser_fast.evaluation.last_token import read_last_token
+from laser_fast.evaluation.model import read_last_token
 from laser_fast.training.distributed import open_world
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import build_policy

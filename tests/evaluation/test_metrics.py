@@ -15,6 +15,8 @@ from laser_fast.evaluation.metrics import (
     correct_class_prior,
     harmonic_mean,
     reliability,
+    risk_at,
+    risk_curve,
     verify,
 )
 
@@ -31,14 +33,18 @@ def test_metrics_agree_with_scikit_learn(seed):
     scores, correct = _random_scores(seed, 257)
     verdict = scores > 0.5
     found = verify(scores, correct)
-    assert found.auroc == pytest.approx(roc_auc_score(correct, scores), abs=1e-12)
-    assert found.tpr == pytest.approx(recall_score(correct, verdict), abs=1e-12)
-    assert found.tnr == pytest.approx(recall_score(~correct, ~verdict), abs=1e-12)
-    assert found.accuracy == pytest.approx(accuracy_score(correct, verdict), abs=1e-12)
+    assert found["auroc"] == pytest.approx(roc_auc_score(correct, scores), abs=1e-12)
+    assert found["tpr"] == pytest.approx(recall_score(correct, verdict), abs=1e-12)
+    assert found["tnr"] == pytest.approx(recall_score(~correct, ~verdict), abs=1e-12)
+    assert found["verification_accuracy"] == pytest.approx(
+        accuracy_score(correct, verdict), abs=1e-12
+    )
     p = scores.clip(0, 1)
-    assert found.brier == pytest.approx(brier_score_loss(correct, p), abs=1e-12)
+    assert found["brier"] == pytest.approx(brier_score_loss(correct, p), abs=1e-12)
     posterior = correct_class_prior(scores, correct.mean())
-    assert found.brier_corrected == pytest.approx(brier_score_loss(correct, posterior), abs=1e-12)
+    assert found["brier_corrected"] == pytest.approx(
+        brier_score_loss(correct, posterior), abs=1e-12
+    )
 
 
 def test_rates_and_f1_by_hand():
@@ -67,11 +73,17 @@ def test_auroc_counts_ties_as_one_half():
 
 def test_missing_class_is_undefined_not_zero():
     found = verify([0.9, 0.2], np.array([True, True]))
-    assert found.tpr == 0.5
-    for value in (found.tnr, found.f1, found.auroc, found.mean_incorrect):
+    assert found["tpr"] == 0.5
+    for value in (found["tnr"], found["f1"], found["auroc"], found["mean_incorrect"]):
         assert math.isnan(value)
     empty = verify([], np.array([], bool))
-    for value in (empty.tpr, empty.accuracy, empty.auroc, empty.ece, empty.brier):
+    for value in (
+        empty["tpr"],
+        empty["verification_accuracy"],
+        empty["auroc"],
+        empty["ece"],
+        empty["brier"],
+    ):
         assert math.isnan(value)
 
 
@@ -79,19 +91,19 @@ def test_unfinished_completions_count_as_score_zero():
     scores = torch.tensor([0.9, float("nan"), 0.8, 0.1, float("nan")])
     correct = torch.tensor([True, True, False, False, False])
     found = verify(scores, correct, is_finished=torch.tensor([True, False, True, False, False]))
-    assert (found.tpr, found.tnr) == (0.5, pytest.approx(2 / 3))
+    assert (found["tpr"], found["tnr"]) == (0.5, pytest.approx(2 / 3))
     # Pairs: .9 beats .8, 0 and 0; the unfinished correct one loses to .8 and ties twice.
-    assert found.auroc == pytest.approx((3 + 2 / 2) / 6)
+    assert found["auroc"] == pytest.approx((3 + 2 / 2) / 6)
     # Class means are of scores that exist.
-    assert (found.mean_correct, found.mean_incorrect) == pytest.approx((0.9, 0.8))
+    assert (found["mean_correct"], found["mean_incorrect"]) == pytest.approx((0.9, 0.8))
     # One of the two finished completions is correct, so the correction is the identity.
-    assert found.ece_corrected == pytest.approx(found.ece)
+    assert found["ece_corrected"] == pytest.approx(found["ece"])
 
 
 def test_only_unfinished_completions_have_rates():
     found = verify([0.0, 0.0], np.array([True, False]), is_finished=np.array([False, False]))
-    assert (found.tpr, found.tnr, found.f1, found.auroc) == (0.0, 1.0, 0.0, 0.5)
-    assert found.ece == found.ece_corrected == 0.5
+    assert (found["tpr"], found["tnr"], found["f1"], found["auroc"]) == (0.0, 1.0, 0.0, 0.5)
+    assert found["ece"] == found["ece_corrected"] == 0.5
 
 
 def test_reliability_and_ece_by_hand():
@@ -129,7 +141,7 @@ def test_prior_correction_undoes_class_balance():
 def test_given_base_rate_is_used():
     scores, correct = _random_scores(7, 101)
     expected = calibration_error(correct_class_prior(scores, 0.8), correct)
-    assert verify(scores, correct, base_rate=0.8).ece_corrected == pytest.approx(expected)
+    assert verify(scores, correct, base_rate=0.8)["ece_corrected"] == pytest.approx(expected)
 
 
 def test_bad_input_is_named():
@@ -146,3 +158,34 @@ def test_bad_input_is_named():
         correct_class_prior([0.5], 1.5)
     with pytest.raises(ValueError, match="is_finished bool"):
         verify([0.1, 0.2], correct, is_finished=np.array([1, 1]))
+
+
+def test_curve_by_hand():
+    # By falling score: right, wrong, right, wrong.
+    curve = risk_curve([0.2, 0.9, 0.7, 0.4], np.array([False, True, False, True]))
+    np.testing.assert_allclose(curve, [0, 1 / 2, 1 / 3, 2 / 4])
+    assert curve.mean() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert risk_at(curve, 0.5) == pytest.approx(1 / 2)
+    assert risk_at(curve, 0.51) == pytest.approx(1 / 3)
+    assert risk_at(curve, 0.01) == 0.0
+    assert risk_at(curve, 1.0) == pytest.approx(1 / 2)
+
+
+def test_ties_share_their_mean_whatever_the_order():
+    scores, correct = np.array([0.5, 0.5, 0.5, 0.9]), np.array([True, False, False, True])
+    expected = [0, (2 / 3) / 2, (4 / 3) / 3, 2 / 4]
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        np.testing.assert_allclose(risk_curve(scores[order], correct[order]), expected)
+
+
+def test_a_constant_score_gives_a_flat_curve():
+    np.testing.assert_allclose(risk_curve([0.0] * 4, np.array([True, False, True, True])), 0.25)
+
+
+def test_nothing_has_no_risk():
+    assert math.isnan(risk_at(risk_curve([], np.array([], bool)), 0.5))
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="risk_curve: expected is_correct bool"):
+        risk_curve([0.1, 0.2], np.array([1, 0]))

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibrate import CalibrateOptions, calibrate
+from laser_fast.evaluation.calibrate import calibrate
+from laser_fast.evaluation.conclude import rescore_evaluation
+from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.report import ReportOptions
-from laser_fast.evaluation.rescore import RescoreOptions, rescore_evaluation
-from laser_fast.evaluation.run import EvalOptions, run_evaluation
 from laser_fast.evaluation.samples import read_samples
 from laser_fast.evaluation.settings import ModelOptions
 
@@ -35,7 +35,7 @@ def model(sandbox_model):
 
 def _options(out, **given):
     known = {"benchmarks": ["sandbox"], "samples": 4, "limit": 9, "report": FEW}
-    return EvalOptions(out=out, **(known | given))
+    return {"out": out, **known, **given}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def finished(model, tmp_path_factory):
     """One undisturbed evaluation: nine problems in chunks of two."""
     moves = []
     out = tmp_path_factory.mktemp("eval") / "out"
-    conclusion = run_evaluation(model, _options(out), on_progress=lambda *move: moves.append(move))
+    conclusion = run_evaluation(
+        model, **_options(out), on_progress=lambda *move: moves.append(move)
+    )
     assert [done for _, done, _ in moves] == [0, 2, 4, 6, 8, 9]
     return conclusion
 
@@ -77,24 +79,24 @@ def test_a_killed_evaluation_continues_to_the_same_numbers(finished, model, tmp_
 
     options = _options(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        run_evaluation(model, options, on_progress=kill)
-    path = EvalFolder(options.out).samples("sandbox")
+        run_evaluation(model, **options, on_progress=kill)
+    path = EvalFolder(options["out"]).samples("sandbox")
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 16
     # Killed while it wrote the next chunk: three lines and a half.
     own = finished.folder.samples("sandbox").read_text().splitlines(keepends=True)
     path.write_text("".join(lines + own[16:19]) + own[19][:40])
-    conclusion = run_evaluation(model, options)
+    conclusion = run_evaluation(model, **options)
     assert _samples(conclusion) == _samples(finished)
     assert conclusion.report == finished.report
 
 
 def test_a_kill_between_samples_and_report_needs_no_model(finished, model, tmp_path, monkeypatch):
     options = _options(tmp_path / "out")
-    run_evaluation(model, options)
-    EvalFolder(options.out).report.unlink()
-    monkeypatch.setattr("laser_fast.evaluation.run.open_model", None)
-    assert run_evaluation(model, options).report == finished.report
+    run_evaluation(model, **options)
+    EvalFolder(options["out"]).report.unlink()
+    monkeypatch.setattr("laser_fast.evaluation.evaluate.open_engine", None)
+    assert run_evaluation(model, **options).report == finished.report
 
 
 @pytest.mark.slow
@@ -118,7 +120,7 @@ def test_sigkill_from_outside(model, tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert second.returncode == 0, second.stderr
     assert "40 problems, 4 completions each; accuracy (avg@4)" in second.stdout
-    undisturbed = run_evaluation(model, _options(tmp_path / "again", limit=40))
+    undisturbed = run_evaluation(model, **_options(tmp_path / "again", limit=40))
     assert read_samples(samples) == _samples(undisturbed)
     report = json.loads(EvalFolder(out).report.read_text())["benchmarks"]["sandbox"]
     again = undisturbed.report["benchmarks"]["sandbox"]
@@ -130,27 +132,27 @@ def test_outputs_are_not_overwritten_unasked(finished, model):
     out = finished.folder.path
     before = finished.folder.report.read_text()
     with pytest.raises(ConfigError, match="holds a finished evaluation"):
-        run_evaluation(model, _options(out))
+        run_evaluation(model, **_options(out))
     assert finished.folder.report.read_text() == before
 
 
 def test_other_settings_do_not_continue(finished, model, tmp_path):
     options = _options(tmp_path / "out", limit=2)
-    run_evaluation(model, options)
-    EvalFolder(options.out).report.unlink()
+    run_evaluation(model, **options)
+    EvalFolder(options["out"]).report.unlink()
     with pytest.raises(ConfigError, match="begun with another seed: 0 against 1"):
-        run_evaluation(replace(model, seed=1), options)
+        run_evaluation(replace(model, seed=1), **options)
     with pytest.raises(ConfigError, match="begun with another benchmarks"):
-        run_evaluation(model, _options(tmp_path / "out", limit=3))
+        run_evaluation(model, **_options(tmp_path / "out", limit=3))
     overwritten = run_evaluation(
-        replace(model, seed=1), _options(tmp_path / "out", limit=2, overwrite=True)
+        replace(model, seed=1), **_options(tmp_path / "out", limit=2, overwrite=True)
     )
     assert _samples(overwritten) != _samples(finished)[:8]
 
 
 def test_c_ref_of_the_model_itself(model, finished, tmp_path):
     conclusion = run_evaluation(
-        replace(model, ref_logprob="auto"), _options(tmp_path / "out", limit=4)
+        replace(model, ref_logprob="auto"), **_options(tmp_path / "out", limit=4)
     )
     ended = [r.score_logprob for r in _samples(finished)[:16] if r.is_finished]
     mean = sum(ended) / len(ended)
@@ -162,29 +164,27 @@ def test_c_ref_of_the_model_itself(model, finished, tmp_path):
 
 def test_without_scores_nothing_about_them_is_needed(model, tmp_path):
     plain = ModelOptions(model=model.model)
-    conclusion = run_evaluation(plain, _options(tmp_path / "out", limit=2, needs_score=False))
+    conclusion = run_evaluation(plain, **_options(tmp_path / "out", limit=2, needs_score=False))
     assert "score" not in conclusion.report
     metrics = conclusion.report["benchmarks"]["sandbox"]["metrics"]
     assert metrics["accuracy"]["value"] is not None and "auroc" not in metrics
     with pytest.raises(ConfigError, match="a score needs c_ref"):
-        run_evaluation(plain, _options(tmp_path / "other"))
+        run_evaluation(plain, **_options(tmp_path / "other"))
 
 
 def test_rescoring_needs_no_model(finished, tmp_path):
     source = finished.folder.path
-    same = rescore_evaluation(RescoreOptions(source=source, out=tmp_path / "same", report=FEW))
+    same = rescore_evaluation(source, tmp_path / "same", report=FEW)
     assert _samples(same) == _samples(finished)
     metrics = finished.report["benchmarks"]["sandbox"]["metrics"]
     assert same.report["benchmarks"]["sandbox"]["metrics"] == metrics
     other = rescore_evaluation(
-        RescoreOptions(
-            source=finished.folder.samples("sandbox"),
-            out=tmp_path / "other",
-            beta=0.4,
-            ref_logprob="-9",
-            reward="exact",
-            report=ReportOptions(ks=(3,), num_resamples=5),
-        )
+        finished.folder.samples("sandbox"),
+        tmp_path / "other",
+        beta=0.4,
+        ref_logprob="-9",
+        reward="exact",
+        report=ReportOptions(ks=(3,), num_resamples=5),
     )
     for record, before in zip(_samples(other), _samples(finished), strict=True):
         if record.is_finished:
@@ -193,30 +193,28 @@ def test_rescoring_needs_no_model(finished, tmp_path):
     # "exact" lets work after the box pass, which the sandbox's own reward does not.
     assert other.report["benchmarks"]["sandbox"]["ks"] == [3]
     with pytest.raises(ConfigError, match="--k 8: .* has 4 samples"):
-        rescore_evaluation(
-            RescoreOptions(source=source, out=tmp_path / "x", report=ReportOptions(ks=(8,)))
-        )
+        rescore_evaluation(source, tmp_path / "x", report=ReportOptions(ks=(8,)))
     with pytest.raises(ConfigError, match="where the samples come from"):
-        rescore_evaluation(RescoreOptions(source=source, out=source, overwrite=True))
+        rescore_evaluation(source, source, overwrite=True)
     with pytest.raises(ConfigError, match="expected the folder of an evaluation"):
-        rescore_evaluation(RescoreOptions(source=tmp_path / "none", out=tmp_path / "x"))
+        rescore_evaluation(tmp_path / "none", tmp_path / "x")
 
 
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
     (tmp_path / "lone").mkdir()
     path = tmp_path / "lone" / "samples.jsonl"
     path.write_bytes(finished.folder.samples("sandbox").read_bytes())
-    kept = rescore_evaluation(RescoreOptions(source=path, out=tmp_path / "kept", report=FEW))
+    kept = rescore_evaluation(path, tmp_path / "kept", report=FEW)
     assert _samples(kept, "lone") == _samples(finished)
     with pytest.raises(ConfigError, match="give both --beta and --ref-logprob"):
-        rescore_evaluation(RescoreOptions(source=path, out=tmp_path / "x", beta=0.3))
+        rescore_evaluation(path, tmp_path / "x", beta=0.3)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, lines[0]]))
     with pytest.raises(ConfigError, match="sample 0 of prompt sandbox-0 appears twice"):
-        rescore_evaluation(RescoreOptions(source=path, out=tmp_path / "x"))
+        rescore_evaluation(path, tmp_path / "x")
     path.write_text("")
     with pytest.raises(ConfigError, match="at least one record"):
-        rescore_evaluation(RescoreOptions(source=path, out=tmp_path / "x"))
+        rescore_evaluation(path, tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +232,7 @@ def test_broken_files_name_the_place(model, tmp_path, content, message):
     template = [*model.overrides, "data.template={prompt}", "rollout.max_new_tokens=8"]
     template += ["data.max_prompt_tokens=64"]
     with pytest.raises(ConfigError, match=message):
-        run_evaluation(replace(model, overrides=template), options)
+        run_evaluation(replace(model, overrides=template), **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -250,7 +248,7 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
     overrides += ["rollout.max_new_tokens=24", "data.max_prompt_tokens=64"]
     conclusion = run_evaluation(
         replace(model, overrides=overrides),
-        _options(tmp_path / "out", benchmarks=[str(file)], samples=2),
+        **_options(tmp_path / "out", benchmarks=[str(file)], samples=2),
     )
     records = _samples(conclusion, "mine")
     assert [(r.prompt_id, r.gold) for r in records[::2]] == [
@@ -264,7 +262,7 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
 def test_options_that_do_not_fit(model, tmp_path):
     def refuse(match, **given):
         with pytest.raises(ConfigError, match=match):
-            run_evaluation(model, _options(tmp_path / "out", **given))
+            run_evaluation(model, **_options(tmp_path / "out", **given))
 
     refuse("--k 8 needs as many samples, and sandbox gets 4", report=ReportOptions(ks=(8,)))
     refuse("name at least one --benchmark", benchmarks=[])
@@ -272,7 +270,7 @@ def test_options_that_do_not_fit(model, tmp_path):
     refuse('benchmark "nope": expected', benchmarks=["nope"])
     chat = replace(model, overrides=["data.template=chat"])
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
-        run_evaluation(chat, _options(tmp_path / "out"))
+        run_evaluation(chat, **_options(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -286,7 +284,7 @@ def test_real_files_end_to_end(random_model, data_dir, tmp_path):
         overrides=["data.template={prompt}", "rollout.max_new_tokens=12"],
     )
     options = _options(tmp_path / "out", benchmarks=names, data_dir=data_dir, limit=4)
-    conclusion = run_evaluation(model, options)
+    conclusion = run_evaluation(model, **options)
     for name in names:
         report = conclusion.report["benchmarks"][name]
         assert (report["num_prompts"], report["num_failed_grades"]) == (4, 0)
@@ -300,11 +298,11 @@ def test_real_files_end_to_end(random_model, data_dir, tmp_path):
 
 def test_calibration_of_the_sandbox_model(model, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
-    options = CalibrateOptions(data="sandbox", prompts=6, samples=4)
-    everything = calibrate(replace(model, token=None), options)
+    options = {"data": "sandbox", "prompts": 6, "samples": 4}
+    everything = calibrate(replace(model, token=None), **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
     assert {c.token for c in everything.candidates} <= {f"<|reserved_{i}|>" for i in range(5)}
-    one = calibrate(replace(model, token="<|reserved_2|>"), options)
+    one = calibrate(replace(model, token="<|reserved_2|>"), **options)
     assert [c.token for c in one.candidates] == ["<|reserved_2|>"]
     ended = [r.score_logprob for r in _samples(finished) if r.is_finished]
     [own] = [c for c in everything.candidates if c.token == "<|reserved_0|>"]
@@ -312,10 +310,11 @@ def test_calibration_of_the_sandbox_model(model, finished):
     assert own.ref_logprob == pytest.approx(sum(ended) / len(ended), abs=0.5)
     two = calibrate(
         replace(model, token="<|reserved_0|>"),
-        replace(options, templates=("{prompt}", "0{prompt}")),
+        **options,
+        templates=("{prompt}", "0{prompt}"),
     )
     groups = {part.group: part.count for part in two.candidates[0].spreads}
     assert groups["all"] == two.num_finished
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
     with pytest.raises(ConfigError, match="put {prompt} into it"):
-        calibrate(model, replace(options, templates=("none",)))
+        calibrate(model, **options, templates=("none",))

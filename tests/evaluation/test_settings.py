@@ -4,8 +4,13 @@ import pytest
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, SANDBOX, find_benchmark
-from laser_fast.evaluation.score_settings import read_score_settings, write_score_settings
-from laser_fast.evaluation.settings import ModelOptions, build_config, score_of
+from laser_fast.evaluation.settings import (
+    ModelOptions,
+    build_config,
+    read_score_settings,
+    score_of,
+    write_score_settings,
+)
 
 
 def _options(**given):
@@ -51,25 +56,25 @@ def test_the_sandbox_brings_its_wording():
 def test_an_exported_model_knows_its_score(tmp_path):
     write_score_settings(tmp_path, token="<z>", beta=0.15, ref_logprob=-11.5)
     options = _options(model=str(tmp_path))
-    score = score_of(build_config(options), options)
+    score = score_of(build_config(options))
     assert (score.token, score.beta, score.ref_logprob) == ("<z>", 0.15, -11.5)
     # "auto" in a run's file means that training measured it: the exported number stands.
     file = tmp_path / "run.toml"
     file.write_text('[score]\nref_logprob = "auto"\nbeta = 0.2\n')
     options = _options(model=str(tmp_path), config=file)
-    score = score_of(build_config(options), options)
+    score = score_of(build_config(options))
     assert (score.beta, score.ref_logprob) == (0.2, -11.5)
 
 
 def test_c_ref_must_be_known_or_asked_for():
     options = _options()
     with pytest.raises(ConfigError, match="needs c_ref.*calibrate.*--ref-logprob auto"):
-        score_of(build_config(options), options)
+        score_of(build_config(options))
     for given in ({"ref_logprob": "auto"}, {"overrides": ['score.ref_logprob="auto"']}):
         options = _options(**given)
-        assert score_of(build_config(options), options).ref_logprob is None
+        assert score_of(build_config(options)).ref_logprob == "auto"
     options = _options(ref_logprob="-23.1")
-    assert score_of(build_config(options), options).ref_logprob == -23.1
+    assert score_of(build_config(options)).ref_logprob == -23.1
     with pytest.raises(ConfigError, match='expected a number or "auto", got "x"'):
         build_config(_options(ref_logprob="x"))
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibration import Row, rank_candidates
+from laser_fast.evaluation.calibrate import Row, rank_candidates
 from laser_fast.evaluation.plots import draw_plots
 from laser_fast.evaluation.report import ReportOptions, average, build_report
 from laser_fast.evaluation.terminal import print_calibration, print_report

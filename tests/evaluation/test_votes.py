@@ -1,13 +1,90 @@
-"""Estimates at k against brute force over every subset, and against the vote itself at k = n."""
+"""The choice rules on hand-made ballots, and estimates at k against brute force over subsets."""
 
 import random
+from fractions import Fraction
 from itertools import combinations
 from statistics import fmean
 
 import pytest
 
-from laser_fast.evaluation.at_k import MAX_SUBSETS, best_at_k, pass_at_k, powers_of_two, vote_at_k
-from laser_fast.evaluation.voting import best_is_correct, vote_is_correct
+from laser_fast.algorithm.vote import majority_vote
+from laser_fast.evaluation.votes import (
+    MAX_SUBSETS,
+    answer_classes,
+    best_at_k,
+    pass_at_k,
+    powers_of_two,
+    vote_at_k,
+)
+
+
+def vote_is_correct(classes, correct, weights=None):
+    """The definition: some completion of the winning answer is correct."""
+    winner = majority_vote(classes, weights)
+    return any(c for own, c in zip(classes, correct, strict=True) if own == winner is not None)
+
+
+def best_is_correct(scores, finished, correct):
+    """The definition: the first of the finished completions with the highest score."""
+    return correct[max(range(len(scores)), key=lambda i: (finished[i], scores[i]))]
+
+
+def _same_fraction(first: str, second: str) -> bool:
+    return Fraction(first) == Fraction(second)
+
+
+def test_classes_follow_the_first_member():
+    answers = ["1/2", "3", None, "0.5", "3", "2/4"]
+    assert answer_classes(answers) == [0, 1, None, 2, 1, 3]
+    assert answer_classes(answers, _same_fraction) == [0, 1, None, 0, 1, 0]
+
+
+def test_equal_strings_are_compared_once():
+    asked = []
+
+    def same(first, second):
+        asked.append((first, second))
+        return False
+
+    assert answer_classes(["1", "2", "1", "2", "2"], same) == [0, 1, 0, 1, 1]
+    assert asked == [("1", "2")]
+
+
+def test_classes_give_the_vote_of_majority_vote():
+    answers = ["3", "1/2", "3", "0.5", "2/4", None]
+    weights = [0.9, 0.1, 0.9, 0.2, 0.3, 1.0]
+    classes = answer_classes(answers, _same_fraction)
+    assert answers[classes.index(majority_vote(classes))] == majority_vote(
+        answers, equal=_same_fraction
+    )
+    assert answers[classes.index(majority_vote(classes, weights))] == majority_vote(
+        answers, weights, equal=_same_fraction
+    )
+
+
+def test_majority_and_weighted_majority():
+    classes = [0, 0, 0, 1, 1, None]
+    correct = [False, False, False, True, True, False]
+    assert vote_at_k(classes, correct, 6) == 0.0
+    assert vote_at_k(classes, correct, 6, weights=[0.1, 0.1, 0.1, 0.9, 0.9, 1.0]) == 1.0
+    # All weights 0: a tie, which the first answer wins.
+    assert vote_at_k(classes, correct, 6, weights=[0.0] * 6) == 0.0
+    assert vote_at_k(classes[::-1], correct[::-1], 6, weights=[0.0] * 6) == 1.0
+
+
+def test_answer_is_right_if_one_of_its_completions_was_graded_correct():
+    """The first member has the right answer in a form that the grader refused."""
+    assert vote_at_k([0, 0, 1], [False, True, False], 3) == 1.0
+
+
+def test_no_answer_is_wrong():
+    assert vote_at_k([None, None], [False, False], 2) == vote_at_k([None] * 2, [True] * 2, 1) == 0.0
+
+
+def test_best_by_score():
+    assert best_at_k([0.2, 0.7, 0.7], [True, True, True], [False, True, False], 3) == 1.0
+    # A finished completion beats an unfinished one, though its score is below 0.
+    assert best_at_k([0.0, -0.1], [False, True], [False, True], 2) == 1.0
 
 
 def _problem(seed, n=7):
@@ -69,10 +146,6 @@ def test_many_subsets_are_drawn_by_seed():
         for s in (sorted(rng.sample(range(24), 8)) for _ in range(20 * MAX_SUBSETS))
     )
     assert first == pytest.approx(truth, abs=0.1)
-
-
-def test_no_answer_is_wrong():
-    assert vote_at_k([None, None], [False, False], 1) == 0.0
 
 
 @pytest.mark.parametrize("k", [0, 3])

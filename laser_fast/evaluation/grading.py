@@ -1,4 +1,4 @@
-r"""The answer of a text, by reward kind, and a look at gold answers before they are trusted."""
+"""The grading workers of an evaluation, answers by reward kind, and gold answers in doubt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from laser_fast.config import RewardConfig
+from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rewards.gsm8k import last_number
 
@@ -18,13 +20,55 @@ class _Grader(Protocol):
         """Rewards of texts against golds."""
 
 
+class Graders:
+    """One `Grader` per reward configuration, started when first asked for; a context.
+
+    Args:
+        reward: deadline and number of workers of the comparisons of answers.
+    """
+
+    def __init__(self, reward: RewardConfig) -> None:
+        self._votes = reward.model_copy(update={"kind": "math", "format_gate": False})
+        self._open: dict[RewardConfig, Grader] = {}
+
+    def of(self, config: RewardConfig) -> Grader:
+        """The grader of a configuration."""
+        if config not in self._open:
+            self._open[config] = Grader(config)
+        return self._open[config]
+
+    def same_answer(self, first: str, second: str) -> bool:
+        """Whether two answers are the same value, by math-verify whatever the reward is.
+
+        Equality as text, which other kinds grade by, would split the votes for 1/2 and 0.5.
+        """
+        return self.of(self._votes).same_answer(first, second)
+
+    def __enter__(self) -> Graders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for grader in self._open.values():
+            grader.close()
+
+
 def answer_of(kind: str) -> Callable[[str], str | None]:
     r"""The function from a completion to the answer that votes, as the reward `kind` reads it.
 
     Mostly the content of the last \boxed{}. "gsm8k" votes with the number as an exact fraction,
     "exact" with the whole text where there is no box.
     """
-    return {"gsm8k": _number, "exact": _box_or_text}.get(kind, _box)
+
+    def answer(text: str) -> str | None:
+        boxed = extract_boxed(text)
+        if kind == "gsm8k":
+            number = last_number(text.rpartition("####")[2] if boxed is None else boxed)
+            return None if number is None else str(number)
+        if kind == "exact" and boxed is None:
+            boxed = text.strip()
+        return boxed or None
+
+    return answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,18 +93,3 @@ def check_golds(golds: Sequence[str], *, kind: str, grader: _Grader) -> GoldChec
         rejected=tuple(i for i, reward in enumerate(own) if reward is None or reward <= 0.5),
         unreadable=tuple(i for i, reward in enumerate(wrong) if reward is None),
     )
-
-
-def _box(text: str) -> str | None:
-    return extract_boxed(text) or None
-
-
-def _box_or_text(text: str) -> str | None:
-    boxed = extract_boxed(text)
-    return (text.strip() if boxed is None else boxed) or None
-
-
-def _number(text: str) -> str | None:
-    boxed = extract_boxed(text)
-    number = last_number(text.rpartition("####")[2] if boxed is None else boxed)
-    return None if number is None else str(number)

@@ -1,18 +1,23 @@
 r"""What k completions of a problem are worth, estimated from all n >= k that were sampled.
 
     pass@k          1 - C(n - c, k) / C(n, k), c of n correct (Chen et al. 2021, arXiv 2107.03374)
-    best-of-k       sum_i C(n - 1 - i, k - 1) / C(n, k) correct_(i), (i) by falling score
-    maj@k           mean over k-subsets of 1[the subset's vote is right]
+    best-of-k       the completion with the highest r_s is correct
+                    sum_i C(n - 1 - i, k - 1) / C(n, k) correct_(i), (i) by falling score
+    maj@k           argmax_a sum_i 1[a_i = a] is right
+    weighted maj@k  argmax_a sum_i clip(r_s^i, 0, 1) 1[a_i = a] is right
 
 Each is the mean over all subsets of k completions: unbiased for k fresh samples, and with less
 variance than the first k alone. The first two have closed forms. Votes are counted on every subset
 where there are at most `MAX_SUBSETS`, else on that many drawn with a fixed seed; k = n is one
 subset, the vote itself. The mean of avg@k over subsets is the plain mean for every k.
+
+Ties go to the answer, or the completion, sampled first among the k. Samples are exchangeable, so
+that is a fair draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations
 from math import comb
@@ -21,6 +26,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SUBSETS = 256
+
+
+def answer_classes(
+    answers: Sequence[str | None],
+    same_answer: Callable[[str, str], bool] | None = None,
+) -> list[int | None]:
+    """Number the distinct answers of a problem in the order of their first member.
+
+    Comparing can be costly, so it is done once per problem, here; votes then count numbers, for any
+    subset of the completions. Each answer is compared with the first member of every class so far,
+    as in `algorithm.vote.majority_vote`; equal strings are equal without asking `same_answer`.
+
+    Example: `["1/2", "3", "0.5", None]` with mathematical equality is `[0, 1, 0, None]`.
+    """
+    class_of: dict[str, int] = {}
+    first_members: list[str] = []
+    for answer in answers:
+        if answer is None or answer in class_of:
+            continue
+        found = len(first_members)
+        if same_answer is not None:
+            matches = (i for i, member in enumerate(first_members) if same_answer(member, answer))
+            found = next(matches, found)
+        if found == len(first_members):
+            first_members.append(answer)
+        class_of[answer] = found
+    return [None if answer is None else class_of[answer] for answer in answers]
 
 
 def powers_of_two(num_samples: int) -> tuple[int, ...]:
@@ -44,8 +76,7 @@ def best_at_k(
 ) -> float:
     """Chance that the completion with the highest score of k is correct.
 
-    Unfinished completions lose to every finished one, and ties go to the first, as in
-    `voting.best_is_correct`, which is the case k = n.
+    Unfinished completions lose to every finished one, whose score may be below their 0.
     """
     n = len(scores)
     _check("best_at_k", n, k)
@@ -64,14 +95,15 @@ def vote_at_k(
 ) -> float:
     """Chance that the (weighted) majority answer of k completions is right.
 
+    An answer is right when a completion that gave it, among the k, was graded correct: grading may
+    also ask for a form that another completion with the same answer missed. No answer is wrong.
+
     Args:
-        classes: answers numbered by `voting.answer_classes`; None casts no vote.
-        is_correct: an answer is right if a completion that gave it, among the k, is correct.
+        classes: answers numbered by `answer_classes`; None casts no vote.
+        is_correct: of each completion.
         k: completions that vote.
         weights: votes of each completion, not negative; 1 each by default.
         seed: names the subsets where not all of them are counted.
-
-    Ties go to the answer seen first among the k, as in `voting.vote_is_correct`.
     """
     n = len(classes)
     _check("vote_at_k", n, k)
