@@ -1,15 +1,23 @@
-"""A validation error of the configuration as one sentence: the key, what is wrong, what to do."""
+"""What a user did wrong, as one sentence: the key, what is wrong, what to do.
+
+Imports no pydantic, so that what raises a ConfigError runs on a machine without it.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Below this similarity (difflib's ratio) a proposed name would be a guess.
 _CLOSE = 0.6
+
+
+class ConfigError(ValueError):
+    """A configuration or input that cannot run; the message is one sentence for the user."""
 
 
 def explain(error: ValidationError, docs: Mapping[str, str]) -> str:

@@ -9,9 +9,13 @@ token of a microbatch may be a head row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from laser_fast.config import Config, ConfigError
+from laser_fast.config_errors import ConfigError
 from laser_fast.planning.sizes import ModelSize
+
+if TYPE_CHECKING:
+    from laser_fast.config import Config
 
 # Allowances, not measurements: CUDA context, NCCL buffers, CUDA graphs of a sleeping engine and
 # gaps of the allocator; and what vLLM's own forward takes out of its share.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch.optim import AdamW
 
-from laser_fast.config import OptimConfig
-from laser_fast.training.policy import Policy
+if TYPE_CHECKING:
+    from laser_fast.config import OptimConfig
+    from laser_fast.training.policy import Policy
 
 
 def build_optimizer(policy: Policy, config: OptimConfig) -> AdamW:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.config_errors import ConfigError
 from laser_fast.records import Microbatch
 from laser_fast.training.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.training.distributed import World
 from laser_fast.training.packing import Packer
+
+if TYPE_CHECKING:
+    from laser_fast.config import ModelConfig
 
 # Architectures whose logits are lm_head(body(x)) without bias, scaling, soft-capping or sliding
 # windows, so that a fused head on lm_head.weight is the whole head.

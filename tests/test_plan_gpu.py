@@ -1,0 +1,153 @@
+"""The plan's terms and its peak against what CUDA's allocator hands out for a real model's shape.
+
+Needs neither pydantic nor a data set, so that `bench/gpu_check.sh` runs it on a bare GPU machine.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from laser_fast.planning.memory import Setup, plan_memory
+from laser_fast.planning.sizes import model_size
+from laser_fast.records import Sequence
+from laser_fast.training.attention import IMPLEMENTATIONS
+from laser_fast.training.distributed import open_world
+from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.packing import Packer
+from laser_fast.training.policy import Policy, shard
+from laser_kernels import linear_logprob_loss
+
+pytestmark = pytest.mark.gpu
+
+QWEN_1_5B = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+}
+TOKENS = 4096
+# Below the rounded gradients, so that they and not the chunk of logits make the head's term.
+WORKSPACE_MB = 256
+
+
+def _config(*, gradient_checkpointing):
+    """The part of a configuration that a plan reads."""
+    return SimpleNamespace(
+        model=SimpleNamespace(
+            attention="varlen",
+            compute_dtype="bfloat16",
+            gradient_checkpointing=gradient_checkpointing,
+            cpu_offload=False,
+            replicas=1,
+        ),
+        data=SimpleNamespace(max_prompt_tokens=8, prompts_per_step=1),
+        rollout=SimpleNamespace(
+            engine="hf", group_size=4, max_new_tokens=8, max_num_seqs=4, tensor_parallel=1
+        ),
+        loss=SimpleNamespace(kl_coef=0.0),
+        optim=SimpleNamespace(
+            tokens_per_microbatch=TOKENS, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01
+        ),
+    )
+
+
+def _batch(device):
+    """Four completions that fill the microbatch, so that all but a few tokens are head rows."""
+    length = TOKENS // 4 - 1
+    sequence = Sequence(
+        prompt_ids=(3,),
+        completion_ids=tuple(range(10, 10 + length)),
+        rollout_logprobs=(-1.0,) * length,
+        has_score_row=True,
+        advantage=1.0,
+        token_weight=1.0 / TOKENS,
+        reward=1.0,
+        score_weight=1.0,
+    )
+    packer = Packer(budget=TOKENS, score_token_id=9, temperature=1.0, device=device)
+    return packer.pack([sequence] * 4)
+
+
+def _measure(model_config, config, device):
+    """Bytes of each term, and of the peak of a whole step, after a first step that warms up."""
+    allocated, largest = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+    reset = torch.cuda.reset_peak_memory_stats
+    nothing, found = allocated(), {}
+    with open_world() as world:
+        with device:
+            hf = AutoModelForCausalLM.from_config(
+                model_config,
+                dtype=torch.float32,
+                attn_implementation=IMPLEMENTATIONS[config.model.attention],
+            )
+        policy = Policy(hf, attention=config.model.attention, compute_dtype=torch.bfloat16).train()
+        if config.model.gradient_checkpointing:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        shard(policy, config.model, world)
+        found["parameters"] = allocated() - nothing
+        optimizer, batch = build_optimizer(policy, config.optim), _batch(device)
+
+        def head(hidden_states, weight):
+            # The root is gathered, the blocks are not any more.
+            bodys = allocated() - before - hidden_states.nbytes
+            found["activations"] = bodys - weight.element_size() * model_size(model_config).root
+            reset()
+            start = allocated() - hidden_states.nbytes
+            loss = linear_logprob_loss(
+                hidden_states, weight, batch.labels, lambda logprobs, rows: logprobs.sum()
+            )
+            found["head"] = largest() - start
+            return loss
+
+        for _ in range(2):  # the second step finds the optimizer's moments
+            clean = allocated()
+            for _ in range(2):  # the second microbatch finds gradients
+                before = allocated()
+                loss = policy(batch, head)
+                peaks = [largest()]  # since the head began; the body before it holds less
+                reset()
+                loss.backward()
+                peaks.append(largest())
+                del loss
+            found["gradients"] = allocated() - clean
+            before = allocated()
+            reset()
+            optimizer.step()
+            found.setdefault("optimizer", allocated() - before)
+            found["temporary of AdamW"] = largest() - before
+            found["peak"] = max(*peaks, largest()) - nothing
+            optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_step_allocates_what_the_plan_says(monkeypatch, gradient_checkpointing):
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", str(WORKSPACE_MB))
+    model_config = Qwen2Config(**QWEN_1_5B)
+    config = _config(gradient_checkpointing=gradient_checkpointing)
+    plan = plan_memory(
+        Setup(
+            config=config,
+            size=model_size(model_config),
+            num_gpus=1,
+            memory_gb=80.0,
+            workspace_mb=WORKSPACE_MB,
+        )
+    )
+    found = _measure(model_config, config, torch.device("cuda"))
+    torch.cuda.empty_cache()
+    expected = {name: term.bytes for name, term in plan.terms.items()}
+    training = ("head and loss", "backward of the blocks", "end of backward", "optimizer step")
+    expected["peak"] = max(phase.bytes for phase in plan.phases if phase.name in training)
+    off = {
+        name: f"{measured / 1e9:.2f} GB measured, {expected[name] / 1e9:.2f} planned"
+        for name, measured in found.items()
+        if abs(measured - expected[name]) > 0.1 * expected[name]
+    }
+    assert not off, off
