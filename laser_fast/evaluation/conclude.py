@@ -54,12 +54,8 @@ def conclude(
 ) -> Conclusion:
     """Score all samples, write report and plots; report.json comes last and marks the end.
 
-    Args:
-        folder: holds the samples of every benchmark.
-        about: by benchmark, what its report says besides the numbers.
-        score: how to score; None keeps the recorded scores.
-        options: see `ReportOptions`.
-        same_answer: equivalence of two answers in the votes.
+    `about` holds what the report says of each benchmark besides its numbers. Without a `score` the
+    recorded ones stay.
     """
     samples = {name: read_samples(folder.samples(name)) for name in about}
     content: dict[str, Any] = {}
@@ -95,16 +91,9 @@ def rescore_evaluation(
     overwrite: bool = False,
     report: ReportOptions = DEFAULTS,
 ) -> Conclusion:
-    """Write a second evaluation folder from the samples of a first.
+    """Write a second evaluation folder `out` from the samples of a first, or one samples.jsonl.
 
-    Args:
-        source: folder of an evaluation, or one samples.jsonl.
-        out: a new folder.
-        beta: None keeps that of the samples, as for the next two.
-        ref_logprob: a number or "auto".
-        reward: kind to grade anew with.
-        overwrite: replace an evaluation in `out`.
-        report: see `ReportOptions`.
+    None keeps the beta, the c_ref (a number or "auto") and the rewards of the samples.
 
     Raises:
         ConfigError: the source has no sound samples, the output is taken, or options do not fit.

@@ -74,14 +74,9 @@ class EvalFolder:
     ) -> int:
         """Drop what a kill left of a chunk; the number of prompts that are done.
 
-        A chunk is repeated whole: completions depend on their neighbours in the batch, if only by
-        rounding, and a continued evaluation gives the numbers of an undisturbed one.
-
-        Args:
-            benchmark: whose samples.
-            ids: its prompts, in the order of sampling.
-            size: samples of each.
-            chunk: prompts of one chunk.
+        A chunk (of so many prompts) is repeated whole: completions depend on their neighbours in
+        the batch, if only by rounding, and a continued evaluation gives the numbers of an
+        undisturbed one. `ids` are all prompts in the order of sampling, each with `size` samples.
         """
         path = self.samples(benchmark)
         if not path.exists():

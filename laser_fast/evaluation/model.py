@@ -29,9 +29,7 @@ from laser_kernels import linear_logprob
 def open_vocabulary(config: Config, *, has_token: bool = True) -> Vocabulary:
     """The tokenizer and special ids, after a look at the model's configuration alone.
 
-    Args:
-        config: names model and score token.
-        has_token: False takes any reserved token instead of `score.token`.
+    Without `has_token` any reserved token stands in for `score.token`.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be measured, or the lengths do not fit.

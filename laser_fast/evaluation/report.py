@@ -206,14 +206,7 @@ def bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Draws [R, S] of S statistics.
-
-    Args:
-        statistics: from the indices of the drawn problems, [P] with repeats, to S values.
-        num_problems: P.
-        num_resamples: R.
-        seed: names the draws.
-    """
+    """Draws [R, S]: `statistics` maps indices of drawn problems, [P] with repeats, to S values."""
     rng = np.random.default_rng(seed)
     draws = (rng.integers(num_problems, size=num_problems) for _ in range(num_resamples))
     return np.array([statistics(indices) for indices in draws], np.float64)
@@ -224,11 +217,7 @@ def interval(
     *,
     level: float = LEVEL,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Percentile interval of each statistic: low and high, [] or [S].
-
-    Draws that leave a statistic undefined (nan: a class is missing) are left out; without any
-    other it is nan.
-    """
+    """Percentile interval, low and high, of each statistic over its defined draws; else nan."""
     known = np.isfinite(draws).any(0)
     if not known.any():
         return np.full(known.shape, np.nan), np.full(known.shape, np.nan)

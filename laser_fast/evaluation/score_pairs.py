@@ -171,11 +171,7 @@ def _result(pair: _Pair, logprob: float | None, score: Score) -> dict[str, float
 class _PairReader:
     """Turns a row into ids; a ConfigError names file, line and field of what is missing or broken.
 
-    Args:
-        data: `template` and `prompt_suffix` word the prompts that come as text.
-        vocabulary: of the model.
-        max_tokens: longest pair that can be read.
-        num_ids: rows of the model's head.
+    `max_tokens` is the longest pair that can be read, `num_ids` the rows of the model's head.
     """
 
     def __init__(

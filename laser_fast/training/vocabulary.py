@@ -87,7 +87,10 @@ def load_vocabulary(
 def _eos_token_ids(
     path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
 ) -> tuple[int, ...]:
-    """Every id that the model, its generation defaults or its tokenizer call an end."""
+    """Every id that the model, its generation defaults or its tokenizer call an end.
+
+    Some tokenizer classes bring an EOS of their own, which may be beyond the model's head.
+    """
     found: list[int] = []
     try:
         default = GenerationConfig.from_pretrained(path).eos_token_id
@@ -95,7 +98,8 @@ def _eos_token_ids(
         default = None
     for ids in (default, model_config.eos_token_id, tokenizer.eos_token_id):
         for token_id in ids if isinstance(ids, list) else [ids]:
-            if token_id is not None and token_id not in found:
+            is_there = token_id is not None and token_id < model_config.vocab_size
+            if is_there and token_id not in found:
                 found.append(token_id)
     if not found:
         raise ConfigError(

@@ -83,6 +83,13 @@ def test_no_eos_at_all(folder):
         load(folder(eos=None, model_eos=None))
 
 
+def test_an_eos_beyond_the_head_ends_nothing(folder, config):
+    beyond = config.vocab_size
+    assert load(folder(model_eos=beyond)).eos_token_ids == (END,)
+    with pytest.raises(ConfigError, match="declares no EOS token"):
+        load(folder(eos=None, model_eos=beyond))
+
+
 def test_missing_score_token_suggests_reserved_ones(folder):
     with pytest.raises(ConfigError) as error:
         load(folder(generation_eos=STOP), score_token="<|vision_start|>")
