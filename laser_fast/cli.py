@@ -116,7 +116,7 @@ Beta = Annotated[float | None, typer.Option(min=0, help="Scale of the score.")]
 RefLogprob = Annotated[
     str | None, typer.Option(help="c_ref; auto: the mean over this model's own completions.")
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="Sampler: hf or vllm.")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="Sampler: hf (default) or vllm.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Names every draw.")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with NAME.jsonl files; without it, the hub.")
@@ -140,24 +140,19 @@ def calibrate(
     ] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
-    engine: EngineName = "hf",
+    engine: EngineName = None,
     seed: Seed = None,
 ) -> None:
     """Measure c_ref on a model's own completions; print the lines for the configuration."""
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
-    from laser_fast.evaluation.settings import ModelOptions
     from laser_fast.evaluation.terminal import print_calibration
 
     found = run_calibration(
-        ModelOptions(
-            model=model,
-            config=config,
-            token=token,
-            engine=engine,
-            seed=seed,
-            overrides=overrides or (),
-        ),
+        model,
         data,
+        token=token,
+        config=config,
+        overrides=_as_overrides(overrides, engine=engine, seed=seed),
         data_dir=data_dir,
         prompts=prompts,
         samples=samples,
@@ -202,7 +197,7 @@ def evaluate(
     ref_logprob: RefLogprob = None,
     score: Annotated[bool, typer.Option(help="Read self-scores.")] = True,
     config: ConfigFile = None,
-    engine: EngineName = "hf",
+    engine: EngineName = None,
     seed: Seed = None,
     rescore: Annotated[
         Path | None,
@@ -237,22 +232,21 @@ def evaluate(
     if model is None or reward is not None:
         raise ConfigError("eval needs a model; --reward is for --rescore, else say reward.kind=...")
     from laser_fast.evaluation.evaluate import run_evaluation
-    from laser_fast.evaluation.settings import ModelOptions
 
     with progress_bar(is_shown=_is_main()) as on_progress:
         conclusion = run_evaluation(
-            ModelOptions(
-                model=model,
-                config=config,
+            model,
+            benchmark or (),
+            out or Path("evaluations") / Path(model).name,
+            config=config,
+            overrides=_as_overrides(
+                overrides,
                 token=token,
                 beta=beta,
                 ref_logprob=ref_logprob,
                 engine=engine,
                 seed=seed,
-                overrides=overrides or (),
             ),
-            benchmark or (),
-            out or Path("evaluations") / Path(model).name,
             data_dir=data_dir,
             samples=samples,
             limit=limit,
@@ -282,26 +276,35 @@ def score(
 ) -> None:
     """Write the self-scores of given (prompt, response) pairs."""
     from laser_fast.evaluation.score_pairs import score_pairs
-    from laser_fast.evaluation.settings import ModelOptions
     from laser_fast.evaluation.terminal import print_totals, progress_bar
 
     with progress_bar(is_shown=_is_main()) as on_progress:
         totals = score_pairs(
-            ModelOptions(
-                model=model,
-                config=config,
-                token=token,
-                beta=beta,
-                ref_logprob=ref_logprob,
-                overrides=overrides or (),
-            ),
+            model,
             source,
             out,
+            config=config,
+            overrides=_as_overrides(overrides, token=token, beta=beta, ref_logprob=ref_logprob),
             overwrite=overwrite,
             on_progress=on_progress,
         )
     if totals is not None:
         print_totals(totals, out)
+
+
+_KEYS = {
+    "token": "score.token",
+    "beta": "score.beta",
+    "ref_logprob": "score.ref_logprob",
+    "engine": "rollout.engine",
+    "seed": "seed",
+}
+
+
+def _as_overrides(overrides: list[str] | None, **options: str | float | None) -> list[str]:
+    """The options of a verb as overrides of the configuration; spelt-out ones win."""
+    given = [f"{_KEYS[name]}={value}" for name, value in options.items() if value is not None]
+    return [*given, *(overrides or ())]
 
 
 def _is_main() -> bool:

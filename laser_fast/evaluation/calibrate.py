@@ -29,7 +29,7 @@ from laser_fast.evaluation.model import (
     open_vocabulary,
     read_last_token,
 )
-from laser_fast.evaluation.settings import ModelOptions, build_config
+from laser_fast.evaluation.settings import build_config
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.engine import draw_seed
 from laser_fast.training.distributed import World, open_world
@@ -96,9 +96,12 @@ class Row:
 
 
 def calibrate(
-    model: ModelOptions,
+    model: str,
     data: str,
     *,
+    token: str | None = None,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
     data_dir: Path | None = None,
     prompts: int = 64,
     samples: int = 4,
@@ -112,20 +115,23 @@ def calibrate(
     Raises:
         ConfigError: options, data or model do not fit, or no completion ended.
     """
-    config = build_config(model, find_benchmark(data, data_dir=data_dir))
+    if token is not None:
+        overrides = [f"score.token={token}", *overrides]
+    benchmark = find_benchmark(data, data_dir=data_dir)
+    settings = build_config(model, benchmark, config=config, overrides=overrides)
     with open_world() as world:
-        vocabulary = open_vocabulary(config, has_token=model.token is not None)
-        tokens = {model.token: vocabulary.score_token_id}
-        if model.token is None:
-            num_rows = load_model_config(config.model).vocab_size
+        vocabulary = open_vocabulary(settings, has_token=token is not None)
+        tokens = {token: vocabulary.score_token_id}
+        if token is None:
+            num_rows = load_model_config(settings.model).vocab_size
             eos_token_ids = vocabulary.eos_token_ids
             tokens = reserved_tokens(vocabulary.tokenizer, eos_token_ids, num_rows=num_rows)
         drawn = [
             (template, prompt)
-            for template in tuple(templates) or (config.data.template,)
-            for prompt in _prompts(config, template, vocabulary, prompts)
+            for template in tuple(templates) or (settings.data.template,)
+            for prompt in _prompts(settings, template, vocabulary, prompts)
         ]
-        rows = _measure(drawn, list(tokens.values()), config, vocabulary, samples, world)
+        rows = _measure(drawn, list(tokens.values()), settings, vocabulary, samples, world)
         is_main = world.is_main
     return rank_candidates(rows, tokens) if is_main else None
 

@@ -31,7 +31,7 @@ from laser_fast.evaluation.samples import (
     rescore,
     write_samples,
 )
-from laser_fast.evaluation.settings import Score, read_ref_logprob
+from laser_fast.evaluation.settings import Score
 from laser_fast.observe.jsonl import replace_text, to_text
 from laser_fast.rewards import Grader
 
@@ -158,7 +158,11 @@ def _choose_score(
 ) -> Score | None:
     """The score to compute; None leaves the recorded ones."""
     beta = before.get("beta") if beta is None else beta
-    ref = before.get("ref_logprob") if ref_logprob is None else read_ref_logprob(ref_logprob)
+    ref: float | str | None = before.get("ref_logprob") if ref_logprob is None else ref_logprob
+    try:
+        ref = ref if ref in (None, "auto") else float(ref)
+    except ValueError:
+        raise ConfigError(f'--ref-logprob: expected a number or "auto", got "{ref}"') from None
     if beta is None and ref is None:
         return None
     if beta is None or ref is None:

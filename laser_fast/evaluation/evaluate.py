@@ -19,11 +19,11 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.evaluation.benchmarks import Benchmark, find_benchmark
 from laser_fast.evaluation.conclude import Conclusion, conclude
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.grading import GoldCheck, Graders, answer_of, check_golds
+from laser_fast.evaluation.grading import Graders, answer_of, check_golds
 from laser_fast.evaluation.model import open_engine, open_vocabulary
 from laser_fast.evaluation.report import DEFAULTS, ReportOptions
 from laser_fast.evaluation.samples import to_records
-from laser_fast.evaluation.settings import ModelOptions, Score, build_config, score_of
+from laser_fast.evaluation.settings import Score, build_config, score_of
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.engine import Engine, draw_seed
 from laser_fast.training.distributed import World, open_world
@@ -62,7 +62,8 @@ class _Task:
     samples: int
     prompts: list[Prompt]
     num_dropped: int
-    golds: GoldCheck | None  # None except on rank 0
+    rejected: list[str]  # ids of problems whose gold no answer equals, on rank 0
+    unreadable: list[str]  # and of those whose gold equals its own text alone
 
     @property
     def name(self) -> str:
@@ -76,10 +77,12 @@ class _Task:
 
 
 def run_evaluation(
-    model: ModelOptions,
+    model: str,
     benchmarks: Sequence[str],
     out: Path,
     *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
     data_dir: Path | None = None,
     samples: int | None = None,
     limit: int = 0,
@@ -99,7 +102,9 @@ def run_evaluation(
     found = [find_benchmark(name, data_dir=data_dir) for name in benchmarks]
     counts = [samples or benchmark.samples for benchmark in found]
     _check_benchmarks(found, counts, max(report.ks or (1,)))
-    configs = [build_config(model, benchmark) for benchmark in found]
+    configs = [
+        build_config(model, benchmark, config=config, overrides=overrides) for benchmark in found
+    ]
     score = score_of(configs[0]) if needs_score else None
     folder = EvalFolder(out)
     if not overwrite:
@@ -155,27 +160,28 @@ def _prepare(
         replace(prompt, prompt_id=prompt.prompt_id.replace("eval", benchmark.name, 1))
         for prompt in source.all()
     ]
-    golds = None
+    rejected, unreadable = [], []
     if shared.world.is_main:
         reward, answers = config.reward, [prompt.answer for prompt in prompts]
-        golds = check_golds(answers, kind=reward.kind, grader=shared.graders.of(reward))
-        _warn(benchmark.name, source.num_dropped, golds, prompts)
-    return _Task(benchmark, config, samples, prompts, source.num_dropped, golds)
+        found = check_golds(answers, kind=reward.kind, grader=shared.graders.of(reward))
+        rejected, unreadable = ([prompts[i].prompt_id for i in indices] for indices in found)
+    task = _Task(benchmark, config, samples, prompts, source.num_dropped, rejected, unreadable)
+    if shared.world.is_main:
+        _warn(task)
+    return task
 
 
-def _warn(name: str, num_dropped: int, golds: GoldCheck, prompts: Sequence[Prompt]) -> None:
-    if num_dropped:
-        logger.warning("%s: dropped %d over-long problems", name, num_dropped)
-    repeated = len(prompts) - len({prompt.text for prompt in prompts})
-    if repeated:
-        logger.warning("%s: %d problems repeat an earlier one and count again", name, repeated)
-    for indices, fault in (
-        (golds.rejected, "do not equal themselves, so no answer is right"),
-        (golds.unreadable, "match only their own text; other right answers will fail to grade"),
+def _warn(task: _Task) -> None:
+    repeated = len(task.prompts) - len({prompt.text for prompt in task.prompts})
+    rejected, unreadable = (", ".join(ids[:5]) for ids in (task.rejected, task.unreadable))
+    for count, fault in (
+        (task.num_dropped, "over-long problems are left out"),
+        (repeated, "problems repeat an earlier one and count again"),
+        (len(task.rejected), f"golds do not equal themselves, so no answer is right: {rejected}"),
+        (len(task.unreadable), f"golds equal no other form of the right answer: {unreadable}"),
     ):
-        if indices:
-            shown = ", ".join(prompts[i].prompt_id for i in indices[:5])
-            logger.warning("%s: %d gold answers %s: %s", name, len(indices), fault, shown)
+        if count:
+            logger.warning("%s: %d %s", task.name, count, fault)
 
 
 def _settings(
@@ -210,13 +216,12 @@ def _settings(
 
 def _about(task: _Task) -> dict[str, Any]:
     """What the report says of a benchmark besides its numbers."""
-    assert task.golds is not None
     return {
         "source": task.benchmark.source,
         "reward": task.config.reward.kind,
         "num_dropped": task.num_dropped,
-        "golds_rejected": [task.prompts[i].prompt_id for i in task.golds.rejected],
-        "golds_unreadable": [task.prompts[i].prompt_id for i in task.golds.unreadable],
+        "golds_rejected": task.rejected,
+        "golds_unreadable": task.unreadable,
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from laser_fast.config import RewardConfig
 from laser_fast.rewards import Grader
@@ -13,11 +11,6 @@ from laser_fast.rewards.gsm8k import last_number
 
 # Readable by every grader and nobody's answer.
 _NOBODY = "-7919.25"
-
-
-class _Grader(Protocol):
-    def grade(self, texts: list[str], answers: list[str]) -> list[float | None]:
-        """Rewards of texts against golds."""
 
 
 class Graders:
@@ -71,25 +64,17 @@ def answer_of(kind: str) -> Callable[[str], str | None]:
     return answer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GoldCheck:
-    """Golds, as indices, with which something is wrong.
+def check_golds(golds: Sequence[str], *, kind: str, grader: Grader) -> tuple[list[int], list[int]]:
+    r"""Grade every gold, in a \boxed{}, against itself, and a wrong answer against every gold.
 
-    `rejected` ones are not even equal to themselves: no answer can be right. `unreadable` ones
-    match only the very same text: any other right answer fails to be graded and is dropped.
+    Returns:
+        Indices of golds that are rejected, not even equal to themselves, so that no answer can be
+        right; and of golds that are unreadable, since they match only the very same text, so that
+        any other right answer fails to be graded and is dropped.
     """
-
-    rejected: tuple[int, ...]
-    unreadable: tuple[int, ...]
-
-
-def check_golds(golds: Sequence[str], *, kind: str, grader: _Grader) -> GoldCheck:
-    r"""Grade every gold, in a \boxed{}, against itself, and a wrong answer against every gold."""
     extract = answer_of(kind)
     boxed = [rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds]
     own = grader.grade(boxed, list(golds))
     wrong = grader.grade([rf"\boxed{{{_NOBODY}}}"] * len(golds), list(golds))
-    return GoldCheck(
-        rejected=tuple(i for i, reward in enumerate(own) if reward is None or reward <= 0.5),
-        unreadable=tuple(i for i, reward in enumerate(wrong) if reward is None),
-    )
+    rejected = [i for i, reward in enumerate(own) if reward is None or reward <= 0.5]
+    return rejected, [i for i, reward in enumerate(wrong) if reward is None]

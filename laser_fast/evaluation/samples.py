@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -13,16 +13,8 @@ from laser_fast.algorithm.score import is_correct, self_reward_score
 from laser_fast.config import ConfigError
 from laser_fast.observe import jsonl
 from laser_fast.records import FinishReason, Group
+from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
-
-
-class AnswerGrader(Protocol):
-    """What grading needs; `laser_fast.rewards.Grader` is one."""
-
-    def grade(
-        self, texts: list[str], answers: list[str], *, prompts: list[str]
-    ) -> list[float | None]:
-        """Reward of each completion text against its gold answer, None if grading failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +58,7 @@ def to_records(
     groups: Sequence[Group],
     *,
     decode: Callable[[Sequence[int]], str],
-    grader: AnswerGrader,
+    grader: Grader,
     beta: float,
     ref_logprob: float,
     extract: Callable[[str], str | None] = extract_boxed,

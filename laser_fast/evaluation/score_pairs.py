@@ -27,7 +27,7 @@ from laser_fast.config import Config, ConfigError, DataConfig
 from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.model import make_packer, open_vocabulary, read_last_token
-from laser_fast.evaluation.settings import ModelOptions, Score, build_config, score_of
+from laser_fast.evaluation.settings import Score, build_config, score_of
 from laser_fast.observe.jsonl import to_line
 from laser_fast.training.distributed import World, open_world
 from laser_fast.training.packing import Packer
@@ -55,10 +55,12 @@ class _Pair:
 
 
 def score_pairs(
-    model: ModelOptions,
+    model: str,
     source: Path,
     out: Path,
     *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> ScoreTotals | None:
@@ -74,8 +76,8 @@ def score_pairs(
         raise ConfigError(f"{out} exists; choose another file or --overwrite it")
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"{out}: no such folder")
-    config = build_config(model)
-    score = score_of(config)
+    settings = build_config(model, config=config, overrides=overrides)
+    score = score_of(settings)
     if score.ref_logprob == "auto":
         raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")
     if source.suffix not in (".jsonl", ".json"):
@@ -85,10 +87,10 @@ def score_pairs(
     counts: Counter[str | None] = Counter()
     with open_world() as world:
         # Any pair that the model has positions for is welcome.
-        vocabulary = open_vocabulary(_with_lengths(config, 1))
-        model_config = load_model_config(config.model)
+        vocabulary = open_vocabulary(_with_lengths(settings, 1))
+        model_config = load_model_config(settings.model)
         read = _PairReader(
-            config.data,
+            settings.data,
             vocabulary,
             max_tokens=model_config.max_position_embeddings,
             num_ids=model_config.vocab_size,
@@ -97,8 +99,9 @@ def score_pairs(
         lengths = [len(read(row).ids) for row in rows.read({})]
         if not lengths:
             raise ConfigError(f"{source}: no pairs to score")
-        config = _with_lengths(config, max(lengths))
-        policy, packer = build_policy(config.model, world), make_packer(config, vocabulary, world)
+        settings = _with_lengths(settings, max(lengths))
+        policy = build_policy(settings.model, world)
+        packer = make_packer(settings, vocabulary, world)
         lines = rows.read({})
         while chunk := list(islice(lines, _CHUNK)):
             pairs, done = [read(row) for row in chunk], counts.total()
@@ -112,6 +115,7 @@ def score_pairs(
                     for (_, row), pair, logprob in zip(chunk, pairs, logprobs, strict=True):
                         file.write(to_line({**row, **_result(pair, logprob, score)}))
             counts.update(pair.reason for pair in pairs)
+            on_progress(source.name, counts.total(), len(lengths))
         is_main = world.is_main
     if not is_main:
         return None

@@ -1,11 +1,11 @@
-"""From the options of a verb to a configuration: one vocabulary for training and measuring.
+"""The configuration of a measurement: one vocabulary for training and measuring.
 
 Later layers win:
 
     defaults of the paper's protocol, laser_fast.json of the model
     --config, such as the config.toml of a training run
     source, fields, split and reward of a named benchmark
-    options of the command line, section.key=value overrides
+    options of the command line, which are section.key=value overrides as well
 
 laser_fast.json lies beside a model's weights and holds the score that it was trained to give: a
 score means something only with the token, beta and c_ref of its training.
@@ -34,20 +34,6 @@ _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOptions:
-    """What every measuring verb is told about the model; None leaves it to the lower layers."""
-
-    model: str
-    config: Path | None = None
-    token: str | None = None
-    beta: float | None = None
-    ref_logprob: str | None = None  # a number or "auto"
-    engine: str = "hf"
-    seed: int | None = None
-    overrides: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """How score log-probs become scores.
 
@@ -60,8 +46,14 @@ class Score:
     ref_logprob: float | str
 
 
-def build_config(options: ModelOptions, benchmark: Benchmark | None = None) -> Config:
-    """The configuration of one benchmark's measurement.
+def build_config(
+    model: str,
+    benchmark: Benchmark | None = None,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The configuration of one benchmark's measurement, sampled by the hf engine by default.
 
     `data.eval` and `data.train` both name the problems. What only training reads is neutral, and
     `optim.tokens_per_microbatch` holds the longest sequence.
@@ -69,21 +61,21 @@ def build_config(options: ModelOptions, benchmark: Benchmark | None = None) -> C
     Raises:
         ConfigError: an option or key that does not fit.
     """
-    _refuse_run_folder(options.model)
-    score = read_score_settings(options.model)
+    _refuse_run_folder(model)
+    score = read_score_settings(model)
     values = _defaults(benchmark) | {f"score.{key}": value for key, value in score.items()}
-    values |= _of_file(options.config)
+    values |= _of_file(config)
     if benchmark is not None:
         values |= _of_benchmark(benchmark)
-    values |= _of_options(options)
+    values |= {"model.path": model, "rollout.engine": "hf"}
     layers: dict[str, Any] = {}
     for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
         section, _, name = key.rpartition(".")
         (_section(layers, section) if section else layers)[name] = value
-    for override in options.overrides:
+    for override in overrides:
         apply_override(layers, override)
     _neutralize(layers)
-    return parse_config(layers, source=str(options.config or "options"))
+    return parse_config(layers, source=str(config or "options"))
 
 
 def score_of(config: Config) -> Score:
@@ -100,20 +92,6 @@ def score_of(config: Config) -> Score:
             "--ref-logprob auto if this model never trained a score"
         )
     return Score(token=score.token, beta=score.beta, ref_logprob=score.ref_logprob)
-
-
-def read_ref_logprob(text: str) -> float | str:
-    """The number of --ref-logprob, or "auto".
-
-    Raises:
-        ConfigError: neither.
-    """
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f'--ref-logprob: expected a number or "auto", got "{text}"') from None
 
 
 def write_score_settings(
@@ -185,26 +163,14 @@ def _of_benchmark(benchmark: Benchmark) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value}
 
 
-def _of_options(options: ModelOptions) -> dict[str, Any]:
-    ref_logprob = options.ref_logprob
-    values = {
-        "model.path": options.model,
-        "rollout.engine": options.engine,
-        "rollout.tensor_parallel": 1 if options.engine == "hf" else None,
-        "seed": options.seed,
-        "score.token": options.token,
-        "score.beta": options.beta,
-        "score.ref_logprob": None if ref_logprob is None else read_ref_logprob(ref_logprob),
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def _neutralize(layers: dict[str, Any]) -> None:
     """Let nothing that only training reads stand in the way of a measurement."""
     data, rollout, optim = (_section(layers, name) for name in ("data", "rollout", "optim"))
     _section(layers, "score")["loss_coef"] = _section(layers, "advantage")["score_coef"] = 0.0
     if rollout.get("score") == "off":
         rollout["score"] = "auto"  # scores come from generation here
+    if rollout["engine"] == "hf":
+        rollout["tensor_parallel"] = 1
     # Wrong types are left to the validation, which names them.
     lengths = (data.get("max_prompt_tokens"), rollout.get("max_new_tokens"))
     budget = optim.get("tokens_per_microbatch", 16384)

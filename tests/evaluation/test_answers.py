@@ -50,8 +50,7 @@ class ScriptedGrader:
 
 def test_golds_that_cannot_be_right_are_found():
     found = check_golds(["1", "bad", "?", "2"], kind="math", grader=ScriptedGrader())
-    assert found.rejected == (1, 2)
-    assert found.unreadable == (2,)
+    assert found == ([1, 2], [2])
 
 
 @pytest.mark.parametrize("name", NUM_ROWS)
@@ -64,6 +63,6 @@ def test_every_real_gold_verifies_itself(name, data_dir):
     ]
     assert len(golds) == NUM_ROWS[name]
     with Grader(RewardConfig(kind=benchmark.reward_kind, timeout_s=30.0, workers=1)) as grader:
-        found = check_golds(golds, kind=benchmark.reward_kind, grader=grader)
-    assert [golds[i] for i in found.rejected] == []
-    assert [golds[i] for i in found.unreadable] == []
+        rejected, unreadable = check_golds(golds, kind=benchmark.reward_kind, grader=grader)
+    assert [golds[i] for i in rejected] == []
+    assert [golds[i] for i in unreadable] == []

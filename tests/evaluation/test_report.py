@@ -156,6 +156,23 @@ def test_k_beyond_the_samples_is_refused(random_records):
         build_report(random_records(3, 4), options=ReportOptions(ks=(1, 8)))
 
 
+@pytest.mark.parametrize(
+    ("f1", "mean"),
+    [
+        ([56.3, 42.5, 51.4, 50.8, 38.5], 47.9),
+        ([86.0, 79.6, 70.8, 67.3, 76.0], 75.9),
+        ([86.8, 79.4, 71.0, 71.4, 75.5], 76.8),
+        ([85.9, 78.1, 73.8, 79.2, 77.3], 78.9),
+        ([87.2, 79.7, 64.6, 77.7, 78.7], 77.6),
+    ],
+)
+def test_average_gives_the_papers_means(f1, mean):
+    """F1 of five verifiers on five sets of different sizes: the paper's mean is over the sets."""
+    reports = [{"metrics": {"f1": {"value": value}}} for value in f1]
+    draws = [{"f1": np.array([value])} for value in f1]
+    assert _value(average(reports, draws), "f1") == pytest.approx(mean, abs=0.051)
+
+
 def test_average_is_over_benchmarks_with_its_own_interval(random_records):
     parts = [build_report(random_records(20, n, seed=n), options=FEW) for n in (2, 4)]
     reports, draws = [part[0] for part in parts], [part[1] for part in parts]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -17,20 +16,18 @@ from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.report import ReportOptions
 from laser_fast.evaluation.samples import read_samples
-from laser_fast.evaluation.settings import ModelOptions
 
 FEW = ReportOptions(num_resamples=20)
 
 
 @pytest.fixture(scope="module")
 def model(sandbox_model):
-    return ModelOptions(
-        model=str(sandbox_model),
-        token="<|reserved_0|>",
-        beta=0.2,
-        ref_logprob="-9.5",
-        overrides=["rollout.max_num_seqs=8"],
-    )
+    overrides = ["score.token=<|reserved_0|>", "score.beta=0.2", "score.ref_logprob=-9.5"]
+    return {"model": str(sandbox_model), "overrides": [*overrides, "rollout.max_num_seqs=8"]}
+
+
+def _also(model, *overrides):
+    return {**model, "overrides": [*model["overrides"], *overrides]}
 
 
 def _options(out, **given):
@@ -44,7 +41,7 @@ def finished(model, tmp_path_factory):
     moves = []
     out = tmp_path_factory.mktemp("eval") / "out"
     conclusion = run_evaluation(
-        model, **_options(out), on_progress=lambda *move: moves.append(move)
+        **model, **_options(out), on_progress=lambda *move: moves.append(move)
     )
     assert [done for _, done, _ in moves] == [0, 2, 4, 6, 8, 9]
     return conclusion
@@ -79,32 +76,40 @@ def test_a_killed_evaluation_continues_to_the_same_numbers(finished, model, tmp_
 
     options = _options(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        run_evaluation(model, **options, on_progress=kill)
+        run_evaluation(**model, **options, on_progress=kill)
     path = EvalFolder(options["out"]).samples("sandbox")
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 16
     # Killed while it wrote the next chunk: three lines and a half.
     own = finished.folder.samples("sandbox").read_text().splitlines(keepends=True)
     path.write_text("".join(lines + own[16:19]) + own[19][:40])
-    conclusion = run_evaluation(model, **options)
+    conclusion = run_evaluation(**model, **options)
     assert _samples(conclusion) == _samples(finished)
     assert conclusion.report == finished.report
 
 
 def test_a_kill_between_samples_and_report_needs_no_model(finished, model, tmp_path, monkeypatch):
     options = _options(tmp_path / "out")
-    run_evaluation(model, **options)
+    run_evaluation(**model, **options)
     EvalFolder(options["out"]).report.unlink()
     monkeypatch.setattr("laser_fast.evaluation.evaluate.open_engine", None)
-    assert run_evaluation(model, **options).report == finished.report
+    assert run_evaluation(**model, **options).report == finished.report
 
 
 @pytest.mark.slow
 def test_sigkill_from_outside(model, tmp_path):
     """The same through the command line and a real kill, with chunks small enough to be cut."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "laser_fast", "eval", model.model, "-b", "sandbox"]
-    command += ["--token", model.token, "--beta", "0.2", "--ref-logprob=-9.5", "--out", str(out)]
+    command = [sys.executable, "-m", "laser_fast", "eval", model["model"], "-b", "sandbox"]
+    command += [
+        "--token",
+        "<|reserved_0|>",
+        "--beta",
+        "0.2",
+        "--ref-logprob=-9.5",
+        "--out",
+        str(out),
+    ]
     command += ["--samples", "4", "--limit", "40", "rollout.max_num_seqs=8"]
     samples = EvalFolder(out).samples("sandbox")
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -120,7 +125,7 @@ def test_sigkill_from_outside(model, tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert second.returncode == 0, second.stderr
     assert "40 problems, 4 completions each; accuracy (avg@4)" in second.stdout
-    undisturbed = run_evaluation(model, **_options(tmp_path / "again", limit=40))
+    undisturbed = run_evaluation(**model, **_options(tmp_path / "again", limit=40))
     assert read_samples(samples) == _samples(undisturbed)
     report = json.loads(EvalFolder(out).report.read_text())["benchmarks"]["sandbox"]
     again = undisturbed.report["benchmarks"]["sandbox"]
@@ -132,27 +137,27 @@ def test_outputs_are_not_overwritten_unasked(finished, model):
     out = finished.folder.path
     before = finished.folder.report.read_text()
     with pytest.raises(ConfigError, match="holds a finished evaluation"):
-        run_evaluation(model, **_options(out))
+        run_evaluation(**model, **_options(out))
     assert finished.folder.report.read_text() == before
 
 
 def test_other_settings_do_not_continue(finished, model, tmp_path):
     options = _options(tmp_path / "out", limit=2)
-    run_evaluation(model, **options)
+    run_evaluation(**model, **options)
     EvalFolder(options["out"]).report.unlink()
     with pytest.raises(ConfigError, match="begun with another seed: 0 against 1"):
-        run_evaluation(replace(model, seed=1), **options)
+        run_evaluation(**_also(model, "seed=1"), **options)
     with pytest.raises(ConfigError, match="begun with another benchmarks"):
-        run_evaluation(model, **_options(tmp_path / "out", limit=3))
+        run_evaluation(**model, **_options(tmp_path / "out", limit=3))
     overwritten = run_evaluation(
-        replace(model, seed=1), **_options(tmp_path / "out", limit=2, overwrite=True)
+        **_also(model, "seed=1"), **_options(tmp_path / "out", limit=2, overwrite=True)
     )
     assert _samples(overwritten) != _samples(finished)[:8]
 
 
 def test_c_ref_of_the_model_itself(model, finished, tmp_path):
     conclusion = run_evaluation(
-        replace(model, ref_logprob="auto"), **_options(tmp_path / "out", limit=4)
+        **_also(model, "score.ref_logprob=auto"), **_options(tmp_path / "out", limit=4)
     )
     ended = [r.score_logprob for r in _samples(finished)[:16] if r.is_finished]
     mean = sum(ended) / len(ended)
@@ -163,13 +168,13 @@ def test_c_ref_of_the_model_itself(model, finished, tmp_path):
 
 
 def test_without_scores_nothing_about_them_is_needed(model, tmp_path):
-    plain = ModelOptions(model=model.model)
-    conclusion = run_evaluation(plain, **_options(tmp_path / "out", limit=2, needs_score=False))
+    plain = {"model": model["model"]}
+    conclusion = run_evaluation(**plain, **_options(tmp_path / "out", limit=2, needs_score=False))
     assert "score" not in conclusion.report
     metrics = conclusion.report["benchmarks"]["sandbox"]["metrics"]
     assert metrics["accuracy"]["value"] is not None and "auroc" not in metrics
     with pytest.raises(ConfigError, match="a score needs c_ref"):
-        run_evaluation(plain, **_options(tmp_path / "other"))
+        run_evaluation(**plain, **_options(tmp_path / "other"))
 
 
 def test_rescoring_needs_no_model(finished, tmp_path):
@@ -229,10 +234,9 @@ def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
 def test_broken_files_name_the_place(model, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     options = _options(tmp_path / "out", benchmarks=[str(tmp_path / "bad.jsonl")])
-    template = [*model.overrides, "data.template={prompt}", "rollout.max_new_tokens=8"]
-    template += ["data.max_prompt_tokens=64"]
+    template = ["data.template={prompt}", "rollout.max_new_tokens=8", "data.max_prompt_tokens=64"]
     with pytest.raises(ConfigError, match=message):
-        run_evaluation(replace(model, overrides=template), **options)
+        run_evaluation(**_also(model, *template), **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -244,10 +248,10 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [*model.overrides, "data.template={prompt}", "data.prompt_suffix="]
+    overrides = ["data.template={prompt}", "data.prompt_suffix="]
     overrides += ["rollout.max_new_tokens=24", "data.max_prompt_tokens=64"]
     conclusion = run_evaluation(
-        replace(model, overrides=overrides),
+        **_also(model, *overrides),
         **_options(tmp_path / "out", benchmarks=[str(file)], samples=2),
     )
     records = _samples(conclusion, "mine")
@@ -262,29 +266,26 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
 def test_options_that_do_not_fit(model, tmp_path):
     def refuse(match, **given):
         with pytest.raises(ConfigError, match=match):
-            run_evaluation(model, **_options(tmp_path / "out", **given))
+            run_evaluation(**model, **_options(tmp_path / "out", **given))
 
     refuse("--k 8 needs as many samples, and sandbox gets 4", report=ReportOptions(ks=(8,)))
     refuse("name at least one --benchmark", benchmarks=[])
     refuse('two benchmarks are called "sandbox"', benchmarks=["sandbox", "sandbox"])
     refuse('benchmark "nope": expected', benchmarks=["nope"])
-    chat = replace(model, overrides=["data.template=chat"])
+    chat = _also(model, "data.template=chat")
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
-        run_evaluation(chat, **_options(tmp_path / "out"))
+        run_evaluation(**chat, **_options(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_real_files_end_to_end(random_model, data_dir, tmp_path):
     """A random model on the first problems of every real file: prompts, grades, votes, report."""
     names = ["math500", "amc23", "aime24", "aime25", "olympiadbench", "gsm8k"]
-    model = ModelOptions(
-        model=str(random_model),
-        token="<|reserved_0|>",
-        ref_logprob="auto",
-        overrides=["data.template={prompt}", "rollout.max_new_tokens=12"],
-    )
+    overrides = ["score.token=<|reserved_0|>", "score.ref_logprob=auto"]
+    overrides += ["data.template={prompt}", "rollout.max_new_tokens=12"]
+    model = {"model": str(random_model), "overrides": overrides}
     options = _options(tmp_path / "out", benchmarks=names, data_dir=data_dir, limit=4)
-    conclusion = run_evaluation(model, **options)
+    conclusion = run_evaluation(**model, **options)
     for name in names:
         report = conclusion.report["benchmarks"][name]
         assert (report["num_prompts"], report["num_failed_grades"]) == (4, 0)
@@ -299,17 +300,18 @@ def test_real_files_end_to_end(random_model, data_dir, tmp_path):
 def test_calibration_of_the_sandbox_model(model, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
     options = {"data": "sandbox", "prompts": 6, "samples": 4}
-    everything = calibrate(replace(model, token=None), **options)
+    everything = calibrate(**model, **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
     assert {c.token for c in everything.candidates} <= {f"<|reserved_{i}|>" for i in range(5)}
-    one = calibrate(replace(model, token="<|reserved_2|>"), **options)
+    one = calibrate(**model, token="<|reserved_2|>", **options)
     assert [c.token for c in one.candidates] == ["<|reserved_2|>"]
     ended = [r.score_logprob for r in _samples(finished) if r.is_finished]
     [own] = [c for c in everything.candidates if c.token == "<|reserved_0|>"]
     # Other prompts of the same kind, so the same number up to a few standard errors.
     assert own.ref_logprob == pytest.approx(sum(ended) / len(ended), abs=0.5)
     two = calibrate(
-        replace(model, token="<|reserved_0|>"),
+        **model,
+        token="<|reserved_0|>",
         **options,
         templates=("{prompt}", "0{prompt}"),
     )
@@ -317,4 +319,4 @@ def test_calibration_of_the_sandbox_model(model, finished):
     assert groups["all"] == two.num_finished
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
     with pytest.raises(ConfigError, match="put {prompt} into it"):
-        calibrate(model, **options, templates=("none",))
+        calibrate(**model, **options, templates=("none",))

@@ -8,20 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.score_pairs import score_pairs
-from laser_fast.evaluation.settings import ModelOptions
 
 EOS, SCORE = 1, 2  # <eos> and <|reserved_0|> of the sandbox's tokenizer
 
 
 @pytest.fixture
 def model(sandbox_model):
-    return ModelOptions(
-        model=str(sandbox_model),
-        token="<|reserved_0|>",
-        beta=0.2,
-        ref_logprob="-9",
-        overrides=["data.template={prompt}"],
-    )
+    overrides = ["score.token=<|reserved_0|>", "score.beta=0.2", "score.ref_logprob=-9"]
+    return {"model": str(sandbox_model), "overrides": [*overrides, "data.template={prompt}"]}
 
 
 def _write(path, rows):
@@ -31,7 +25,7 @@ def _write(path, rows):
 
 def _score(model, tmp_path, rows, **given):
     out = tmp_path / "out.jsonl"
-    totals = score_pairs(model, _write(tmp_path / "in.jsonl", rows), out, **given)
+    totals = score_pairs(source=_write(tmp_path / "in.jsonl", rows), out=out, **model, **given)
     return totals, [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -127,17 +121,17 @@ def test_an_output_is_not_overwritten_unasked(model, tmp_path):
 def test_broken_input_names_the_place(model, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        score_pairs(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", **model)
 
 
 def test_options_that_do_not_fit(model, tmp_path):
     row = {"prompt": "1a+1=", "response": "2"}
     with pytest.raises(ConfigError, match="--ref-logprob auto: pairs of unknown origin"):
-        _score(ModelOptions(model=model.model, ref_logprob="auto"), tmp_path, [row])
-    chat = ModelOptions(model=model.model, token=model.token, beta=0.2, ref_logprob="-9")
+        _score({**model, "overrides": ["score.ref_logprob=auto"]}, tmp_path, [row])
+    chat = {**model, "overrides": [*model["overrides"], "data.template=chat"]}
     with pytest.raises(ConfigError, match="no chat template; give prompt_ids, or set data.templ"):
         _score(chat, tmp_path, [row])
     with pytest.raises(ConfigError, match="expected a .jsonl or .json file"):
-        score_pairs(model, tmp_path / "in.csv", tmp_path / "out.jsonl")
+        score_pairs(source=tmp_path / "in.csv", out=tmp_path / "out.jsonl", **model)
     with pytest.raises(ConfigError, match="no such folder"):
-        score_pairs(model, tmp_path / "in.jsonl", tmp_path / "none" / "out.jsonl")
+        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path / "none" / "out", **model)

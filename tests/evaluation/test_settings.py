@@ -5,7 +5,6 @@ import pytest
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, SANDBOX, find_benchmark
 from laser_fast.evaluation.settings import (
-    ModelOptions,
     build_config,
     read_score_settings,
     score_of,
@@ -13,12 +12,12 @@ from laser_fast.evaluation.settings import (
 )
 
 
-def _options(**given):
-    return ModelOptions(**({"model": "owner/model"} | given))
+def build(benchmark=None, *overrides, model="owner/model", config=None):
+    return build_config(model, benchmark, config=config, overrides=overrides)
 
 
 def test_defaults_are_the_papers_protocol():
-    config = build_config(_options(), find_benchmark("aime24"))
+    config = build(find_benchmark("aime24"))
     assert (config.rollout.temperature, config.rollout.max_new_tokens) == (1.0, 8192)
     assert config.data.prompt_suffix == PROMPT_SUFFIX
     assert config.data.eval == "HuggingFaceH4/aime_2024" and config.data.eval_split == "train"
@@ -32,51 +31,44 @@ def test_later_layers_win(tmp_path):
         'template = "{prompt}!"\n[reward]\nkind = "exact"\n[rollout]\nengine = "vllm"\n'
         'score = "off"\n[score]\nbeta = 0.2\nref_logprob = "auto"\n'
     )
-    config = build_config(_options(config=file), find_benchmark("gsm8k"))
+    config = build(find_benchmark("gsm8k"), config=file)
     # Wording is the run's; source, fields and grading are the benchmark's.
     assert config.data.prompt_suffix == " Go." and config.data.template == "{prompt}!"
     assert config.data.prompt_field == "question" and config.reward.kind == "gsm8k"
     assert config.rollout.engine == "hf" and config.rollout.score == "auto"
-    own = build_config(_options(config=file), find_benchmark("x/y"))
+    own = build(find_benchmark("x/y"), config=file)
     assert own.data.prompt_field == "q" and own.reward.kind == "exact"
-    changed = build_config(
-        _options(config=file, beta=0.3, overrides=["data.prompt_field=p", "reward.kind=math"]),
-        find_benchmark("gsm8k"),
-    )
+    typed = ["score.beta=0.3", "data.prompt_field=p", "reward.kind=math"]
+    changed = build(find_benchmark("gsm8k"), *typed, config=file)
     assert changed.score.beta == 0.3
     assert changed.data.prompt_field == "p" and changed.reward.kind == "math"
 
 
 def test_the_sandbox_brings_its_wording():
-    config = build_config(_options(), SANDBOX)
+    config = build(SANDBOX)
     assert config.data.template == "{prompt}" and config.data.prompt_suffix == ""
     assert config.reward.kind == "laser_fast.data.sandbox:reward"
 
 
 def test_an_exported_model_knows_its_score(tmp_path):
     write_score_settings(tmp_path, token="<z>", beta=0.15, ref_logprob=-11.5)
-    options = _options(model=str(tmp_path))
-    score = score_of(build_config(options))
+    score = score_of(build(model=str(tmp_path)))
     assert (score.token, score.beta, score.ref_logprob) == ("<z>", 0.15, -11.5)
     # "auto" in a run's file means that training measured it: the exported number stands.
     file = tmp_path / "run.toml"
     file.write_text('[score]\nref_logprob = "auto"\nbeta = 0.2\n')
-    options = _options(model=str(tmp_path), config=file)
-    score = score_of(build_config(options))
+    score = score_of(build(model=str(tmp_path), config=file))
     assert (score.beta, score.ref_logprob) == (0.2, -11.5)
 
 
 def test_c_ref_must_be_known_or_asked_for():
-    options = _options()
     with pytest.raises(ConfigError, match="needs c_ref.*calibrate.*--ref-logprob auto"):
-        score_of(build_config(options))
-    for given in ({"ref_logprob": "auto"}, {"overrides": ['score.ref_logprob="auto"']}):
-        options = _options(**given)
-        assert score_of(build_config(options)).ref_logprob == "auto"
-    options = _options(ref_logprob="-23.1")
-    assert score_of(build_config(options)).ref_logprob == -23.1
-    with pytest.raises(ConfigError, match='expected a number or "auto", got "x"'):
-        build_config(_options(ref_logprob="x"))
+        score_of(build())
+    for given in ("score.ref_logprob=auto", 'score.ref_logprob="auto"'):
+        assert score_of(build(None, given)).ref_logprob == "auto"
+    assert score_of(build(None, "score.ref_logprob=-23.1")).ref_logprob == -23.1
+    with pytest.raises(ConfigError, match="expected a number or 'auto', got 'x'"):
+        build(None, "score.ref_logprob=x")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"score": {"token": "<z>"}}', '{"score": 3}'])
@@ -88,11 +80,11 @@ def test_a_broken_score_file_is_refused(tmp_path, text):
 
 def test_run_folders_unknown_keys_and_values_in_place_of_sections(tmp_path):
     with pytest.raises(ConfigError, match='unknown key "rollout.temprature"'):
-        build_config(_options(overrides=["rollout.temprature=0.6"]))
+        build(None, "rollout.temprature=0.6")
     with pytest.raises(ConfigError, match='"data" is a section'):
-        build_config(_options(overrides=["data=3"]))
+        build(None, "data=3")
     with pytest.raises(ConfigError, match="cannot read the configuration"):
-        build_config(_options(config=tmp_path / "none.toml"))
+        build(config=tmp_path / "none.toml")
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ConfigError, match="is the folder of a run.*laser-fast export"):
-        build_config(_options(model=str(tmp_path)))
+        build(model=str(tmp_path))
