@@ -15,7 +15,6 @@ from typing import Any
 from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of
-from laser_fast.evaluation.plots import draw_plots
 from laser_fast.evaluation.report import (
     DEFAULTS,
     Report,
@@ -32,6 +31,7 @@ from laser_fast.evaluation.samples import (
     write_samples,
 )
 from laser_fast.evaluation.settings import Score
+from laser_fast.observe.charts import evaluation_diagrams, save_png
 from laser_fast.observe.jsonl import replace_text, to_text
 from laser_fast.rewards import Grader
 
@@ -73,7 +73,8 @@ def conclude(
         report, drawn = build_report(records, same_answer=same_answer, options=options)
         reports[name] = {**about[name], **report}
         draws.append(drawn)
-        draw_plots(name, records, reports[name], folder.plots(name))
+        diagrams = evaluation_diagrams(report, [asdict(record) for record in records])
+        save_png(folder.plots(name), diagrams, columns=len(diagrams))
     content["benchmarks"] = reports
     if len(reports) > 1:
         content["average"] = average(list(reports.values()), draws)

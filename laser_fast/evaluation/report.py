@@ -144,7 +144,9 @@ def build_report(
             seed=options.seed,
         ).reshape(-1, len(values))
         draws = dict(zip(values, drawn.T, strict=True))
-    base_rate = options.base_rate
+    base_rate, diagrams = options.base_rate, {}
+    if scores is not None and graded:
+        diagrams = _diagrams(scores, correct, finished, base_rate)
     report = {
         "num_prompts": len(problems),
         "samples_per_prompt": num_samples,
@@ -155,7 +157,7 @@ def build_report(
         "base_rate": finished_rate(correct, finished) if base_rate is None else base_rate,
         "interval": LEVEL,
         "metrics": _entries(values, draws),
-        "reliability": {} if scores is None else _diagrams(scores, correct, finished, base_rate),
+        "reliability": diagrams,
     }
     return plain_value(report), draws
 

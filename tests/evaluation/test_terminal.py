@@ -2,15 +2,16 @@
 
 import io
 import tomllib
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.calibrate import Row, rank_candidates
-from laser_fast.evaluation.plots import draw_plots
 from laser_fast.evaluation.report import ReportOptions, average, build_report
 from laser_fast.evaluation.terminal import print_calibration, print_report
+from laser_fast.observe.charts import evaluation_diagrams, save_png
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,20 @@ def test_tables_hold_every_number_within_80_columns(content):
 
 
 def test_plots_are_drawn_with_and_without_scores(content, random_records, make_record, tmp_path):
-    records = random_records(12, 8)
-    draw_plots("two", records, content["benchmarks"]["two"], tmp_path / "scored.png")
+    def width(report, records):
+        diagrams = evaluation_diagrams(report, [asdict(record) for record in records])
+        save_png(tmp_path / "plots.png", diagrams, columns=len(diagrams))
+        return int.from_bytes((tmp_path / "plots.png").read_bytes()[16:20], "big")
+
+    def report_of(records):
+        return build_report(records, options=ReportOptions(num_resamples=2))[0]
+
     plain = [make_record("a", i, score=None, score_logprob=None) for i in range(2)]
-    report, _ = build_report(plain, options=ReportOptions(num_resamples=2))
-    draw_plots("plain", plain, report, tmp_path / "plain.png")
-    scored, alone = (
-        int.from_bytes((tmp_path / name).read_bytes()[16:20], "big")
-        for name in ("scored.png", "plain.png")
-    )
+    alone = width(report_of(plain), plain)
     # Three panels against one.
-    assert scored == 3 * alone
+    assert width(content["benchmarks"]["two"], random_records(12, 8)) == 3 * alone
+    ungraded = [make_record("a", i, reward=None) for i in range(2)]
+    assert width(report_of(ungraded), ungraded) == alone
 
 
 def _calibration(*logprobs):
