@@ -67,7 +67,7 @@ def test_table_and_plot(results, tmp_path):
         "| bare GEMMs",
         "| stream of W",
     ]
-    assert lines[4] == "| ours triton | 36 | 0.60 | 1.06 | 3.00 | loss 1.0e-06 |  |"
+    assert lines[4] == "| ours triton | 36 | 0.60 | 1.06 | 3 | loss 1.0e-06 |  |"
     assert lines[-1] == "Not measured: quack (No module named 'quack')"
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
 
