@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ import torch
 
 from bench import mini_pytest
 from bench.markdown import document, table
-from bench.provenance import ROOT, header
+from bench.provenance import ROOT, header, save
 
 OUR_PACKAGES = ("laser_fast", "laser_kernels", "bench")
+
 
 class Outcomes:
     """What became of each test; also a pytest plugin that hears it."""
@@ -34,9 +34,7 @@ class Outcomes:
         self.rows.append({"test": name, "outcome": outcome, "reason": reason})
         print(f"{outcome}  {name}  {reason}", flush=True)
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1))
-            self.path.with_suffix(".md").write_text(self.document())
+            save(self.path, self.header, self.rows, self.document())
 
     def add_unimportable(self, name: str, reason: str) -> None:
         """Take a file that cannot be imported: for want of somebody's package it is skipped."""
