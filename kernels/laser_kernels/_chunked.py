@@ -51,6 +51,7 @@ def keep(
     labels: Tensor,  # [n]
     inv_temperature: Tensor,  # [n] float32
     with_entropy: bool = False,
+    out: Tensor | None = None,  # [n, V] float32: on a CPU, where to keep them
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Score rows; return the statistics, the kept logits [n, V] and their offset [n]."""
     if hidden_states.is_cuda:
@@ -60,7 +61,7 @@ def keep(
         stats = _row_kernels.statistics(logits, labels, inv_temperature)
         return stats, logits, stats.logsumexp.clone()  # outputs of an op may not share memory
     # Tempering H instead of the logits saves a pass over the chunk.
-    logits = _gemm.logits(hidden_states.float() * inv_temperature[:, None], weight)
+    logits = _gemm.logits(hidden_states.float() * inv_temperature[:, None], weight, out)
     anchor = logits.amax(1)
     shifted = logits.sub_(anchor[:, None])
     # (z_y - max) - log S, not z_y - lse: a common offset of all logits cancels exactly.
