@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import Budget, Case, Entry, Row, Unavailable, measure
+from bench.harness import Budget, Case, Entry, Row, Unavailable, measure, reason_of
 from bench.markdown import document
 from bench.provenance import header, save
 from bench.providers import COMPILED
@@ -139,7 +139,12 @@ def run_head(
         }
         if results.has(label):
             continue
-        sets = make_input_sets(shape, num_rows, getattr(torch, name), device)
+        try:
+            sets = make_input_sets(shape, num_rows, getattr(torch, name), device)
+        except torch.OutOfMemoryError as error:
+            reason = f"inputs: {reason_of(error)}"
+            results.add([Row(label, "all", status="skipped", reason=reason)])
+            continue
         case = Case(label, modes, select(entries_of(sets), args), baseline, device)
         results.add(measure(case, budget(args), on_start=announce))
     return results.rows
