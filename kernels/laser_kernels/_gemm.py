@@ -31,8 +31,9 @@ def hidden_gradient(dlogits: Tensor, weight: Tensor, scale: Tensor | None = None
     if dlogits.is_cuda:
         out = _mm(dlogits, weight)
     else:
-        out = dlogits.new_zeros(len(dlogits), weight.shape[1], dtype=torch.float32)
-        for columns in _weight_blocks(weight):
+        first, *others = _weight_blocks(weight)
+        out = _mm(dlogits[:, first], weight[first])
+        for columns in others:
             out.addmm_(dlogits[:, columns].float(), weight[columns].float())
     return out if scale is None else out.mul_(scale)
 
