@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("kernels", "csrc", "laser_fast", "bench")
+SOURCES = ("kernels", "csrc", "laser_fast", "bench", ":(exclude)bench/results")
 PACKAGES = (
     "torch",
     "triton",
