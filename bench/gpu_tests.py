@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 
 from bench import mini_pytest
 from bench.markdown import document, table
-from bench.provenance import ROOT, header
+from bench.provenance import ROOT, header, save
+
+OUR_PACKAGES = ("laser_fast", "laser_kernels", "bench")
 
 
 class Outcomes:
@@ -32,9 +34,13 @@ class Outcomes:
         self.rows.append({"test": name, "outcome": outcome, "reason": reason})
         print(f"{outcome}  {name}  {reason}", flush=True)
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1))
-            self.path.with_suffix(".md").write_text(self.document())
+            save(self.path, self.header, self.rows, self.document())
+
+    def add_unimportable(self, name: str, reason: str) -> None:
+        """Take a file that cannot be imported: for want of somebody's package it is skipped."""
+        missing = re.search(r"No module named '(\w+)", reason)
+        is_skipped = missing and missing[1] not in OUR_PACKAGES
+        self.add(name, "skipped" if is_skipped else "failed", reason)
 
     def document(self) -> str:
         """Counts, then every test that did not pass."""
@@ -57,7 +63,7 @@ class Outcomes:
     def pytest_collectreport(self, report) -> None:
         """Hear that a file cannot be collected."""
         if report.failed:
-            self.add(report.nodeid, "failed", _reason(report.longrepr))
+            self.add_unimportable(report.nodeid, _reason(report.longrepr))
 
 
 def _reason(longrepr: object) -> str:
@@ -73,6 +79,16 @@ def files_with(marker: str, folder: Path) -> list[Path]:
     """Test files that name the marker: others may import what is not installed here."""
     found = sorted(folder.rglob("test_*.py"))
     return [path for path in found if f"mark.{marker}" in path.read_text()]
+
+
+def run_without_pytest(files: Sequence[Path], marker: str, outcomes: Outcomes) -> None:
+    """Run the marked tests of the files by `bench.mini_pytest`."""
+    mini_pytest.install()
+    for path in files:
+        try:
+            mini_pytest.run_file(path, marker, outcomes.add)
+        except ImportError as error:
+            outcomes.add_unimportable(path.name, str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in files:
             outcomes.add(path.name, "skipped", "needs an NVIDIA GPU")
     else:
-        mini_pytest.install()
-        for path in files:
-            mini_pytest.run_file(path, args.marker, outcomes.add)
+        run_without_pytest(files, args.marker, outcomes)
     print(outcomes.summary or "no test found")
     return int(any(row["outcome"] == "failed" for row in outcomes.rows))
 

@@ -231,7 +231,7 @@ def _attempt(row: Row, work: Callable[[], Result]) -> Result | None:
         is_absent = isinstance(error, (ImportError, Unavailable)) or isinstance(
             error.__cause__, ImportError
         )
-        row.status, row.reason = "skipped" if is_absent else "crashed", _reason(error)
+        row.status, row.reason = "skipped" if is_absent else "crashed", reason_of(error)
     # Only now is the traceback gone, which held the provider's tensors.
     if torch.cuda.is_available():
         gc.collect()
@@ -240,7 +240,8 @@ def _attempt(row: Row, work: Callable[[], Result]) -> Result | None:
     return None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """One line that says why a row has no numbers."""
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, Unavailable):
         return text

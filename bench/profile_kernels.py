@@ -5,7 +5,6 @@ python -m bench.profile_kernels [--shapes qwen2.5-7b] [--rows 8192] [--smoke] [-
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import last_token, linear_logprob, linear_logprob_loss, runner
 from bench.harness import Unavailable
 from bench.markdown import document, table
-from bench.provenance import header
+from bench.provenance import header, save
 from bench.shapes import SHAPES, make_input_sets
 
 OPS = (linear_logprob_loss, linear_logprob, last_token)
@@ -82,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     text = document(facts, []) + "\n" + "\n".join(table(columns, cells)) + "\n"
     print(text)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
+        save(args.json, facts, rows, text)
     return rows
 
 

@@ -1,20 +1,22 @@
-"""Where a result comes from: hardware, driver, versions, commit, command."""
+"""Where a result comes from (hardware, driver, versions, commit, command), and its two files."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("kernels", "csrc", "laser_fast", "bench")
+SOURCES = ("kernels", "csrc", "laser_fast", "bench", ":(exclude)bench/results")
 PACKAGES = (
     "torch",
     "triton",
@@ -64,6 +66,15 @@ def command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
     return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def save(path: Path, header: dict[str, str], rows: Sequence[dict], text: str) -> None:
+    """Write a result as JSON, whole or not at all, and `text`, its tables, as .md beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"header": header, "rows": list(rows)}, indent=1) + "\n")
+    partial.replace(path)
+    path.with_suffix(".md").write_text(text)
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.markdown import table
 from bench.provenance import ROOT
+from bench.providers import BASELINE
 
 MODE = "fwd+bwd"
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -62,7 +63,7 @@ def _numbers(row: dict) -> list[str]:
     time, peak = row["times"][MODE], row["peak_extra_mib"].get(MODE)
     errors = [f"{name} {error['value']:.1e}" for name, error in row["errors"].items()]
     ratios = [f"{time[key]:.2f}" if key in time else "-" for key in ("x_baseline", "x_bound")]
-    memory = "-" if peak is None else f"{peak / 1024:.2f}"
+    memory = "-" if peak is None else f"{peak / 1024:.3g}"
     return [f"{time['median_ms']:.4g}", *ratios, memory, ", ".join(errors) or "-"]
 
 
@@ -73,31 +74,46 @@ def _remark(row: dict) -> str:
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
-    """Time and memory against N, log-log, one line per provider, floors dashed."""
+    """Time in multiples of its floor, and memory, against N: one line per provider.
+
+    Below each N stands the floor in milliseconds. Dashed: providers that do a smaller job.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, value_of, label in zip(
-        axes, (_milliseconds, _gibibytes), (f"{MODE}, ms", "peak extra memory, GiB"), strict=True
-    ):
-        for provider in dict.fromkeys(row["provider"] for row in rows if row["status"] == "ok"):
-            points = [row for row in rows if row["provider"] == provider]
-            _line(axis, points, value_of, label=provider, marker="o", markersize=3)
-        axis.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
-        axis.grid(alpha=0.3)
-    bounds = [row for row in rows if row["status"] == "bound"]
-    slowest = {
-        number: max((row for row in bounds if row["case"]["N"] == number), key=_milliseconds)
-        for number in {row["case"]["N"] for row in bounds}
-    }
-    dashed = {"color": "black", "linestyle": "--", "linewidth": 1}
-    _line(axes[0], list(slowest.values()), _milliseconds, label="floor", **dashed)
-    floors = {row["case"]["N"]: row for row in rows}
-    _line(axes[1], list(floors.values()), _gradients, label="floor", **dashed)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    floor = {row["case"]["N"]: 0.0 for row in rows}
+    for row in rows:
+        if row["status"] == "bound":
+            floor[row["case"]["N"]] = max(floor[row["case"]["N"]], _milliseconds(row))
+    numbers = sorted(number for number in floor if floor[number])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    good = [row for row in rows if row["status"] == "ok" and MODE in row["times"]]
+    for index, provider in enumerate(dict.fromkeys(row["provider"] for row in good)):
+        points = {row["case"]["N"]: row for row in good if row["provider"] == provider}
+        style = _style(index, provider, is_smaller_job=not any(r["rank"] for r in points.values()))
+        times = [(n, _milliseconds(points[n]) / floor[n]) for n in numbers if n in points]
+        peaks = [(n, _gibibytes(points[n])) for n in sorted(points)]
+        for axis, values in ((left, times), (right, peaks)):
+            axis.plot([n for n, _ in values], [value for _, value in values], **style)
+    dotted = {"color": "black", "linestyle": ":", "label": "floor"}
+    left.plot(numbers, [1.0] * len(numbers), **dotted)
+    gradients = {row["case"]["N"]: _gradients(row) for row in rows}
+    right.plot(sorted(gradients), [gradients[n] for n in sorted(gradients)], **dotted)
+    left.set(title=f"time of {MODE}, multiples of the floor", xlabel="rows N (floor, ms)")
+    right.set(title="peak extra memory, GiB (floor: the gradients)", xlabel="rows N")
+    for axis in (left, right):
+        axis.set(xscale="log", yscale="log")
+        axis.xaxis.set_minor_locator(plt.NullLocator())
+        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(axis="y", which="both", labelsize=8)
+        axis.grid(alpha=0.3, which="both")
+    left.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    left.set_xticks(numbers, [f"{n}\n({floor[n]:.3g})" for n in numbers])
+    right.set_xticks(sorted(gradients), [str(n) for n in sorted(gradients)])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     case = rows[0]["case"]
     figure.suptitle(f"{case['op']}, {case['shape']}, {case['dtype']}, {rows[0]['device']}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,14 +121,21 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def _line(axis, rows: list[dict], value_of, **style) -> None:
-    points = sorted((row["case"]["N"], value_of(row)) for row in rows if MODE in row["times"])
-    if points:
-        axis.plot(*zip(*points, strict=True), **style)
+def _style(index: int, provider: str, *, is_smaller_job: bool) -> dict:
+    is_ours = provider.startswith("ours")
+    return {
+        "label": provider,
+        "color": "black" if provider == BASELINE else f"C{index % 10}",
+        "linestyle": "--" if is_smaller_job else "-",
+        "linewidth": 2.5 if is_ours else 1.2,
+        "marker": "o^svDPX<>*ph"[index % 12],
+        "markersize": 7 if is_ours else 5,
+        "zorder": 3 if is_ours else 2,
+    }
 
 
 def _milliseconds(row: dict) -> float:
-    return row["times"][MODE]["median_ms"] if MODE in row["times"] else 0.0
+    return row["times"][MODE]["median_ms"]
 
 
 def _gibibytes(row: dict) -> float:

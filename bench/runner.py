@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import Budget, Case, Entry, Row, Unavailable, measure
+from bench.harness import Budget, Case, Entry, Row, Unavailable, measure, reason_of
 from bench.markdown import document
-from bench.provenance import header
+from bench.provenance import header, save
 from bench.providers import COMPILED
 from bench.shapes import ROWS, SHAPES, Inputs, Shape, make_input_sets
 
@@ -68,13 +68,8 @@ class Results:
         new = [row.as_dict() for row in rows]
         self.rows.extend(new)
         print(document({}, new), flush=True)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
-        partial.replace(self.path)
-        self.path.with_suffix(".md").write_text(document(self.header, self.rows))
+        if self.path:
+            save(self.path, self.header, self.rows, document(self.header, self.rows))
 
 
 def budget(args: argparse.Namespace) -> Budget:
@@ -144,7 +139,12 @@ def run_head(
         }
         if results.has(label):
             continue
-        sets = make_input_sets(shape, num_rows, getattr(torch, name), device)
+        try:
+            sets = make_input_sets(shape, num_rows, getattr(torch, name), device)
+        except torch.OutOfMemoryError as error:
+            reason = f"inputs: {reason_of(error)}"
+            results.add([Row(label, "all", status="skipped", reason=reason)])
+            continue
         case = Case(label, modes, select(entries_of(sets), args), baseline, device)
         results.add(measure(case, budget(args), on_start=announce))
     return results.rows

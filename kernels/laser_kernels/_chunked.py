@@ -12,6 +12,8 @@ the mass of the others.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from . import _gemm
 from ._ops import row_chunks
 from ._rows import RowGradient, Statistics, concatenate
 
+LN_2 = math.log(2)
 # Rows of the chunk that a temporary on the CPU copies at a time.
 TEMPORARY_ROWS = 16
 
@@ -51,6 +54,7 @@ def keep(
     labels: Tensor,  # [n]
     inv_temperature: Tensor,  # [n] float32
     with_entropy: bool = False,
+    out: Tensor | None = None,  # [n, V] float32: on a CPU, where to keep them
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Score rows; return the statistics, the kept logits [n, V] and their offset [n]."""
     if hidden_states.is_cuda:
@@ -59,21 +63,23 @@ def keep(
         logits = _gemm.logits(hidden_states, weight)
         stats = _row_kernels.statistics(logits, labels, inv_temperature)
         return stats, logits, stats.logsumexp.clone()  # outputs of an op may not share memory
-    # Tempering H instead of the logits saves a pass over the chunk.
-    logits = _gemm.logits(hidden_states.float() * inv_temperature[:, None], weight)
+    # Tempering H instead of the logits saves a pass over the chunk. In units of log 2, because the
+    # CPU's exp2 takes 0.4 times as long as its exp.
+    scale = inv_temperature / LN_2
+    logits = _gemm.logits(hidden_states.float() * scale[:, None], weight, out)
     anchor = logits.amax(1)
     shifted = logits.sub_(anchor[:, None])
     # (z_y - max) - log S, not z_y - lse: a common offset of all logits cancels exactly.
     target = shifted.gather(1, labels[:, None]).squeeze(1)
     weighted = anchor.new_empty(0)
     if with_entropy:
-        weighted = torch.cat([(x.exp() * x).sum(1) for x in shifted.split(TEMPORARY_ROWS)])
-    exp = shifted.exp_()
+        weighted = torch.cat([(x.exp2() * x).sum(1) for x in shifted.split(TEMPORARY_ROWS)])
+    exp = shifted.exp2_()
     total = exp.sum(1)
     log_total = total.log()
-    entropy = log_total - weighted / total if with_entropy else weighted
-    logprobs = (target - log_total).clamp(max=0)
-    return Statistics(logprobs, anchor + log_total, entropy), exp, log_total
+    entropy = log_total - LN_2 * weighted / total if with_entropy else weighted
+    logprobs = (LN_2 * target - log_total).clamp(max=0)
+    return Statistics(logprobs, LN_2 * anchor + log_total, entropy), exp, log_total
 
 
 # A GEMM library chooses its own tiles, so few rows need nothing special here.

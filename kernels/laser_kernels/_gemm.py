@@ -15,11 +15,12 @@ from ._vocab_parallel import sum_over_shards
 BLOCK_V = 8192
 
 
-def logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """Return H W^T as float32 [n, V]."""
+def logits(hidden_states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return H W^T as float32 [n, V], on a CPU in `out` if there is one."""
     if hidden_states.is_cuda:
         return _mm(hidden_states, weight.T)
-    out = hidden_states.new_empty(len(hidden_states), len(weight), dtype=torch.float32)
+    if out is None:
+        out = hidden_states.new_empty(len(hidden_states), len(weight), dtype=torch.float32)
     for columns in _weight_blocks(weight):
         _mm(hidden_states, weight[columns].T, out=out[:, columns])
     return out
@@ -30,8 +31,9 @@ def hidden_gradient(dlogits: Tensor, weight: Tensor, scale: Tensor | None = None
     if dlogits.is_cuda:
         out = _mm(dlogits, weight)
     else:
-        out = dlogits.new_zeros(len(dlogits), weight.shape[1], dtype=torch.float32)
-        for columns in _weight_blocks(weight):
+        first, *others = _weight_blocks(weight)
+        out = _mm(dlogits[:, first], weight[first])
+        for columns in others:
             out.addmm_(dlogits[:, columns].float(), weight[columns].float())
     return out if scale is None else out.mul_(scale)
 

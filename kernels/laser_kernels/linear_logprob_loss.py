@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _gemm, _vocab_parallel, reference
+from . import _chunked, _gemm, _vocab_parallel, reference
 from ._checks import check_temperature_values
 from ._ops import check_all, implementation, refuse_double_backward, row_chunks
 from ._rows import factor_out_exponent, row_gradient
@@ -29,28 +29,35 @@ from .linear_logprob import linear_logprob_fwd
 from .reference import LossFn
 
 
-@torch.library.custom_op("laser_kernels::loss_chunk_fwd", mutates_args=())
+@torch.library.custom_op("laser_kernels::loss_chunk_fwd", mutates_args=("buffer",))
 def _loss_chunk_fwd(
     hidden_states: Tensor,  # [n, D]
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [n]
     inv_temperature: Tensor,  # [n] float32
+    buffer: Tensor | None,  # [n, V], overwritten by what is kept
     impl: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [n], kept [n, V], offset [n]
+) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [n], kept [n, V] or [0] if in buffer, offset [n]
     check_temperature_values(inv_temperature)
     local_labels = _vocab_parallel.localize(labels, len(weight), group)
-    local, kept, offset = implementation(impl).keep(
-        hidden_states, weight, local_labels.clamp(min=0), inv_temperature
-    )
+    head = (hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
+    backend = implementation(impl)
+    if buffer is None:
+        local, kept, offset = backend.keep(*head)
+    else:
+        local, _, offset = backend.keep(*head, out=buffer)
+        kept = buffer.new_empty(0)
     stats = _vocab_parallel.combine(local, local_labels, group)
     # The kept logits become relative to the logsumexp of all shards.
     return stats.logprobs, kept, offset + (stats.logsumexp - local.logsumexp)
 
 
 @_loss_chunk_fwd.register_fake
-def _(hidden_states, weight, labels, inv_temperature, impl, group):
-    kept = implementation(impl).empty_kept(hidden_states, weight)
+def _(hidden_states, weight, labels, inv_temperature, buffer, impl, group):
+    kept = hidden_states.new_empty(0, dtype=torch.float32)
+    if buffer is None:
+        kept = implementation(impl).empty_kept(hidden_states, weight)
     return torch.empty_like(inv_temperature), kept, torch.empty_like(inv_temperature)
 
 
@@ -127,16 +134,19 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _backward_loss(ctx, upstream):
-    # Under create_graph the gradients are made to need a gradient, so that asking for it raises.
-    grads = [
-        None
-        if grad is None
-        else _scale_gradient(
-            grad.detach().requires_grad_(torch.is_grad_enabled()), upstream, ctx.dtype
-        )
-        for grad in ctx.saved_tensors
-    ]
+    grads = (None if g is None else _scaled(g, upstream, ctx.dtype) for g in ctx.saved_tensors)
     return None, *grads, None, None
+
+
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    # `loss.backward()` sends a one, which spares a CPU the copy of a float32 dW. On a GPU a look at
+    # it would wait for the device; to a tracer it has no value.
+    if grad.dtype == dtype and not upstream.is_cuda and not torch.is_grad_enabled():
+        if type(upstream) is Tensor and upstream == 1:
+            return grad
+    # Under create_graph the gradients are made to need a gradient, so that asking for it raises.
+    needs_grad = torch.is_grad_enabled()
+    return _scale_gradient(grad.detach().requires_grad_(needs_grad), upstream, dtype)
 
 
 _attach_gradients.register_autograd(_backward_loss, setup_context=_save_gradients)
@@ -195,13 +205,18 @@ def linear_logprob_loss(
     grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
     grad_weight = _gemm.weight_accumulator(w, len(h)) if needs_weight else None
     loss = torch.zeros((), device=h.device)
-    for rows in row_chunks(h, w, impl):
+    chunks = row_chunks(h, w, impl)
+    has_gradient = needs_hidden or needs_weight
+    buffer = _shared_buffer(h[chunks[0]], w, impl) if chunks and has_gradient else None
+    for rows in chunks:
         head = (h[rows], w, labels[rows], inv_temperature[rows])
-        if not (needs_hidden or needs_weight):
+        if not has_gradient:
             logprobs, _, _ = linear_logprob_fwd(*head, False, impl, group)
             loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
             continue
-        logprobs, kept, offset = _loss_chunk_fwd(*head, impl, group)
+        chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
+        logprobs, kept, offset = _loss_chunk_fwd(*head, chunk_buffer, impl, group)
+        kept = kept if chunk_buffer is None else chunk_buffer
         chunk_loss, grad_logprobs = _loss_and_gradient(op, loss_fn, logprobs, rows)
         loss += chunk_loss
         _loss_chunk_bwd(
@@ -218,6 +233,16 @@ def linear_logprob_loss(
         )
         del kept  # before the next chunk is allocated
     return _attach_gradients(loss, hidden_states, weight, grad_hidden, grad_weight)
+
+
+def _shared_buffer(hidden_states: Tensor, weight: Tensor, impl: str) -> Tensor | None:
+    """Return the chunk that all chunks use on a CPU; None where the allocator keeps freed memory.
+
+    The CPU's returns the pages of a chunk to the system; to take them anew costs 4% of the time.
+    """
+    if impl != "chunked" or hidden_states.is_cuda:
+        return None
+    return _chunked.empty_kept(hidden_states, weight)
 
 
 def _loss_and_gradient(

@@ -79,3 +79,23 @@ def test_without_pytest(folder, monkeypatch):
     (failed,) = [row for row in rows if row[1] == "failed"]
     assert failed[0] == "test_sample.py::test_fails" and "did not raise" in failed[2]
     mini_pytest.run_file(path, "gpu", lambda *row: pytest.fail("no test carries this marker"))
+
+
+@pytest.mark.parametrize("has_pytest", [True, False])
+def test_a_missing_package_skips_its_file_and_a_missing_module_of_ours_fails(
+    has_pytest, tmp_path, monkeypatch
+):
+    for name in ("not_installed_here", "laser_kernels.gone"):
+        path = tmp_path / f"test_{name.partition('.')[0]}.py"
+        path.write_text(f"import pytest, {name}\npytestmark = pytest.mark.sample\n")
+    outcomes = gpu_tests.Outcomes(None)
+    if has_pytest:
+        monkeypatch.setattr(gpu_tests, "Outcomes", lambda path: outcomes)
+        gpu_tests.main([str(tmp_path), "--marker", "sample"])
+    else:
+        monkeypatch.setitem(sys.modules, "pytest", pytest)  # put back afterwards
+        gpu_tests.run_without_pytest(sorted(tmp_path.glob("*.py")), "sample", outcomes)
+    found = {row["outcome"]: row["reason"] for row in outcomes.rows}
+    assert set(found) == {"skipped", "failed"}
+    assert "No module named 'not_installed_here'" in found["skipped"]
+    assert "No module named 'laser_kernels.gone'" in found["failed"]

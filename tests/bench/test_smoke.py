@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import (
     last_token,
@@ -13,6 +14,7 @@ from bench import (
     linear_logprob_loss,
     profile_kernels,
     providers,
+    runner,
     train_step,
 )
 from bench.provenance import ROOT
@@ -128,6 +130,20 @@ def test_resume_keeps_finished_cases_and_skip_names_the_reason(tmp_path):
     assert rows[:2] == first and len(rows) == len(first) + len(second)
     assert rows[3]["status"] == "skipped" and "exit code -11" in rows[3]["reason"]
     assert rows[2]["rank"] == 1
+
+
+def test_inputs_that_do_not_fit_are_a_row_and_the_run_goes_on(monkeypatch):
+    make = runner.make_input_sets
+
+    def full(shape, num_rows, *rest):
+        if num_rows == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
+        return make(shape, num_rows, *rest)
+
+    monkeypatch.setattr(runner, "make_input_sets", full)
+    first, second = linear_logprob.main(["--smoke", "--only", "ours chunked"])
+    assert first["reason"].startswith("inputs: too little memory: CUDA out of memory")
+    assert second["case"]["N"] == 200 and second["status"] == "ok"
 
 
 def test_unknown_providers_and_shapes_are_refused_by_name():

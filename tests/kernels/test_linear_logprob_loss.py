@@ -187,6 +187,19 @@ def test_graph_can_be_retained_and_runs_repeat(case, make_head):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def test_graph_of_the_loss_itself_can_be_retained(case, make_head):
+    impl, dtype = case
+    head = make_head(20, 16, 97, dtype)
+    loss = linear_logprob_loss(*head, policy_loss(20, head.labels.device), impl=impl)
+    first = [x.clone() for x in torch.autograd.grad(loss, head[:2], retain_graph=True)]
+    for _ in range(2):
+        loss.backward(retain_graph=True)  # accumulates into .grad in place
+    second = torch.autograd.grad(3 * loss, head[:2])
+    for x, a, b in zip(head[:2], first, second, strict=True):
+        assert torch.equal(x.grad, 2 * a)
+        torch.testing.assert_close(b, 3 * a)
+
+
 def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_error):
     """Rounding to bfloat16 before and after a factor of 0.7 would show as 1.4 times the error."""
     head = make_head(64, 32, 97, torch.bfloat16)

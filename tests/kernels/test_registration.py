@@ -25,7 +25,9 @@ def op_arguments(head, impl):
     logprobs, entropy, logsumexp = OPS.linear_logprob_fwd(
         hd, wd, labels, inv_temperature, True, impl, ""
     )
-    loss_rows, kept, offset = OPS.loss_chunk_fwd(hd, wd, labels, inv_temperature, impl, "")
+    loss_rows, kept, offset = OPS.loss_chunk_fwd(hd, wd, labels, inv_temperature, None, impl, "")
+    has_buffer = impl == "chunked" and device.type == "cpu"
+    buffer = torch.empty_like(kept) if has_buffer else None
     few = OPS.last_token_fwd(hd, wd, 3, g, e, 0.1, -4.0, True, impl)
     statistics = (logprobs, entropy, logsumexp)
     grads = (torch.zeros_like(hd).float(), torch.zeros_like(wd).float())
@@ -35,7 +37,7 @@ def op_arguments(head, impl):
         "linear_logprob_bwd": (
             *(g, e, hd, wd, labels, inv_temperature, *statistics, True, False, impl, ""),
         ),
-        "loss_chunk_fwd": (hd, wd, labels, inv_temperature, impl, ""),
+        "loss_chunk_fwd": (hd, wd, labels, inv_temperature, buffer, impl, ""),
         "loss_chunk_bwd": (
             *(g, loss_rows, kept, offset, hd, wd, labels, inv_temperature, *grads, True, impl, ""),
         ),
@@ -88,6 +90,19 @@ def public_functions(g):
         return last_token_loss(h, w, 3, g, impl=impl, **SCORE)[0]
 
     return {f.__name__: f for f in (logprob, entropy, fused, score, score_loss)}
+
+
+def test_compiled_chunks_that_share_a_buffer_equal_eager_ones(make_head, monkeypatch):
+    monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.0001")  # chunks of 128 rows
+    head = make_head(300, 16, 41, torch.float32)
+    function = public_functions(torch.randn(300, device=head.labels.device))["fused"]
+    compiled = torch.compile(function, fullgraph=True, backend="inductor")
+    for a, b in zip(
+        torch.autograd.grad(function(*head, "chunked"), head[:2]),
+        torch.autograd.grad(compiled(*head, "chunked"), head[:2]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", ["logprob", "entropy", "fused", "score", "score_loss"])
