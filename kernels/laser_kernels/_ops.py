@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ._checks import (
     check_temperature_values,
     inverse_temperature,
 )
+
+if TYPE_CHECKING:
+    from ._fused import Fused
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ def _require_triton(op: str, hidden_states: Tensor) -> None:
         )
 
 
-def implementation(impl: str) -> ModuleType:
+def implementation(impl: str) -> ModuleType | Fused:
     """Return what offers the public functions of `_chunked.py` in this implementation.
 
     Triton and the compiled extension are imported here, on first use, and nowhere earlier.
@@ -96,7 +100,9 @@ def implementation(impl: str) -> ModuleType:
                 "computes the same"
             ) from error
         return extension.load()
-    return importlib.import_module({"chunked": "._chunked", "triton": "._fused"}[impl], __package__)
+    if impl == "triton":
+        return importlib.import_module("._fused", __package__).with_triton()
+    return importlib.import_module("._chunked", __package__)
 
 
 def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:
