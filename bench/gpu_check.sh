@@ -42,7 +42,9 @@ others="--shapes qwen2.5-1.5b,llama-3-8b,qwen3-0.6b,gemma-2-2b"
 no_compile=(--skip "unfused compiled=compiling takes the time of ten measurements")
 
 nvidia-smi >"$out/machine.txt" 2>&1 || echo "nvidia-smi: no answer"
-step gpu_tests 150 -m bench.gpu_tests
+# Builds impl="cuda" where it can be built; later steps find it in the cache.
+step csrc 80 -m bench.csrc
+step gpu_tests 160 -m bench.gpu_tests
 step loss_7b 110 -m bench.linear_logprob_loss --rows 8192,32768
 step last_token_7b 45 -m bench.last_token --rows 64,8,256,1024
 step logprob_7b 50 -m bench.linear_logprob --rows 8192

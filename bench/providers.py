@@ -55,6 +55,13 @@ def require_implementation(impl: str, inputs: Inputs) -> None:
     """Say why one of ours is not measured here, instead of measuring something else."""
     if impl in ("triton", "cuda") and not inputs.weight.is_cuda:
         raise Unavailable("needs an NVIDIA GPU")
+    if impl == "cuda":
+        if torch.cuda.get_device_capability(inputs.weight.device) != (9, 0):
+            raise Unavailable("needs a Hopper GPU")
+        from laser_kernels import _extension
+
+        if reason := _extension.missing():
+            raise Unavailable(reason)
     num_logits = len(inputs.labels) * len(inputs.weight)
     if impl == "reference" and inputs.weight.is_cuda and num_logits > MAX_REFERENCE_LOGITS:
         raise Unavailable("the specification, not meant for this size")

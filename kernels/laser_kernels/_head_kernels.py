@@ -15,7 +15,7 @@ of the dlogits that replace it in the same two bytes.
 
 Every tile has the same shape and order of summation whatever N is, so a row alone gives the same
 bits as in a batch. There are no locks, and no atomics but one idempotent flag. H and W are
-contiguous.
+contiguous. impl="cuda" has statistics_kernel and dlogits_kernel in csrc/ and shares the others.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ._checks import (
     check_temperature_values,
     inverse_temperature,
 )
+
+if TYPE_CHECKING:
+    from ._fused import Fused
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,8 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor) -> str:
         raise ValueError(f"{op}: expected impl to be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
         impl = _automatic(hidden_states)
-    if impl == "triton":
-        _require_triton(op, hidden_states)
+    if impl in ("triton", "cuda"):
+        _require_gpu(op, impl, hidden_states)
     if impl == "cuda":
         implementation(impl)
     if impl != _last_impl:
@@ -69,35 +73,44 @@ def _automatic(hidden_states: Tensor) -> str:
     return "triton" if major in (9, 10) else "chunked"
 
 
-def _require_triton(op: str, hidden_states: Tensor) -> None:
-    if not hidden_states.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
+    interprets = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not hidden_states.is_cuda and not interprets:
+        hint = ", or set TRITON_INTERPRET=1 before the first import to debug on a CPU"
         raise RuntimeError(
-            f"{op}: impl='triton' needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "
-            f"impl='chunked', or set TRITON_INTERPRET=1 before the first import to debug on a CPU"
+            f"{op}: impl={impl!r} needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "
+            f"impl='chunked'{hint if impl == 'triton' else ''}"
         )
     if hidden_states.dtype == torch.float32:
         raise ValueError(
-            f"{op}: impl='triton' expected hidden_states of dtype bfloat16 or float16, got "
+            f"{op}: impl={impl!r} expected hidden_states of dtype bfloat16 or float16, got "
             f"{hidden_states.dtype}; use impl='chunked', which takes float32"
         )
+    if impl == "cuda":
+        capability = torch.cuda.get_device_capability(hidden_states.device)
+        if capability != (9, 0):
+            raise RuntimeError(
+                f"{op}: impl='cuda' is written for Hopper, compute capability 9.0, got "
+                f"{capability[0]}.{capability[1]}; use impl='triton', which computes the same"
+            )
+        hidden_size = hidden_states.shape[1]
+        if hidden_size % 8:
+            raise ValueError(
+                f"{op}: impl='cuda' loads by TMA and expected a hidden size that is a multiple of "
+                f"8, got {hidden_size}; use impl='triton', which computes the same"
+            )
 
 
-def implementation(impl: str) -> ModuleType:
+def implementation(impl: str) -> ModuleType | Fused:
     """Return what offers the public functions of `_chunked.py` in this implementation.
 
     Triton and the compiled extension are imported here, on first use, and nowhere earlier.
     """
     if impl == "cuda":
-        try:
-            extension = importlib.import_module("._extension", __package__)
-        except ImportError as error:
-            raise RuntimeError(
-                "impl='cuda' needs the CUDA C++ extension, but laser_kernels._extension, which "
-                "builds csrc/ with nvcc, is missing from this install; use impl='triton', which "
-                "computes the same"
-            ) from error
-        return extension.load()
-    return importlib.import_module({"chunked": "._chunked", "triton": "._fused"}[impl], __package__)
+        return importlib.import_module("._extension", __package__).load()
+    if impl == "triton":
+        return importlib.import_module("._fused", __package__).with_triton()
+    return importlib.import_module("._chunked", __package__)
 
 
 def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:

@@ -48,7 +48,10 @@ def test_survives_failing_and_hanging_steps(tmp_path):
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     steps = {path.stem for path in out.glob("*.json")}
-    assert len(steps) == 11 and {"gpu_tests", "loss_7b", "train_step", "rollout_score"} <= steps
+    assert (
+        len(steps) == 12
+        and {"csrc", "gpu_tests", "loss_7b", "train_step", "rollout_score"} <= steps
+    )
     assert all((out / f"{step}.md").exists() for step in steps - {"gpu_tests"})
     assert json.loads((out / "loss_7b.json").read_text())["rows"] == []
     assert "the driver is gone" in (out / "loss_7b.md").read_text()

@@ -9,6 +9,7 @@ import torch
 
 import laser_kernels
 from laser_kernels import (
+    _extension,
     last_token_loss,
     linear_logprob,
     linear_logprob_entropy,
@@ -18,6 +19,12 @@ from laser_kernels import (
 
 pytestmark = pytest.mark.gpu
 IMPLS = ["chunked", "triton"]
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+MISSING_FOR_CUDA = _extension.missing() if IS_HOPPER else "needs a Hopper GPU"
+if not MISSING_FOR_CUDA:
+    IMPLS.append("cuda")
+# Columns of a partial.
+BLOCK_V = {"triton": 256, "cuda": 192}
 # Hidden size and vocabulary of Qwen2.5 1.5B and 7B, Llama 3 8B, and one that no tile divides.
 MODELS = [(1536, 151936), (3584, 152064), (4096, 128256), (1000, 32003)]
 SCORE = dict(beta=0.1, ref_logprob=-23.0)
@@ -41,6 +48,12 @@ def tolerance(head):
     with torch.no_grad():
         largest = (head[0].float() @ head[1].float().T).abs().max().item()
     return 2e-5 * max(1.0, largest / 32)
+
+
+def test_cuda_extension_builds():
+    if MISSING_FOR_CUDA:
+        pytest.skip(MISSING_FOR_CUDA)
+    _extension.load()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -78,6 +91,28 @@ def test_gradients_of_a_real_head(impl, form, relative_error, baseline_gradients
         assert relative_error(a, e) <= min(4e-3, 1.1 * relative_error(b, e))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 100, 129, 256])
+def test_last_token_of_a_real_head(impl, num_rows, relative_error):
+    """Every size of the batch dimension, of which a last tile of W may be ragged."""
+    h, w, labels = head = random_head(num_rows, 1536, 151936)
+    labels.fill_(5)
+    rewards = torch.rand(num_rows, device="cuda")
+    loss, scores = last_token_loss(h, w, 5, rewards, impl=impl, **SCORE)
+    double = float64(head)
+    exact, exact_scores = reference.last_token_loss(*double[:2], 5, rewards, **SCORE)
+    assert (scores - exact_scores).abs().max() <= SCORE["beta"] * tolerance(head)
+    actual = torch.autograd.grad(loss, (h, w))
+    for a, e in zip(actual, torch.autograd.grad(exact, double[:2]), strict=True):
+        assert relative_error(a, e) <= 4e-3
+    score = laser_kernels.last_token_score(h, w, 5, impl=impl, **SCORE)
+    assert (score - exact_scores).abs().max() <= SCORE["beta"] * tolerance(head)
+    (only_weight,) = torch.autograd.grad(
+        last_token_loss(h.detach(), w, 5, rewards, impl=impl, **SCORE)[0], w
+    )
+    assert torch.equal(only_weight, actual[1])
+
+
 @pytest.mark.parametrize("num_rows", [1, 8, 64, 300])
 def test_descriptors_and_pointers_agree(num_rows):
     """Rows that start off a 16-byte boundary cannot be addressed by TMA."""
@@ -106,7 +141,7 @@ def test_runs_repeat_and_rows_do_not_depend_on_their_batch(impl):
 
     for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)
-    if impl == "triton":
+    if impl in BLOCK_V:
         with torch.no_grad():
             batch = linear_logprob(h, w, labels, impl=impl)
             alone = linear_logprob(h[600:601], w, labels[600:601], impl=impl)
@@ -178,9 +213,9 @@ def test_peak_memory_obeys_the_formula(impl):
     train(), score()  # cuBLAS takes its own workspace once
     workspace, dh, dw = 1.3e9, 4 * num_rows * hidden_size, 4 * vocabulary * hidden_size
     assert peak(train) <= dh + dw + max(workspace, (dh + dw) / 2) + 64e6
-    # The partials: three numbers a row and tile of 256 columns.
-    partials = 12 * num_rows * (vocabulary / 256 + 1)
-    assert peak(score) <= (partials if impl == "triton" else workspace) + 64e6
+    # The partials: three numbers a row and tile.
+    partials = 12 * num_rows * (vocabulary / BLOCK_V.get(impl, 256) + 1)
+    assert peak(score) <= (partials if impl in BLOCK_V else workspace) + 64e6
 
 
 @pytest.mark.slow
@@ -199,6 +234,17 @@ def test_more_logits_than_32_bits_can_count(impl, monkeypatch):
         assert (linear_logprob(h, w, labels, impl=impl)[tail] - exact).abs().max() <= 1e-4
     (exact_grad,) = torch.autograd.grad(exact, h64, g[tail].double())
     assert (grad[tail].double() - exact_grad).norm() <= 4e-3 * exact_grad.norm()
+
+
+@pytest.mark.skipif(bool(MISSING_FOR_CUDA), reason=MISSING_FOR_CUDA)
+def test_cuda_refuses_what_tma_cannot_load():
+    h, w, labels = random_head(4, 60, 100)
+    with pytest.raises(ValueError, match="multiple of 8, got 60; use impl='triton'"):
+        linear_logprob(h, w, labels, impl="cuda")
+    h, w, labels = random_head(4, 64, 100)
+    shifted = torch.empty(h.numel() + 1, dtype=h.dtype, device="cuda")[1:].view_as(h)
+    with pytest.raises(RuntimeError, match="expected 16-byte aligned rows"):
+        linear_logprob(shifted, w, labels, impl="cuda")
 
 
 def test_tensors_on_two_devices_are_refused():

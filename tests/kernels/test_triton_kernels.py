@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laser_kernels import _fused, _head_kernels, _row_kernels
+from laser_kernels import _fused, _head_kernels, _row_kernels, _triton_gemm
 from laser_kernels._rows import row_gradient
 
 ELEMENTWISE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,11 +73,11 @@ def test_kept_logits_cost_no_accuracy(device, relative_error):
 @pytest.mark.parametrize("hidden_size", [16, 25])  # TMA can address rows of 16, not of 25
 def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
     head = make_head(20, hidden_size, 97, torch.float16)
-    tile = _fused._tile("many", head.hidden_states, head.weight)
+    tile = _triton_gemm.tile_for("many", head.hidden_states, head.weight)
     assert tile.uses_tma == (hidden_size == 16)
     ones = torch.ones(20, device=head.labels.device)
     h, w = (x.detach() for x in head[:2])
-    stats, kept, log_total = _fused.keep(h, w, head.labels, ones)
+    stats, kept, log_total = _fused.with_triton().keep(h, w, head.labels, ones)
     logits = h.double() @ w.double().T
     torch.testing.assert_close(stats.logsumexp.double(), logits.logsumexp(1), rtol=0, atol=2e-5)
     actual = kept.double() / 512 * 0.6931471805599453 - log_total[:, None]
@@ -97,16 +97,16 @@ def test_only_overflowing_row_blocks_run_again(make_head):
         head.hidden_states[0, 0] = 200
         head.labels[0] = 5
     h, w = (x.detach() for x in head[:2])
-    tile = _fused._tile("many", h, w)
+    tile = _triton_gemm.tile_for("many", h, w)
     blocks = -(-97 // tile.v)
     device = h.device
     flags = torch.zeros(41, dtype=torch.int32, device=device)
     flags[[0, 40]] = 1
     partials = torch.full((40, 3, blocks), float("nan"), device=device)
     rows = (flags, torch.zeros(40, device=device), torch.ones(40, device=device), partials)
-    _fused._launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    _triton_gemm.launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
     assert partials[: tile.n].isfinite().all()
     assert partials[tile.n :].isnan().all()
     flags.zero_(), partials.fill_(float("nan"))
-    _fused._launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    _triton_gemm.launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
     assert partials.isnan().all()

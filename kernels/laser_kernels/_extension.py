@@ -1,0 +1,122 @@
+"""impl="cuda": csrc/ built on first use, and the launches of its kernels for Hopper.
+
+Nothing is compiled at import, nor by impl="auto". PyTorch's build tool compiles the sources once
+(about half a minute) and keeps the library in its cache, ~/.cache/torch_extensions; it uses the
+stable ABI of PyTorch 2.11, so that later versions load it as well. Needs nvcc 12.5 or newer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ._fused import Fused
+
+NAME = "laser_kernels_cuda"
+SOURCES = ("linear_logprob.cu", "last_token.cu")
+# wgmma and setmaxnreg are features of sm_90a alone. USE_CUDA declares the current stream.
+FLAGS = (
+    "-O3",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
+# Rows from which the kernel for few rows is the slower one: its N, of 128, would be exceeded.
+MAX_FEW_ROWS = 128
+# Columns of a partial; csrc/ checks them.
+BLOCK_V = {"many": 192, "few": 256}
+
+
+class CudaGemm:
+    """The launches that `_fused.Fused` needs; `ops` is the namespace of the loaded library."""
+
+    def __init__(self, ops: ModuleType) -> None:
+        self.ops = ops
+
+    def block_v(self, kind: str, hidden_states: Tensor, weight: Tensor) -> int:
+        """Return how many columns a partial covers."""
+        return BLOCK_V[_kind(kind, hidden_states)]
+
+    def statistics(self, kind: str, hidden_states: Tensor, weight: Tensor, *rest) -> None:
+        """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
+        is_few = _kind(kind, hidden_states) == "few"
+        function = self.ops.statistics_few if is_few else self.ops.statistics
+        function(hidden_states, weight, *rest)
+
+    def dlogits(self, hidden_states: Tensor, weight: Tensor, out: Tensor, *rows: Tensor) -> None:
+        """Write dlogits [n, V] from labels, 1/T, logsumexp, constant, slope and target [n]."""
+        self.ops.dlogits(hidden_states, weight, out, *rows)
+
+
+def _kind(kind: str, hidden_states: Tensor) -> str:
+    return "few" if kind == "few" and len(hidden_states) <= MAX_FEW_ROWS else "many"
+
+
+def source_folder() -> Path:
+    """Return the folder of the sources: in the package, or at the root of a checkout."""
+    here = Path(__file__).resolve().parent
+    folders = (here / "csrc", here.parents[1] / "csrc")
+    for folder in folders:
+        if all((folder / name).is_file() for name in SOURCES):
+            return folder
+    raise _failure(
+        f"its sources are in neither {folders[0]} nor {folders[1]}; reinstall the package"
+    )
+
+
+def missing() -> str:
+    """Return what the build lacks here and how to get it; empty if nothing."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA; install a CUDA build"
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        return "setuptools is missing; pip install setuptools"
+    if cpp_extension.CUDA_HOME is None:
+        version = torch.version.cuda
+        return f"nvcc was not found; install the CUDA {version} toolkit, or set CUDA_HOME"
+    if not cpp_extension.is_ninja_available():
+        return "ninja is missing; pip install ninja"
+    return ""
+
+
+@cache
+def load() -> Fused:
+    """Build the extension unless the cache has it, load it, and return what impl="cuda" offers.
+
+    Raises:
+        RuntimeError: one sentence that says what is missing and what to do.
+    """
+    if what := missing():
+        raise _failure(what)
+    from torch.utils import cpp_extension  # wants setuptools
+
+    folder = source_folder()
+    try:
+        cpp_extension.load(
+            NAME,
+            [str(folder / name) for name in SOURCES],
+            extra_cuda_cflags=list(FLAGS),
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        text = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
+        lines = [line for line in text.splitlines() if "error" in line.lower()]
+        # The first is PyTorch's "Error building extension"; the compiler's own says more.
+        reason = lines[min(1, len(lines) - 1)] if lines else text
+        raise _failure(
+            f"{folder} cannot be built and loaded with {cpp_extension.CUDA_HOME}/bin/nvcc and "
+            f"PyTorch {torch.__version__} ({reason.strip()[:300]}); install nvcc 12.5 or newer, "
+            f"the headers of its toolkit, and a C++ compiler that it supports"
+        ) from error
+    return Fused(CudaGemm(getattr(torch.ops, NAME)))
+
+
+def _failure(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"impl='cuda' builds a CUDA C++ extension, but {what}; impl='triton' computes the same"
+    )
