@@ -1,6 +1,6 @@
 """What a person at the terminal sees of a run: a line per step, a progress bar, a table at the end.
 
-Reports are the flat dicts of `laser_fast.evaluation.evaluate.EvalReport.to_dict`: this layer is
+Reports are the flat dicts of `laser_fast.evaluation.report.summarize`: this layer is
 below the evaluation and knows only its keys.
 """
 

@@ -101,7 +101,7 @@ class RunLog:
             self._samples.write(jsonl.to_line(record))
 
     def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` updates; `report` is `EvalReport.to_dict()`."""
+        """Log an evaluation after `step` updates; `report` is `evaluation.report.summarize`'s."""
         report = jsonl.plain_value(report)
         with self.folder.evaluations.open("a", encoding="utf-8") as file:
             file.write(jsonl.to_line({"step": step, **report}))
