@@ -108,6 +108,8 @@ class RolloutConfig(_Section):
     """Share of the device that a vLLM engine in process may use."""
     server_url: str = ""
     """Base URL of the vLLM server, for engine "vllm_server"."""
+    steps_ahead: int = Field(0, ge=0, le=1)
+    """1: the server samples the next step during this one, but never across a checkpoint."""
     sync_buffer_mb: int = Field(512, ge=1)
     """Largest piece of weights gathered at once while streaming to vLLM."""
 
@@ -275,8 +277,21 @@ class Config(_Section):
             )
         if self.rollout.engine == "vllm_server" and not self.rollout.server_url:
             raise ValueError(
-                'rollout.engine = "vllm_server" needs rollout.server_url; set it to the base URL '
-                "of the server"
+                'rollout.engine = "vllm_server" needs rollout.server_url; set it to its base URL'
+            )
+        if self.rollout.steps_ahead > 0 and self.rollout.engine != "vllm_server":
+            raise ValueError(
+                'rollout.steps_ahead = 1 samples beside training, as only the engine "vllm_server" '
+                f'can, and rollout.engine is "{self.rollout.engine}"; set rollout.steps_ahead = 0'
+            )
+        if self.rollout.steps_ahead > 0 and self.rollout.resample_rounds > 0:
+            raise ValueError(
+                "rollout.steps_ahead = 1 draws the next prompts before the rewards are there that "
+                f"rollout.resample_rounds = {self.rollout.resample_rounds} asks for; set one to 0"
+            )
+        if self.rollout.steps_ahead > 0 and self.loss.tis_cap == 0:
+            raise ValueError(
+                "rollout.steps_ahead = 1 needs the correction loss.tis_cap, got 0; set it to 2.0"
             )
         if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
             raise ValueError(

@@ -1,13 +1,17 @@
-"""JSON over HTTP to a vLLM server, with deadlines and retries."""
+"""JSON over HTTP to a vLLM server, with deadlines, retries and an end that waits for nobody."""
 
 from __future__ import annotations
 
 import json
 import logging
-from http.client import HTTPException
+import socket
+import threading
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.parse import urlsplit
+
+from laser_fast.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +23,25 @@ class ServerError(RuntimeError):
 
 
 class Http:
-    """JSON over HTTP to one server, with a deadline and a few attempts."""
+    """JSON over HTTP to one server, with a deadline and a few attempts; from any thread.
+
+    Raises:
+        ConfigError: `url` is none.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(f'rollout.server_url: expected http://HOST:PORT, got "{url}"')
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._opener = build_opener(ProxyHandler({}))  # the server is ours, not the internet's
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()  # of the requests in flight
+        self._is_closed = False
 
     def get(self, path: str) -> Any:
         """The answer to a GET."""
-        return self._ask(Request(self._url + path))
+        return self._ask("GET", path, None, ATTEMPTS)
 
     def post(
         self, path: str, fields: dict[str, Any] | None = None, *, attempts: int = ATTEMPTS
@@ -41,25 +54,58 @@ class Http:
             ServerError: no answer, or a failure of the server, after several attempts.
             ValueError: the server refused the request; sending it again would not help.
         """
-        body = json.dumps(fields or {}).encode()
-        request = Request(self._url + path, body, {"Content-Type": "application/json"})
-        return self._ask(request, attempts)
+        return self._ask("POST", path, json.dumps(fields or {}).encode(), attempts)
 
-    def _ask(self, request: Request, attempts: int = ATTEMPTS) -> Any:
+    def close(self) -> None:
+        """Hang up on every request in flight, which raises `ServerError` where it was made.
+
+        The server stops to generate what nobody waits for any more.
+        """
+        with self._lock:
+            self._is_closed = True
+            for connection in self._sockets:
+                with suppress(OSError):  # the other side was faster
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, method: str, path: str, body: bytes | None, attempts: int) -> Any:
+        url = self._url + path
         for attempt in range(1, attempts + 1):
             try:
-                with self._opener.open(request, timeout=self._timeout_s) as answer:
-                    text = answer.read()
-                return json.loads(text) if text.strip() else None
-            except HTTPError as error:
-                reason = f"{error.code} {error.read().decode(errors='replace')[:300]}"
-                if error.code < 500:
-                    raise ValueError(f"{request.full_url} refused: {reason}") from None
+                status, text = self._exchange(method, path, body)
             except (OSError, HTTPException) as error:  # refused, reset, late or cut off
+                self._check_open()
                 reason = str(error)
-            logger.warning("%s: attempt %d failed: %s", request.full_url, attempt, reason)
+            else:
+                if status < 400:
+                    return json.loads(text) if text.strip() else None
+                reason = f"{status} {text.decode(errors='replace')[:300]}"
+                if status < 500:
+                    raise ValueError(f"{url} refused: {reason}")
+            logger.warning("%s: attempt %d failed: %s", url, attempt, reason)
         raise ServerError(
-            f"{request.full_url} did not answer in {attempts} attempts of up to "
-            f"{self._timeout_s:g} s: {reason}; restart the server and resume from the last "
-            "checkpoint"
+            f"{url} did not answer in {attempts} attempts of up to {self._timeout_s:g} s: "
+            f"{reason}; restart the server and resume from the last checkpoint"
         )
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        """Send one request and wait for its answer: status and body."""
+        url = urlsplit(self._url + path)
+        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+        connection = kind(url.netloc, timeout=self._timeout_s)
+        connection.connect()
+        own = connection.sock
+        try:
+            with self._lock:
+                self._check_open()
+                self._sockets.add(own)
+            connection.request(method, url.path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            with self._lock:
+                self._sockets.discard(own)
+            connection.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ServerError(f"the connection to {self._url} was closed")

@@ -113,7 +113,8 @@ class VllmServerEngine:
         """Do nothing: the server's memory is not the training's."""
 
     def close(self) -> None:
-        """Release the channel of the weights; the server stays up for whoever started it."""
+        """Give up what is in flight; the server stays up for whoever started it."""
+        self._http.close()
         self._transfer.close()
 
     def _sample(self, prompt: Prompt, sampling: Sampling) -> Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,7 +13,9 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards import Grader
 from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.ahead import RolloutAhead
 from laser_fast.rollout.engine import Engine, draw_seed
+from laser_fast.training.checkpoint import is_due
 from laser_fast.training.distributed import World
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy
@@ -45,12 +47,20 @@ class Collector:
     policy: Policy
     packer: Packer
     sync_disagreement: float = 0.0  # of the last weight sync, on this rank
+    staleness: int = 0  # steps between the weights that sampled the last batch and its update
+    _ahead: RolloutAhead = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ahead = RolloutAhead(self.engine)
 
     def collect(self, step: int) -> tuple[list[Group], Rewards]:
         """Sample and grade this rank's groups of a step.
 
         Dynamic sampling (DAPO): a group whose rewards do not differ is replaced by one of a new
         prompt, at most `rollout.resample_rounds` times.
+
+        With `rollout.steps_ahead` the groups were sampled while the last step trained, and those
+        of the next step begin as soon as the engine holds the new weights.
         """
         rounds = self.config.rollout.resample_rounds
         groups: dict[int, Group] = {}
@@ -58,25 +68,20 @@ class Collector:
         slots = list(range(self.config.data.prompts_per_step // self.world.size))
         for attempt in range(rounds + 1):
             with self.stages("prompt"):
-                prompts = self.prompts.prompts(
-                    step,
-                    attempt=attempt,
-                    rounds=rounds,
-                    rank=self.world.rank,
-                    world_size=self.world.size,
-                )
+                prompts = self._prompts(step, attempt)
+            early = None
             if attempt == 0:
+                with self.stages("rollout"):
+                    early = self._ahead.take(step)
+                    self.staleness = int(early is not None)
                 with self.stages("sync"):
                     self.sync(prompts)
             with self.stages("rollout"):
-                sampling = self.sampling(
-                    "train",
-                    step,
-                    attempt,
-                    group_size=self.config.rollout.group_size,
-                    needs_score=self.config.score.loss_coef > 0,
-                )
-                sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
+                sampled = early
+                if sampled is None:
+                    sampling = self._train_sampling(step, attempt)
+                    sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
+                self._start_ahead(step + 1)
             with self.stages("reward"):
                 graded = self.grade(sampled)
             groups |= zip(slots, sampled, strict=True)
@@ -90,14 +95,17 @@ class Collector:
     def sync(self, prompts: Sequence[Prompt]) -> None:
         """Hand the policy's weights to the engine and prove that they arrived. Collective.
 
-        Engine and policy read the log-probs of the tokens of a few of this rank's `prompts`,
-        which need no sampling.
+        A rollout in flight ends before its weights change. Engine and policy read the log-probs
+        of the tokens of a few of this rank's `prompts`, which need no sampling.
 
         Raises:
             DisagreementError: above `rollout.max_disagreement`.
         """
-        self.engine.sync(self.policy.stream_weights(self.world.device))
         config = self.config.rollout
+        if config.steps_ahead:
+            self._ahead.drain()
+            self.world.barrier()  # every rank's rollout, since they share the server
+        self.engine.sync(self.policy.stream_weights(self.world.device))
         if config.engine == "hf":  # samples with the policy's own parameters
             return
         held = [_as_group(prompt) for prompt in prompts[:HELD_PROMPTS]]
@@ -117,6 +125,37 @@ class Collector:
             seed=draw_seed(self.config.seed, *draw),
             needs_score=needs_score and config.score != "off",
         )
+
+    def _prompts(self, step: int, attempt: int) -> list[Prompt]:
+        return self.prompts.prompts(
+            step,
+            attempt=attempt,
+            rounds=self.config.rollout.resample_rounds,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def _train_sampling(self, step: int, attempt: int) -> Sampling:
+        return self.sampling(
+            "train",
+            step,
+            attempt,
+            group_size=self.config.rollout.group_size,
+            needs_score=self.config.score.loss_coef > 0,
+        )
+
+    def _start_ahead(self, step: int) -> None:
+        """Begin with `step` from the weights just synced, unless it is the first of a resumed run.
+
+        A run that resumes from a checkpoint can only sample anew, so the undisturbed one does too.
+        """
+        config = self.config
+        if (
+            config.rollout.steps_ahead
+            and step < config.optim.steps
+            and not is_due(step, config.checkpoint.every)
+        ):
+            self._ahead.start(step, self._prompts(step, 0), self._train_sampling(step, 0))
 
     def grade(self, groups: Sequence[Group]) -> Rewards:
         """Rewards by group and completion; None where grading failed."""

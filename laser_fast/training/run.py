@@ -25,6 +25,7 @@ from laser_fast.rollout.engine import Engine
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import (
     checkpoint_step,
+    is_due,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -82,9 +83,9 @@ def train(config: Config, *, resume: bool = False) -> None:
                 completed = step + 1
                 is_last = completed == config.optim.steps
                 # Evaluate first: a run that dies in between repeats the step and its evaluation.
-                if is_last or _is_due(completed, config.data.eval_every):
+                if is_last or is_due(completed, config.data.eval_every):
                     _evaluate(trainer, held_out, log, step=completed)
-                if is_last or _is_due(completed, config.checkpoint.every):
+                if is_last or is_due(completed, config.checkpoint.every):
                     _save(trainer, folder, completed)
         except StopRun:
             path = _save(trainer, folder, completed)
@@ -276,7 +277,3 @@ def _save(trainer: Trainer, folder: RunFolder, completed: int) -> Path:
         keep=trainer.config.checkpoint.keep,
         world=trainer.world,
     )
-
-
-def _is_due(completed: int, every: int) -> bool:
-    return every > 0 and completed % every == 0

@@ -109,7 +109,8 @@ class Trainer:
                     objective = replace(objective, score_coef=self.cap.coef())
                 else:
                     self._backward(objective, batches, rows)
-            self._check_rollout(step, rows.disagreement(self.world))
+            if self.collector.staleness == 0:
+                self._check_rollout(step, rows.disagreement(self.world))
             with self.stages.timer("step"):
                 grad_norms.append(self._update(step))
 
@@ -124,6 +125,7 @@ class Trainer:
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.collector.sync_disagreement
+        metrics["rollout/staleness"] = self.collector.staleness
         return metrics, groups, rewards
 
     def state_dict(self) -> dict[str, Any]:

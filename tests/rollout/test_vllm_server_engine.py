@@ -2,6 +2,8 @@
 
 import http.server
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -225,6 +227,29 @@ def test_a_server_that_answers_late_is_given_up(scripted):
     server.replies = [("late", "")] * 3
     with pytest.raises(ServerError, match=r"3 attempts of up to 0\.5 s: .*timed out"):
         client.post("/x", {})
+
+
+def test_closing_hangs_up_on_what_is_in_flight(scripted):
+    server, _ = scripted
+    client = Http(f"http://127.0.0.1:{server.server_address[1]}", timeout_s=60)
+    server.replies = [("late", "")] * 4
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(client.post, "/x") for _ in range(3)]
+        while len(server.replies) > 1:
+            time.sleep(0.01)
+        client.close()
+        for request in waiting:
+            with pytest.raises(ServerError, match="was closed"):
+                request.result(5)
+    with pytest.raises(ServerError, match="was closed"):
+        client.get("/version")
+    assert len(server.replies) == 1  # nothing was sent again
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://"])
+def test_an_url_without_scheme_or_host_is_refused(url):
+    with pytest.raises(ConfigError, match=f'server_url: expected http://HOST:PORT, got "{url}"'):
+        Http(url, timeout_s=1)
 
 
 def test_what_must_not_happen_twice_is_tried_once(scripted):
