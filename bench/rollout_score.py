@@ -1,4 +1,4 @@
-"""What the self-score costs in generation, and what a weight sync costs, with the real vLLM.
+"""What the self-score costs in generation, with the real vLLM.
 
 Ways to get log pi(z_c | x, y) for every finished completion, in one process, in rotating order:
 
@@ -41,7 +41,6 @@ SHAPES = {
     # hidden, ffn, layers, heads, kv heads, vocabulary
     "smoke": (64, 96, 2, 2, 2, 512),
     "10m": (256, 1024, 6, 8, 4, 8192),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
 }
 
 
@@ -198,32 +197,6 @@ def check(groups: list[Group], length: int) -> None:
             assert completion.score_logprob is not None
 
 
-def measure_sync(shape: str, rounds: int, dtype: str) -> list[float]:
-    """Seconds of `rounds` syncs of that shape from plain tensors in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        weights = counter_model(Path(folder), shape)
-        engine = VllmEngine(
-            folder,
-            RolloutConfig(engine="vllm", max_new_tokens=16, max_num_seqs=4),
-            score_token_id=SCORE_TOKEN,
-            eos_token_ids=[EOS],
-            vocab_size=SHAPES[shape][5],
-            max_model_len=64,
-            dtype=dtype,
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = {name: tensor.to(device, getattr(torch, dtype)) for name, tensor in weights.items()}
-    seconds = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        engine.sync(iter(weights.items()))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    engine.close()
-    return seconds[1:]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,15 +204,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, its table as .md")
     parser.add_argument("--shape", default="10m", choices=SHAPES)
-    parser.add_argument("--sync-shape", default="qwen2.5-0.5b", choices=[*SHAPES, "none"])
-    parser.add_argument("--sync-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--completions", type=int, default=64)
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--prompt-length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     if args.smoke:
-        args.shape, args.sync_shape, args.rounds = "smoke", "smoke", 1
+        args.shape, args.rounds = "smoke", 1
         args.completions, args.length, args.prompt_length = 4, 20, 16
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -252,18 +223,11 @@ def main() -> None:
         f"{args.prompt_length}, shape {args.shape}"
     )
     rows = [as_row(name, timing, timings["off"]) for name, timing in timings.items()]
-    sync = []
-    if args.sync_shape != "none":
-        sync = measure_sync(args.sync_shape, 1 if args.smoke else 3, args.sync_dtype)
-        facts[f"sync of {args.sync_shape} in {args.sync_dtype}"] = (
-            f"{statistics.median(sync):.2f} s, median of {len(sync)}"
-        )
     text = document(facts, rows)
     print(text)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"header": facts, "rows": rows, "sync_s": sync}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
         args.json.with_suffix(".md").write_text(text)
 
 

@@ -23,6 +23,7 @@ from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rollout.engine import Engine
 from laser_fast.rollout.hf import HfEngine
+from laser_fast.rollout.vllm_setup import import_vllm
 from laser_fast.training.checkpoint import (
     checkpoint_step,
     is_due,
@@ -106,6 +107,8 @@ def _build(
     config: Config, folder: RunFolder, world: World, *, resume: bool, stack: ExitStack
 ) -> tuple[Trainer, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
+    if config.rollout.engine == "vllm":
+        import_vllm()  # missing or unsupported, it is named before minutes of loading
     if config.model.path == "sandbox" and not resume:
         base = folder.path / "base_model"
         logger.info("warm-starting the sandbox model in %s", base)

@@ -49,7 +49,7 @@ def test_survives_failing_and_hanging_steps(tmp_path):
     out = tmp_path / "out"
     steps = {path.stem for path in out.glob("*.json")}
     assert (
-        len(steps) == 12
+        len(steps) == 13
         and {"csrc", "gpu_tests", "loss_7b", "train_step", "rollout_score"} <= steps
     )
     assert all((out / f"{step}.md").exists() for step in steps - {"gpu_tests"})

@@ -109,6 +109,20 @@ def test_rollout_score(tmp_path):
     assert path.with_suffix(".md").exists()
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_weight_sync(tmp_path):
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench.weight_sync", "--smoke", "--json", str(path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    result = json.loads(path.read_text())
+    assert set(result["header"]) >= HEADER | {"bytes", "disagreement"}
+    assert {row["part"] for row in result["rows"]} == {"start", "sync", "check", "copy"}
+    assert all(row["median_s"] > 0 for row in result["rows"])
+    assert path.with_suffix(".md").exists()
+
+
 def test_the_command_line(tmp_path):
     command = [sys.executable, "-m", "bench.last_token", "--smoke", "--only", "unfused,stream of W"]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "", "HOME": str(tmp_path)}

