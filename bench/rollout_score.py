@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from bench.provenance import header
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rollout.vllm import VllmEngine
+from laser_fast.rollout.vllm_setup import import_vllm
 
 SCORE_TOKEN, EOS = 0, 1
 FIRST_COUNT = 2  # ids below are special; above, counting down to EOS is counting up to the top
@@ -124,8 +125,8 @@ def bare_generation(engine: VllmEngine, prompts: list[Prompt], sampling: Samplin
     engine._run(ids, [params] * len(ids))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Timing]:
-    """Time every way `args.rounds` times, in rotating order."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
+    """Time every way `args.rounds` times, in rotating order; yields all timings so far."""
     vocab = SHAPES[args.shape][5]
     sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
     prompts = make_prompts(
@@ -136,7 +137,6 @@ def measure(args: argparse.Namespace) -> dict[str, Timing]:
     )
     with tempfile.TemporaryDirectory() as folder:
         weights = counter_model(Path(folder), args.shape)
-        started = time.perf_counter()
         engine = VllmEngine(
             folder,
             RolloutConfig(engine="vllm", max_new_tokens=args.length, max_num_seqs=args.completions),
@@ -145,7 +145,6 @@ def measure(args: argparse.Namespace) -> dict[str, Timing]:
             vocab_size=vocab,
             max_model_len=args.prompt_length + args.length + 2,
         )
-        start_s = time.perf_counter() - started
     engine.sync(iter(weights.items()))
     generated = [0]
     run = engine._run
@@ -184,9 +183,11 @@ def measure(args: argparse.Namespace) -> dict[str, Timing]:
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - cpu_started)
             tokens[name] = generated[0] / args.completions
+        if number:
+            yield {
+                name: Timing(wall[name], cpu[name], tokens[name] - tokens["off"]) for name in ways
+            }
     engine.close()
-    print(f"engine start: {start_s:.1f} s, once per run")
-    return {name: Timing(wall[name], cpu[name], tokens[name] - tokens["off"]) for name in ways}
 
 
 def check(groups: list[Group], length: int) -> None:
@@ -214,21 +215,21 @@ def main() -> None:
         args.completions, args.length, args.prompt_length = 4, 20, 16
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timings = measure(args)
-    import vllm
-
-    facts = {"op": "rollout_score"} | header(device) | {"vllm": vllm.__version__}
+    facts = {"op": "rollout_score"} | header(device) | {"vllm": import_vllm().__version__}
     facts["case"] = (
         f"{args.completions} completions of {args.length} tokens after prompts of "
         f"{args.prompt_length}, shape {args.shape}"
     )
-    rows = [as_row(name, timing, timings["off"]) for name, timing in timings.items()]
-    text = document(facts, rows)
+    for timings in measure(args):
+        rows = [as_row(name, timing, timings["off"]) for name, timing in timings.items()]
+        facts["rounds"] = str(len(timings["off"].wall))
+        text = document(facts, rows)
+        if args.json:  # after every round: a run that is cut off keeps what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            result = json.dumps({"header": facts, "rows": rows}, indent=1) + "\n"
+            args.json.write_text(result)
+            args.json.with_suffix(".md").write_text(text)
     print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
 
 
 def as_row(name: str, timing: Timing, baseline: Timing) -> dict[str, object]:

@@ -28,6 +28,7 @@ from bench.provenance import header
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.vllm_setup import import_vllm
 from laser_fast.training.distributed import World, open_world
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy, build_policy
@@ -175,9 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_main, device, ranks = world.is_main, world.device, world.size
     if not is_main:
         return
-    import vllm
-
-    facts = {"op": "weight_sync"} | header(device) | {"vllm": vllm.__version__}
+    facts = {"op": "weight_sync"} | header(device) | {"vllm": import_vllm().__version__}
     facts["case"] = f"{args.shape}, tied head sent twice, {args.dtype}, {ranks} rank(s)"
     facts["bytes"] = f"{num_bytes / 1e9:.3f} GB per sync"
     facts["disagreement"] = f"{worst:.1e} nats, the largest of {args.rounds + 1} syncs"
