@@ -148,6 +148,7 @@ class Collector:
         """Begin with `step` from the weights just synced, unless it is the first of a resumed run.
 
         A run that resumes from a checkpoint can only sample anew, so the undisturbed one does too.
+        (Not so after a SIGTERM, whose checkpoint is on no schedule: there one step is fresher.)
         """
         config = self.config
         if (

@@ -109,7 +109,7 @@ class Trainer:
                     objective = replace(objective, score_coef=self.cap.coef())
                 else:
                     self._backward(objective, batches, rows)
-            if self.collector.staleness == 0:
+            if self.collector.staleness == 0:  # else an update lies between, which TIS corrects
                 self._check_rollout(step, rows.disagreement(self.world))
             with self.stages.timer("step"):
                 grad_norms.append(self._update(step))
