@@ -178,13 +178,6 @@ def test_every_section_is_strict():
             assert f'"{key}"' in refusal(smallest(**{key.replace(".", "__"): {"not": "this"}}))
 
 
-AHEAD = {
-    "rollout__steps_ahead": 1,
-    "rollout__engine": "vllm_server",
-    "rollout__server_url": "http://h:8000",
-}
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -202,20 +195,6 @@ AHEAD = {
         ({"loss__clip_dual": 0.5}, "loss.clip_dual = 0.5 would cut the gradient"),
         ({"loss__clip_dual": 1.0}, "loss.clip_dual = 1 would cut the gradient"),
         ({"rollout__engine": "vllm_server"}, 'rollout.engine = "vllm_server" needs rollout.server'),
-        (
-            {"rollout__steps_ahead": 1, "rollout__engine": "vllm"},
-            'rollout.steps_ahead = 1 samples beside training, as only the engine "vllm_server" '
-            'can, and rollout.engine is "vllm"; set rollout.steps_ahead = 0',
-        ),
-        (
-            AHEAD | {"rollout__resample_rounds": 2},
-            "rollout.steps_ahead = 1 draws the next prompts before the rewards are there that "
-            "rollout.resample_rounds = 2 asks for; set one to 0",
-        ),
-        (
-            AHEAD | {"loss__tis_cap": 0.0},
-            "rollout.steps_ahead = 1 needs the correction loss.tis_cap, got 0; set it to 2.0",
-        ),
         (
             {"rollout__tensor_parallel": 2},
             'rollout.tensor_parallel = 2 splits the engine "vllm" alone, and rollout.engine is "hf"'
@@ -253,7 +232,6 @@ def test_impossible_combinations(keys, message):
         {"loss__clip_dual": 1.5},
         {"loss__clip_dual": 0.0},
         {"rollout__engine": "vllm_server", "rollout__server_url": "http://h:8000"},
-        AHEAD,
         {"rollout__tensor_parallel": 2, "rollout__engine": "vllm"},
         {"data__eval_every": 5, "data__eval": "e.jsonl"},
         {"data__template": "Q: {prompt}"},

@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
-from laser_fast.config import load_config
+from laser_fast.config import ConfigError, load_config
 from laser_fast.rollout.agreement import DisagreementError
 from laser_fast.rollout.ahead import RolloutAhead
 from laser_fast.rollout.engine import draw_seed
@@ -242,6 +242,20 @@ def test_samples_of_the_current_weights_must_agree_with_the_policy(write_ahead, 
     path = write_ahead(tmp_path)
     with engines_of(Lies), pytest.raises(DisagreementError, match=r"step 0.*disagree by 0\.5"):
         train(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.engine=vllm", r'only the engine "vllm_server" can, and .* "vllm"; set .* = 0'),
+        ("rollout.resample_rounds=2", r"resample_rounds = 2 asks for; set one to 0"),
+        ("loss.tis_cap=0", r"needs the correction loss\.tis_cap, got 0; set it to 2\.0"),
+        ("rollout.steps_ahead=2", r"expected a number less than or equal to 1, got 2"),
+    ],
+)
+def test_what_cannot_be_sampled_ahead_is_refused(ahead, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(ahead.path, [override])
 
 
 def test_at_most_one_rollout_is_in_flight_and_it_goes_to_its_step():
