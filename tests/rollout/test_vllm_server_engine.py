@@ -79,6 +79,8 @@ def test_the_server_samples_from_the_synced_weights(server, served, other):
     assert {c.score_logprob for c in completions(plain)} == {None}
     engine.sleep()
     engine.close()
+    with pytest.raises(ServerError, match="was closed"):
+        engine.generate(PROMPTS, SAMPLING)
 
 
 @pytest.mark.vllm

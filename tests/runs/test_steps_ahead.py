@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -275,8 +276,13 @@ def test_at_most_one_rollout_is_in_flight_and_it_goes_to_its_step():
 
 def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
     done = []
+
+    def generate(prompts, sampling):
+        time.sleep(0.3)
+        done.append("rollout")
+
     engine = SimpleNamespace(
-        generate=lambda prompts, sampling: done.append("rollout"),
+        generate=generate,
         sync=lambda weights: done.append("sync"),
         token_logprobs=lambda groups, temperature: [],
     )
