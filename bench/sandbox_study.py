@@ -1,6 +1,7 @@
 """LaSeR, LaSeR without advantage mixing and GRPO on the quickstart, over several seeds.
 
-    python -m bench.sandbox_study --seeds 0 1 2 [section.key=value ...]
+    python -m bench.sandbox_study --seeds 0 1 2 --json FILE [section.key=value ...]
+    python -m bench.sandbox_study --smoke               one step of everything
 
 Every run is `torchrun -m laser_fast train configs/quickstart.toml` with a seed of its own; the
 methods of one seed start from the same warm-started model and see the same prompts. Numbers are
@@ -17,6 +18,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -25,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import markdown
-from bench.provenance import ROOT, header
+from bench.provenance import ROOT, header, save
 from laser_fast.config import load_config
 from laser_fast.observe import jsonl
 from laser_fast.observe.run_folder import RunFolder
-from laser_fast.training.warm_start import make_sandbox_model
+from laser_fast.training.warm_start import STEPS, make_sandbox_model
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
 METHODS = {
@@ -47,6 +49,14 @@ METRICS = {
     "majority": "maj@k",
     "weighted_majority": "weighted maj@k",
 }
+SMOKE = (
+    "score.ref_logprob=-12.0",  # so early a model finishes nothing that could be measured
+    "optim.steps=1",
+    "optim.warmup_steps=0",
+    "data.prompts_per_step=4",
+    "data.eval_limit=2",
+    "data.eval_samples=2",
+)
 # Student's t at 97.5% for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -73,7 +83,12 @@ def interval(values: Sequence[float | None]) -> Interval:
 
 
 def train_all(
-    folder: Path, seeds: Sequence[int], overrides: Sequence[str], *, num_ranks: int
+    folder: Path,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    *,
+    num_ranks: int,
+    warm_up_steps: int = STEPS,
 ) -> list[dict[str, Any]]:
     """Train every method from every seed; one record per run, finished ones read again."""
     records = []
@@ -81,7 +96,7 @@ def train_all(
         base = folder / f"base_{seed}"
         if not (base / "model.safetensors").exists():
             print(f"seed {seed}: warm-starting the base model", flush=True)
-            make_sandbox_model(base, seed=seed)
+            make_sandbox_model(base, seed=seed, steps=warm_up_steps)
         for method, own in METHODS.items():
             run = folder / f"{method.lower().replace(' ', '_')}_{seed}"
             changes = [f"seed={seed}", f"output_dir={run}", f"model.path={base}", *own, *overrides]
@@ -97,9 +112,11 @@ def train_all(
 def train(run: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
     """Start one run and wait for it; a finished run of the same configuration stays as it is."""
     folder = RunFolder(run)
-    if folder.summary.exists() and load_config(folder.config) == load_config(CONFIG, overrides):
-        return
-    shutil.rmtree(run, ignore_errors=True)
+    if folder.summary.exists():
+        if load_config(folder.config) == load_config(CONFIG, overrides):
+            return
+        sys.exit(f"{run} holds a finished run of another configuration; choose another --runs")
+    shutil.rmtree(run, ignore_errors=True)  # cut off
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), "-m", "laser_fast", "train", str(CONFIG)]
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -198,27 +215,32 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2, help="processes of one run")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sandbox_study")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sandbox_study")
+    parser.add_argument("--smoke", action="store_true", help="one step of one seed, nothing kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes FILE's name as .md")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every run")
     # Overrides may follow --seeds, whose list would otherwise swallow them.
-    arguments, rest = parser.parse_known_intermixed_args()
+    arguments, rest = parser.parse_known_intermixed_args(argv)
     seeds = list(dict.fromkeys(arguments.seeds))
     if rest or len(seeds) > len(T_QUANTILES) + 1:
         parser.error(f"expected section.key=value and at most ten seeds, got {rest or seeds}")
     load_config(CONFIG, arguments.overrides)
-    facts = header(torch.device("cpu"))
-    folder = arguments.runs.resolve()
-    records = train_all(folder, seeds, arguments.overrides, num_ranks=arguments.ranks)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"header": facts, "runs": records, "summary": summarize(records)}
-    arguments.out.with_suffix(".json").write_text(jsonl.to_text(report))
-    arguments.out.with_suffix(".md").write_text(document(facts, records))
-    print(document(facts, records))
+    facts = {"op": "sandbox_study"} | header(torch.device("cpu"))
+    if arguments.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            records = train_all(Path(folder), [0], SMOKE, num_ranks=1, warm_up_steps=1)
+    else:
+        folder = arguments.runs.resolve()
+        records = train_all(folder, seeds, arguments.overrides, num_ranks=arguments.ranks)
+    text = document(facts, records)
+    print(text)
+    if arguments.json:
+        save(arguments.json, facts, records, text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The sandbox study: what it starts, and the arithmetic of its table."""
 
+import json
 import math
 from pathlib import Path
 
@@ -92,5 +93,19 @@ def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
         "after": {"step": 120},
         "wall_seconds": 5.0,
     }
-    with pytest.raises(AssertionError):
+    with pytest.raises(SystemExit, match="another configuration; choose another --runs"):
         study.train(tmp_path, [*overrides, "optim.lr=1e-3"], num_ranks=2)
+    assert (tmp_path / "summary.json").exists()
+    (tmp_path / "summary.json").unlink()  # cut off: starts again
+    with pytest.raises(AssertionError):
+        study.train(tmp_path, overrides, num_ranks=2)
+
+
+@pytest.mark.slow
+def test_smoke_trains_every_method(study, tmp_path):
+    study.main(["--smoke", "--json", str(tmp_path / "study.json")])
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert [row["method"] for row in result["rows"]] == list(study.METHODS)
+    assert all(row["after"]["step"] == 1 for row in result["rows"])
+    text = (tmp_path / "study.md").read_text()
+    assert "- op: sandbox_study" in text and "2 held-out problems, k = 2 completions each" in text
