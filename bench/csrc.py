@@ -10,7 +10,6 @@ compiles the sources here. --smoke does nothing else than the latter.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ import triton
 
 from bench.harness import Unavailable
 from bench.markdown import document, table
-from bench.provenance import ROOT, header
+from bench.provenance import ROOT, header, save
 from laser_kernels import _extension
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -125,16 +124,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     start = time.perf_counter()
     try:
         rows = built() if builds else compiled_here()
-    except (Unavailable, RuntimeError) as error:
+    except (Unavailable, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         rows, facts["failure"] = [], str(error)
     facts["built" if builds else "compiled"] = f"in {time.perf_counter() - start:.0f} s"
     cells = [[row[column] for column in COLUMNS] for row in rows]
     text = document(facts, []) + "\n" + "\n".join(table(COLUMNS, cells)) + "\n"
     print(text)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
+        save(args.json, facts, rows, text)
     return rows
 
 

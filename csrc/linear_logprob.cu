@@ -91,10 +91,8 @@ template <DType DTYPE, Output OUTPUT>
 __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, int column,
                            const Rows& rows, uint8_t* buffer, int N, int V) {
   const int lane = threadIdx.x % 32;
-  const bool is_row = row < N;
   const int source = min(row, N - 1);  // rows beyond the end repeat the last; nothing keeps them
-  const auto load = [&](const float* x) { return x[source]; };
-  const float scale = load(rows.inv_temperature) * LOG2E;
+  const float scale = rows.inv_temperature[source] * LOG2E;
   const int first = column + 2 * (lane % 4);
   const int num_columns = V - first;  // valid ones, counted from this lane's first
   // Within 64 rows, a warp has 16 and a quad the rows lane / 4 and 8 below.
@@ -106,9 +104,9 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
     *reinterpret_cast<uint32_t*>(buffer + offset) = pair;
   };
   if constexpr (OUTPUT == Output::dlogits) {
-    const float logsumexp2 = load(rows.logsumexp) * LOG2E;
-    const float constant = load(rows.constant), slope = load(rows.slope) * LN2;
-    const float target = load(rows.target);
+    const float logsumexp2 = rows.logsumexp[source] * LOG2E;
+    const float constant = rows.constant[source], slope = rows.slope[source] * LN2;
+    const float target = rows.target[source];
     const int label = static_cast<int>(rows.labels[source]) - first;
     const auto dlogit = [&](float z, int offset) {
       const float logprob2 = fmaf(z, scale, -logsumexp2);
@@ -121,7 +119,7 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
       put(j, pack<DTYPE>(dlogit(z[0], 8 * j), dlogit(z[1], 8 * j + 1)));
     }
   } else {
-    const float anchor = load(rows.anchor);
+    const float anchor = rows.anchor[source];
     Partial partial;
     const auto shifted = [&](float z, int offset) {
       const float x = offset < num_columns ? fmaf(z, scale, -anchor) : NOTHING;
@@ -136,7 +134,7 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
     }
     partial.add_lane(1);
     partial.add_lane(2);
-    if (is_row && lane % 4 == 0) {
+    if (row < N && lane % 4 == 0) {
       partial.store(rows.partials, row, column / BLOCK_V, ceil_div(V, BLOCK_V));
     }
   }

@@ -25,7 +25,7 @@ FLAGS = (
     "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
-# Rows from which the kernel for few rows is the slower one: its N, of 128, would be exceeded.
+# The largest N of the wgmma in last_token.cu.
 MAX_FEW_ROWS = 128
 # Columns of a partial; csrc/ checks them.
 BLOCK_V = {"many": 192, "few": 256}
@@ -76,7 +76,9 @@ def missing() -> str:
         from torch.utils import cpp_extension
     except ImportError:
         return "setuptools is missing; pip install setuptools"
-    if cpp_extension.CUDA_HOME is None:
+    # PyTorch takes /usr/local/cuda as it is, which may hold a runtime alone.
+    home = cpp_extension.CUDA_HOME
+    if home is None or not Path(home, "bin", "nvcc").is_file():
         version = torch.version.cuda
         return f"nvcc was not found; install the CUDA {version} toolkit, or set CUDA_HOME"
     if not cpp_extension.is_ninja_available():
@@ -107,7 +109,7 @@ def load() -> Fused:
         text = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
         lines = [line for line in text.splitlines() if "error" in line.lower()]
         # The first is PyTorch's "Error building extension"; the compiler's own says more.
-        reason = lines[min(1, len(lines) - 1)] if lines else text
+        reason = (lines[:2] or text.splitlines() or ["no reason given"])[-1]
         raise _failure(
             f"{folder} cannot be built and loaded with {cpp_extension.CUDA_HOME}/bin/nvcc and "
             f"PyTorch {torch.__version__} ({reason.strip()[:300]}); install nvcc 12.5 or newer, "

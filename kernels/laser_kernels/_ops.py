@@ -57,8 +57,8 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor) -> str:
         impl = _automatic(hidden_states)
     if impl in ("triton", "cuda"):
         _require_gpu(op, impl, hidden_states)
-    if impl == "cuda":
-        implementation(impl)
+    if impl == "cuda" and not torch.compiler.is_compiling():
+        implementation(impl)  # fails here, before anything is computed; no tracer can follow it
     if impl != _last_impl:
         logger.debug("%s: impl=%s", op, impl)
     _last_impl = impl

@@ -139,13 +139,15 @@ def _backward_loss(ctx, upstream):
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    # `loss.backward()` sends a one, which spares a CPU the copy of a float32 dW. On a GPU a look at
-    # it would wait for the device; to a tracer it has no value.
-    if grad.dtype == dtype and not upstream.is_cuda and not torch.is_grad_enabled():
+    # `loss.backward()` sends a one, which spares a CPU the copy of a float32 dW, unless the graph,
+    # and with it what is saved, is kept. On a GPU a look at the one would wait for the device; to a
+    # tracer it has no value.
+    needs_grad = torch.is_grad_enabled()
+    is_last_use = not (needs_grad or torch._C._autograd._get_current_graph_task_keep_graph())
+    if grad.dtype == dtype and is_last_use and not upstream.is_cuda:
         if type(upstream) is Tensor and upstream == 1:
             return grad
     # Under create_graph the gradients are made to need a gradient, so that asking for it raises.
-    needs_grad = torch.is_grad_enabled()
     return _scale_gradient(grad.detach().requires_grad_(needs_grad), upstream, dtype)
 
 

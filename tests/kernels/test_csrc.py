@@ -280,7 +280,15 @@ def test_emulation_notices(error, make_head, tmp_path):
 # ------------------------------------------------------------------------- building, without a GPU
 
 
-def test_loader_says_what_is_missing(monkeypatch):
+@pytest.fixture
+def toolkit(tmp_path):
+    """A folder that looks like a CUDA toolkit."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    return str(tmp_path)
+
+
+def test_loader_says_what_is_missing(monkeypatch, toolkit):
     def message() -> str:
         with pytest.raises(RuntimeError) as caught:
             _extension.load()
@@ -294,7 +302,9 @@ def test_loader_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     assert "nvcc was not found; install the CUDA 13.0 toolkit, or set CUDA_HOME" in message()
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/nowhere/cuda")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", f"{toolkit}/bin")  # a folder without nvcc
+    assert "nvcc was not found" in message()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", toolkit)
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
     assert "ninja is missing; pip install ninja" in message()
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
@@ -305,13 +315,13 @@ def test_loader_says_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(cpp_extension, "load", fail)
     text = message()
-    assert "/nowhere/cuda/bin/nvcc" in text and "(x.cu(3): error: no such type)" in text
+    assert f"{toolkit}/bin/nvcc" in text and "(x.cu(3): error: no such type)" in text
 
 
-def test_loader_hands_pytorch_the_sources_and_sm_90a(monkeypatch):
+def test_loader_hands_pytorch_the_sources_and_sm_90a(monkeypatch, toolkit):
     calls = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", toolkit)
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
     monkeypatch.setattr(
         cpp_extension, "load", lambda *args, **options: calls.append((args, options))

@@ -218,6 +218,15 @@ def test_peak_memory_obeys_the_formula(impl):
     assert peak(score) <= (partials if impl in BLOCK_V else workspace) + 64e6
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_without_a_graph_break(impl):
+    head = random_head(64, 64, 1000)
+    with torch.no_grad():
+        expected = linear_logprob(*head, impl=impl)
+        compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*head, impl=impl), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_logits_than_32_bits_can_count(impl, monkeypatch):

@@ -191,7 +191,9 @@ def test_graph_of_the_loss_itself_can_be_retained(case, make_head):
     impl, dtype = case
     head = make_head(20, 16, 97, dtype)
     loss = linear_logprob_loss(*head, policy_loss(20, head.labels.device), impl=impl)
-    first = [x.clone() for x in torch.autograd.grad(loss, head[:2], retain_graph=True)]
+    first = torch.autograd.grad(loss, head[:2], retain_graph=True)
+    for x in torch.autograd.grad(loss, head[:2], retain_graph=True):
+        x.mul_(0.5)  # the caller's own: neither `first` nor what is saved
     for _ in range(2):
         loss.backward(retain_graph=True)  # accumulates into .grad in place
     second = torch.autograd.grad(3 * loss, head[:2])

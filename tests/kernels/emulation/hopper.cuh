@@ -18,7 +18,7 @@
 //
 // It cannot show: speed, races of the memory model (everything is sequentially consistent), missing
 // proxy fences, divergence within a warp at `.aligned` instructions, descriptor bits beyond
-// address, stride and swizzle mode, register limits, and the rounding of the tensor cores'
+// address, stride and swizzle mode, disagreement of the warps of a group, register limits, and the rounding of the tensor cores'
 // accumulation.
 #pragma once
 
@@ -200,6 +200,7 @@ inline void load_box(void* to, const TensorMap& map, int column, int row, uint64
 inline void store_box(const TensorMap& map, int column, int row, const void* from) {
   emulator::Thread* const thread = emulator::current;
   const uint32_t address = shared_address(from);
+  emulator::require(address % 128 == 0, "a box's place in shared memory is not aligned");
   ++thread->stores;
   thread->cta->cluster->transfers.push_back([=] {
     emulator::for_box(map, column, row, address, [&](uint32_t place, uint8_t* element) {
@@ -275,6 +276,7 @@ inline TensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int
   emulator::require(reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % 8 == 0,
                     "a matrix's address and row stride are multiples of 16 bytes");
   emulator::require(box_rows > 0 && box_rows <= 256, "a box has 1 to 256 rows");
+  emulator::require(rows > 0 && columns > 0 && row_stride >= columns, "a matrix is not empty");
   auto* const memory = static_cast<uint8_t*>(const_cast<void*>(data));
   return {memory, rows, columns, row_stride, box_rows};
 }
