@@ -351,12 +351,15 @@ def _run(monkeypatch, *arguments) -> int:
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    model = tmp_path / "[bold]qwen"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(QWEN_7B))
     config = "configs/laser_qwen2.5-7b_8xh200.toml"
-    options = (config, "--gpus", "8", f"model.path={tmp_path}")
+    options = (config, "--gpus", "8", f"model.path={model}")
     assert _run(monkeypatch, *options, "--memory", "141") == 0
     shown = capsys.readouterr().out
-    assert "P = 7,615,616,512 parameters" in shown and "4 P / S, float32 masters" in shown
+    assert f"{model}: P = 7,615,616,512 parameters" in shown
+    assert "4 P / S, float32 masters" in shown
     assert "3.81" in shown and "It fits" in shown  # 4 x 7.616e9 / 8
     assert _run(monkeypatch, *options, "--memory", "40") == 1
     assert "It does not fit: " in capsys.readouterr().out

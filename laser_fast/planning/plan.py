@@ -45,6 +45,7 @@ def print_plan(plan: Plan, *, console: Console | None = None) -> None:
         f"c = {setup.compute_bytes} bytes, "
         f"T = N = {setup.config.optim.tokens_per_microbatch:,} tokens, L = {size.num_layers}, "
         f"D = {size.hidden}, F = {size.mlp}, V = {size.vocab}, Dkv = {size.key}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -69,7 +70,7 @@ def print_plan(plan: Plan, *, console: Console | None = None) -> None:
             "parameters, gradients and optimizer",
             highlight=False,
         )
-    console.print(verdict(plan), highlight=False, soft_wrap=True)
+    console.print(verdict(plan), markup=False, highlight=False, soft_wrap=True)
 
 
 def verdict(plan: Plan) -> str:
