@@ -27,12 +27,18 @@ def plain_value(value: Any) -> Any:
 
 def to_line(record: Mapping[str, Any]) -> str:
     """One record as one line of JSON, newline included."""
-    return json.dumps(plain_value(record), ensure_ascii=False, allow_nan=False) + "\n"
+    return _dump(record) + "\n"
 
 
 def to_text(record: Mapping[str, Any]) -> str:
     """One record as a JSON file for people."""
-    return json.dumps(plain_value(record), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    return _dump(record, indent=2) + "\n"
+
+
+def _dump(record: Mapping[str, Any], indent: int | None = None) -> str:
+    text = json.dumps(plain_value(record), ensure_ascii=False, allow_nan=False, indent=indent)
+    # UTF-8 has no lone surrogates; written as \\udXXX they are JSON's own escape.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

@@ -32,6 +32,15 @@ def test_undefined_numbers_become_null():
     assert jsonl.to_line(record).count("\n") == 1
 
 
+def test_lone_surrogates_are_written_as_escapes(tmp_path):
+    record = {"text": "\ud83d and \u00e9 \U0001f600"}
+    jsonl.write_lines(tmp_path / "x.jsonl", [record])
+    assert jsonl.read_lines(tmp_path / "x.jsonl") == [record]
+    assert "\\ud83d and \u00e9 \U0001f600" in (tmp_path / "x.jsonl").read_text("utf-8")
+    (tmp_path / "x.json").write_text(jsonl.to_text(record), "utf-8")
+    assert jsonl.read_json(tmp_path / "x.json") == record
+
+
 def test_line_separators_inside_text_stay_inside(tmp_path):
     records = [{"text": "a\u2028b\nc\x0bd"}, {"text": "e"}]
     path = tmp_path / "x.jsonl"
