@@ -17,7 +17,7 @@ from typing import Any
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samples
-from laser_fast.observe.jsonl import replace_text, to_line, to_text
+from laser_fast.observe.jsonl import read_json, replace_text, to_line, to_text
 
 
 class EvalFolder:
@@ -38,7 +38,7 @@ class EvalFolder:
 
     def read_settings(self) -> dict[str, Any]:
         """What decided the samples; empty where nothing says."""
-        return json.loads(self.settings.read_text("utf-8")) if self.settings.is_file() else {}
+        return read_json(self.settings) if self.settings.is_file() else {}
 
     def refuse_finished(self) -> None:
         """Raise a ConfigError if the folder holds a report."""
@@ -89,8 +89,8 @@ class EvalFolder:
         done = len(found) // size
         if done < len(ids):
             done -= done % chunk
-        if done * size < len(records):
-            write_samples(path, records[: done * size])
+        # Always: a line that a kill tore is not among the records, and would meet the next one.
+        write_samples(path, records[: done * size])
         return done
 
     def append(self, benchmark: str, records: Iterable[SampleRecord]) -> None:

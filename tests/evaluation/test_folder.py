@@ -44,6 +44,23 @@ def test_only_whole_chunks_are_kept(folder, make_record):
         folder.keep_whole_chunks("a", ids[::-1], size=2, chunk=2)
 
 
+@pytest.mark.parametrize("num_whole", [0, 2, 5])
+def test_a_torn_line_behind_whole_chunks_does_not_meet_the_next(folder, make_record, num_whole):
+    ids = ["p0", "p1", "p2", "p3", "p4"]
+    folder.append("a", _records(make_record, ids[:num_whole]))
+    with open(folder.samples("a"), "a") as file:
+        file.write('{"prompt_id": "p2", "sam')
+    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == num_whole
+    folder.append("a", _records(make_record, ids[num_whole:]))
+    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 5
+
+
+def test_broken_settings_are_named(folder):
+    folder.settings.write_text('{"model"')
+    with pytest.raises(ConfigError, match=r"settings.json: not valid JSON"):
+        folder.prepare(SETTINGS, overwrite=False)
+
+
 def test_a_finished_folder_is_left_alone(folder, make_record):
     folder.append("a", _records(make_record, ["p0"]))
     folder.report.write_text("{}")
