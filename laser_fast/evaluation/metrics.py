@@ -84,7 +84,9 @@ def readings(
 ) -> dict[str, NDArray[np.float64]]:
     """Both probabilities that a score states, by the suffix of their metrics' names."""
     rate = finished_rate(correct, finished) if base_rate is None else base_rate
-    return {"": np.clip(scores, 0.0, 1.0), "_corrected": correct_class_prior(scores, rate)}
+    # A base rate of 1 would make the 0 of an unfinished completion a certain yes.
+    corrected = np.where(finished, correct_class_prior(scores, rate), 0.0)
+    return {"": np.clip(scores, 0.0, 1.0), "_corrected": corrected}
 
 
 def finished_rate(correct: NDArray, finished: NDArray) -> float:

@@ -106,6 +106,14 @@ def test_only_unfinished_completions_have_rates():
     assert found["ece"] == found["ece_corrected"] == 0.5
 
 
+def test_a_certain_base_rate_leaves_unfinished_completions_incorrect():
+    finished = np.array([True, True, False, False])
+    found = verify([0.9, 0.0, 0.0, 0.0], finished, is_finished=finished)
+    # The base rate of the finished ones is 1; the two truncated ones stay a sure no.
+    assert found["verification_accuracy_corrected"] == 1.0
+    assert found["ece_corrected"] == found["brier_corrected"] == 0.0
+
+
 def test_reliability_and_ece_by_hand():
     p = [0.0, 0.1, 0.49, 0.5, 0.9, 1.0]
     correct = np.array([False, True, False, True, True, False])
