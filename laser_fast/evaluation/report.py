@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,6 +76,7 @@ DEFAULTS = ReportOptions()
 def build_report(
     records: Sequence[SampleRecord],
     *,
+    name: str = "",
     same_answer: SameAnswer | None = None,
     options: ReportOptions = DEFAULTS,
 ) -> tuple[Report, Draws]:
@@ -87,6 +89,8 @@ def build_report(
 
     Args:
         records: n samples of each problem. Either every finished one has a score, or none has.
+        name: of the benchmark; with the seed it names the resamples, so that benchmarks of one
+            size are drawn independently and their mean has its own interval.
         same_answer: equivalence of two answers in the votes; equal strings always are.
         options: see `ReportOptions`.
 
@@ -141,7 +145,7 @@ def build_report(
             lambda indices: list(statistics(indices).values()),
             len(ballots),
             num_resamples=options.num_resamples,
-            seed=options.seed,
+            seed=(options.seed, crc32(name.encode())),
         ).reshape(-1, len(values))
         draws = dict(zip(values, drawn.T, strict=True))
     base_rate, diagrams = options.base_rate, {}
@@ -198,7 +202,13 @@ def average(reports: Sequence[Report], draws: Sequence[Draws]) -> Report:
     }
     values = {name: value.mean() for name, value in found.items()}
     means = {name: np.mean([other[name] for other in draws], axis=0) for name in shared}
-    return plain_value({"num_benchmarks": len(reports), "metrics": _entries(values, means)})
+    return plain_value(
+        {
+            "num_benchmarks": len(reports),
+            "ks": sorted(set.intersection(*(set(report["ks"]) for report in reports))),
+            "metrics": _entries(values, means),
+        }
+    )
 
 
 def bootstrap(
@@ -206,7 +216,7 @@ def bootstrap(
     num_problems: int,
     *,
     num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> NDArray[np.float64]:
     """Draws [R, S]: `statistics` maps indices of drawn problems, [P] with repeats, to S values."""
     rng = np.random.default_rng(seed)

@@ -131,7 +131,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         _print_benchmark(name, benchmark, console)
     if "average" in report:
         metrics = report["average"]["metrics"]
-        table = _table("mean over benchmarks", "value")
+        _say(console, "\nmean over benchmarks")
+        _print_votes(report["average"], console)
+        table = _table("", "value")
         for label, key in (("accuracy", "accuracy"), *_VERIFICATION):
             if metrics.get(key, {}).get("value") is not None:
                 table.add_row(label, _cell(metrics, key))
@@ -148,13 +150,8 @@ def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> 
         f"accuracy (avg@{num_samples}) {_cell(metrics, 'accuracy')}, {share} truncated, "
         f"{report['num_failed_grades']} grades failed",
     )
-    has_scores = bool(report["reliability"])
-    rules = _VOTES if has_scores else _VOTES[:2]
-    table = _table("k", *(label for label, _ in rules))
-    for k in report["ks"]:
-        table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
-    console.print(table)
-    if not has_scores:
+    _print_votes(report, console)
+    if not report["reliability"]:
         return
     if report["uses_scores"]:
         largest = report["ks"][-1]
@@ -166,6 +163,21 @@ def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> 
     table = _table("self-verification", "score", f"at base rate {report['base_rate']:.3f}")
     for label, key in _VERIFICATION:
         table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
+    console.print(table)
+
+
+def _print_votes(report: Mapping[str, Any], console: Console) -> None:
+    metrics, ks = report["metrics"], report["ks"]
+    rules = [
+        (label, key)
+        for label, key in _VOTES
+        if any(metrics.get(f"{key}@{k}", {}).get("value") is not None for k in ks)
+    ]
+    if not rules:
+        return
+    table = _table("k", *(label for label, _ in rules))
+    for k in ks:
+        table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
     console.print(table)
 
 

@@ -168,7 +168,7 @@ def test_k_beyond_the_samples_is_refused(random_records):
 )
 def test_average_gives_the_papers_means(f1, mean):
     """F1 of five verifiers on five sets of different sizes: the paper's mean is over the sets."""
-    reports = [{"metrics": {"f1": {"value": value}}} for value in f1]
+    reports = [{"ks": [1], "metrics": {"f1": {"value": value}}} for value in f1]
     draws = [{"f1": np.array([value])} for value in f1]
     assert _value(average(reports, draws), "f1") == pytest.approx(mean, abs=0.051)
 
@@ -177,7 +177,7 @@ def test_average_is_over_benchmarks_with_its_own_interval(random_records):
     parts = [build_report(random_records(20, n, seed=n), options=FEW) for n in (2, 4)]
     reports, draws = [part[0] for part in parts], [part[1] for part in parts]
     whole = average(reports, draws)
-    assert whole["num_benchmarks"] == 2
+    assert whole["num_benchmarks"] == 2 and whole["ks"] == [1, 2]
     assert _value(whole, "accuracy") == pytest.approx(
         fmean(_value(report, "accuracy") for report in reports)
     )
@@ -186,6 +186,21 @@ def test_average_is_over_benchmarks_with_its_own_interval(random_records):
     own = whole["metrics"]["accuracy"]["high"] - whole["metrics"]["accuracy"]["low"]
     # Independent benchmarks: the mean of two is known better than either.
     assert own < max(widths)
+
+
+def test_benchmarks_of_one_size_are_drawn_independently(random_records):
+    records = random_records(30, 4)
+    parts = [build_report(records, name=name) for name in ("aime24", "aime25")]
+    reports, draws = [part[0] for part in parts], [part[1] for part in parts]
+    assert _value(reports[0], "mean_length") == _value(reports[1], "mean_length")
+
+    def width(report):
+        entry = report["metrics"]["mean_length"]
+        return entry["high"] - entry["low"]
+
+    # The mean of two independent ones has 1 / sqrt(2) of the width of one.
+    own = fmean(width(report) for report in reports)
+    assert width(average(reports, draws)) / own == pytest.approx(0.5**0.5, rel=0.1)
 
 
 def test_two_problems_are_drawn_by_the_binomial():
