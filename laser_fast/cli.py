@@ -133,7 +133,7 @@ def calibrate(
         str | None, typer.Option(help="The score token; without it all reserved ones compete.")
     ] = None,
     beta: Beta = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, at most those of the data.")] = 64,
     samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 4,
     template: Annotated[
         list[str] | None, typer.Option(help="chat, or a text with {prompt}; may be repeated.")
@@ -216,8 +216,26 @@ def evaluate(
     if rescore is not None:
         from laser_fast.evaluation.conclude import rescore_evaluation
 
-        if model is not None or benchmark or out is None:
-            raise ConfigError("--rescore takes neither a model nor a benchmark, and needs --out")
+        unread = {
+            "a model": model is not None,
+            "overrides": bool(overrides),
+            "--benchmark": bool(benchmark),
+            "--data-dir": data_dir is not None,
+            "--samples": samples is not None,
+            "--limit": limit > 0,
+            "--token": token is not None,
+            "--no-score": not score,
+            "--config": config is not None,
+            "--engine": engine is not None,
+            "--seed": seed is not None,
+        }
+        if any(unread.values()):
+            given = ", ".join(name for name, is_given in unread.items() if is_given)
+            raise ConfigError(
+                f"--rescore reads samples that exist and takes no model; drop {given}"
+            )
+        if out is None:
+            raise ConfigError("--rescore needs --out, a new folder")
         conclusion = rescore_evaluation(
             rescore,
             out,

@@ -29,7 +29,7 @@ from laser_fast.evaluation.model import (
     open_vocabulary,
     read_last_token,
 )
-from laser_fast.evaluation.settings import build_config
+from laser_fast.evaluation.settings import build_config, refuse_overrides
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.engine import draw_seed
 from laser_fast.training.distributed import World, open_world
@@ -38,6 +38,12 @@ from laser_fast.training.vocabulary import Vocabulary, reserved_tokens
 
 # The paper's beta; with c_ref near -23 the rule alone would allow half of it.
 MIN_BETA = 0.1
+_GIVEN_ELSEWHERE = {
+    "score.token": "say --token",
+    "score.beta": "say --beta",
+    "score.ref_logprob": "it is what calibrate measures",
+    "data.prompts_per_step": "say --prompts",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +121,7 @@ def calibrate(
     Raises:
         ConfigError: options, data or model do not fit, or no completion ended.
     """
+    refuse_overrides(overrides, _GIVEN_ELSEWHERE)
     if token is not None:
         overrides = [f"score.token={token}", *overrides]
     benchmark = find_benchmark(data, data_dir=data_dir)
@@ -140,7 +147,9 @@ def _prompts(config: Config, template: str, vocabulary: Vocabulary, count: int) 
     if template != "chat" and "{prompt}" not in template:
         raise ConfigError(f"--template {template!r}: put {{prompt}} into it, or say chat")
     data = config.data.model_copy(update={"template": template, "prompts_per_step": count})
-    return PromptSource(data, vocabulary.tokenizer, seed=config.seed, split="train").prompts(0)
+    source = PromptSource(data, vocabulary.tokenizer, seed=config.seed, split="train")
+    # A small file would give its prompts again, as if they were others.
+    return source.prompts(0)[: source.num_prompts]
 
 
 def _measure(

@@ -6,6 +6,7 @@ samples that exist.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from laser_fast.evaluation.samples import (
 )
 from laser_fast.evaluation.settings import Score
 from laser_fast.observe.charts import evaluation_diagrams, save_png
-from laser_fast.observe.jsonl import replace_text, to_text
+from laser_fast.observe.jsonl import read_json, replace_text, to_text
 from laser_fast.rewards import Grader
 
 
@@ -70,7 +71,7 @@ def conclude(
     reports: dict[str, Report] = {}
     draws = []
     for name, records in samples.items():
-        report, drawn = build_report(records, same_answer=same_answer, options=options)
+        report, drawn = build_report(records, name=name, same_answer=same_answer, options=options)
         reports[name] = {**about[name], **report}
         draws.append(drawn)
         diagrams = evaluation_diagrams(report, [asdict(record) for record in records])
@@ -108,16 +109,19 @@ def rescore_evaluation(
     if out.resolve() == root:
         raise ConfigError(f"--out {out} is where the samples come from; name a new folder")
     samples = {path.resolve().parent.name: _read(path, report) for path in paths}
-    before = EvalFolder(root).read_settings()
-    score = _choose_score(before.get("score") or {}, beta, ref_logprob)
-    known = before.get("benchmarks", {})
-    changes = {} if reward is None else {"reward": reward}
+    before = EvalFolder(root)
+    begun = before.read_settings()
+    score = _choose_score(begun.get("score") or {}, beta, ref_logprob)
+    known = begun.get("benchmarks", {})
+    changes = {} if reward is None else {"reward": reward, "format_gate": False}
+    reports = read_json(before.report).get("benchmarks", {}) if before.report.is_file() else {}
     about = {
-        name: {"source": str(path), **changes} for name, path in zip(samples, paths, strict=True)
+        name: {**_lasting(reports.get(name, {}), reward), "source": str(path)}
+        for name, path in zip(samples, paths, strict=True)
     }
     folder = EvalFolder(out)
     settings = {
-        **before,
+        **begun,
         "rescored_from": str(source),
         "benchmarks": {name: {**known.get(name, {}), **changes} for name in samples},
         "score": None if score is None else asdict(score),
@@ -166,9 +170,21 @@ def _choose_score(
         raise ConfigError(f'--ref-logprob: expected a number or "auto", got "{ref}"') from None
     if beta is None and ref is None:
         return None
+    for name, value in (("--beta", beta), ("--ref-logprob", ref)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: expected a finite number, got {value}")
     if beta is None or ref is None:
         raise ConfigError("these samples come without settings; give both --beta and --ref-logprob")
     return Score(token=before.get("token"), beta=beta, ref_logprob=ref)
+
+
+def _lasting(report: Mapping[str, Any], reward: str | None) -> dict[str, Any]:
+    """What an earlier report says of the problems and still holds, be it with another reward."""
+    keys = ["num_dropped"]
+    if reward is None:
+        keys += ["reward", "golds_rejected", "golds_unreadable"]
+    known = {key: report[key] for key in keys if key in report}
+    return known if reward is None else known | {"reward": reward}
 
 
 def _regrade(records: Sequence[SampleRecord], kind: str, grader: Grader) -> list[SampleRecord]:

@@ -72,14 +72,14 @@ def score_pairs(
     Raises:
         ConfigError: options, model or input do not fit, or `out` exists.
     """
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name a file")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another file or --overwrite it")
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"{out}: no such folder")
     settings = build_config(model, config=config, overrides=overrides)
-    score = score_of(settings)
-    if score.ref_logprob == "auto":
-        raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")
+    score = score_of(settings, may_measure=False)
     if source.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{source}: expected a .jsonl or .json file")
     rows = open_rows(str(source), split="")

@@ -14,7 +14,7 @@ score means something only with the token, beta and c_ref of its training.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ from laser_fast.observe.jsonl import replace_text, to_text
 
 _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
+# Keys that no measurement reads, and what to use instead.
+_NOT_MEASURED = {
+    "data.eval_limit": "that is eval --limit",
+    "data.eval_samples": "that is eval --samples",
+    "score.loss_coef": "only training reads it",
+    "advantage.score_coef": "only training reads it",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +69,7 @@ def build_config(
         ConfigError: an option or key that does not fit.
     """
     _refuse_run_folder(model)
+    refuse_overrides(overrides, _NOT_MEASURED)
     score = read_score_settings(model)
     values = _defaults(benchmark) | {f"score.{key}": value for key, value in score.items()}
     values |= _of_file(config)
@@ -69,28 +77,39 @@ def build_config(
         values |= _of_benchmark(benchmark)
     values |= {"model.path": model, "rollout.engine": "hf"}
     layers: dict[str, Any] = {}
+    # Whole sections first: an empty one in the file leaves the defaults of its keys alone.
     for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
         section, _, name = key.rpartition(".")
         (_section(layers, section) if section else layers)[name] = value
     for override in overrides:
         apply_override(layers, override)
-    _neutralize(layers)
+    _neutralize(layers, typed=_typed_keys(overrides))
     return parse_config(layers, source=str(config or "options"))
 
 
-def score_of(config: Config) -> Score:
+def refuse_overrides(overrides: Sequence[str], advice: Mapping[str, str]) -> None:
+    """Raise a ConfigError for an override that would have no effect, with what to use instead."""
+    for key in _typed_keys(overrides):
+        if key in advice:
+            raise ConfigError(f"{key} has no effect here; {advice[key]}")
+
+
+def score_of(config: Config, *, may_measure: bool = True) -> Score:
     """The score that the options and the model's own file ask for.
 
     Raises:
-        ConfigError: nobody said c_ref, be it "auto".
+        ConfigError: nobody said c_ref; "auto" will do only where it `may_measure`.
     """
     score = config.score
     if "ref_logprob" not in score.model_fields_set:
+        measure = ", or --ref-logprob auto if this model never trained a score"
         raise ConfigError(
             "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
-            "--ref-logprob (`laser-fast calibrate` measures it on the base model), or "
-            "--ref-logprob auto if this model never trained a score"
+            "--ref-logprob (`laser-fast calibrate` measures it on the base model)"
+            f"{measure if may_measure else ''}"
         )
+    if score.ref_logprob == "auto" and not may_measure:
+        raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")
     return Score(token=score.token, beta=score.beta, ref_logprob=score.ref_logprob)
 
 
@@ -160,16 +179,28 @@ def _of_benchmark(benchmark: Benchmark) -> dict[str, Any]:
         "data.eval_split": benchmark.split,
         "reward.kind": benchmark.reward_kind,
     }
-    return {key: value for key, value in values.items() if value}
+    values = {key: value for key, value in values.items() if value}
+    if benchmark.prompt_field:
+        # Fields of the file's own evaluation set; empty ones follow prompt_field and answer_field.
+        values |= {"data.eval_prompt_field": "", "data.eval_answer_field": ""}
+    return values
 
 
-def _neutralize(layers: dict[str, Any]) -> None:
+def _typed_keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
+
+
+def _neutralize(layers: dict[str, Any], *, typed: Set[str]) -> None:
     """Let nothing that only training reads stand in the way of a measurement."""
     data, rollout, optim = (_section(layers, name) for name in ("data", "rollout", "optim"))
     _section(layers, "score")["loss_coef"] = _section(layers, "advantage")["score_coef"] = 0.0
     if rollout.get("score") == "off":
+        if "rollout.score" in typed:
+            raise ConfigError(
+                "rollout.score=off has no effect here; scores are read unless eval gets --no-score"
+            )
         rollout["score"] = "auto"  # scores come from generation here
-    if rollout["engine"] == "hf":
+    if rollout["engine"] == "hf" and "rollout.tensor_parallel" not in typed:
         rollout["tensor_parallel"] = 1
     # Wrong types are left to the validation, which names them.
     lengths = (data.get("max_prompt_tokens"), rollout.get("max_new_tokens"))

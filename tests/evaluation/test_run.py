@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from laser_fast.cli import main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.evaluation.conclude import rescore_evaluation
@@ -181,7 +182,11 @@ def test_rescoring_needs_no_model(finished, tmp_path):
     source = finished.folder.path
     same = rescore_evaluation(source, tmp_path / "same", report=FEW)
     assert _samples(same) == _samples(finished)
-    metrics = finished.report["benchmarks"]["sandbox"]["metrics"]
+    own = finished.report["benchmarks"]["sandbox"]
+    metrics = own["metrics"]
+    known = ("reward", "num_dropped", "golds_rejected", "golds_unreadable")
+    rescored = same.report["benchmarks"]["sandbox"]
+    assert {key: rescored[key] for key in known} == {key: own[key] for key in known}
     assert same.report["benchmarks"]["sandbox"]["metrics"] == metrics
     other = rescore_evaluation(
         finished.folder.samples("sandbox"),
@@ -197,12 +202,61 @@ def test_rescoring_needs_no_model(finished, tmp_path):
         assert record.reward == float(record.answer == record.gold)
     # "exact" lets work after the box pass, which the sandbox's own reward does not.
     assert other.report["benchmarks"]["sandbox"]["ks"] == [3]
+    # What it said of the golds was the other reward's word.
+    regraded = other.report["benchmarks"]["sandbox"]
+    assert (regraded["reward"], regraded["num_dropped"]) == ("exact", own["num_dropped"])
+    assert "golds_rejected" not in regraded and "golds_unreadable" not in regraded
+    settings = other.folder.read_settings()["benchmarks"]["sandbox"]
+    assert (settings["reward"], settings["format_gate"]) == ("exact", False)
+    for given in ({"ref_logprob": "nan"}, {"beta": float("inf")}):
+        with pytest.raises(ConfigError, match="expected a finite number"):
+            rescore_evaluation(source, tmp_path / "x", **given)
     with pytest.raises(ConfigError, match="--k 8: .* has 4 samples"):
         rescore_evaluation(source, tmp_path / "x", report=ReportOptions(ks=(8,)))
     with pytest.raises(ConfigError, match="where the samples come from"):
         rescore_evaluation(source, source, overwrite=True)
     with pytest.raises(ConfigError, match="expected the folder of an evaluation"):
         rescore_evaluation(tmp_path / "none", tmp_path / "x")
+
+
+def test_equal_benchmarks_are_drawn_independently(finished, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        path = tmp_path / "in" / name / "samples.jsonl"
+        path.write_bytes(finished.folder.samples("sandbox").read_bytes())
+    report = rescore_evaluation(tmp_path / "in", tmp_path / "out").report
+    parts = (*report["benchmarks"].values(), report["average"])
+    lengths = [part["metrics"]["mean_length"] for part in parts]
+    one, two, mean = (entry["high"] - entry["low"] for entry in lengths)
+    assert mean < 0.85 * min(one, two)
+
+
+def test_rescoring_refuses_what_it_does_not_read(finished, tmp_path, monkeypatch, capsys):
+    def refusal(*options):
+        source = str(finished.folder.path)
+        arguments = ["laser-fast", "eval", *options, "--rescore", source]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    out = ["--out", str(tmp_path / "out")]
+    for option in (
+        ["--samples", "2"],
+        ["--limit", "3"],
+        ["--token", "z"],
+        ["--config", "x"],
+        ["--engine", "hf"],
+        ["--seed", "0"],
+        ["--data-dir", "x"],
+        ["--benchmark", "x"],
+        ["--no-score"],
+    ):
+        assert refusal(*option, *out).endswith(f"takes no model; drop {option[0]}\n")
+    assert "drop a model, overrides" in refusal("m", "seed=1", *out)
+    assert "needs --out" in refusal()
+    assert not (tmp_path / "out").exists()
 
 
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
@@ -300,6 +354,7 @@ def test_real_files_end_to_end(random_model, data_dir, tmp_path):
 def test_calibration_of_the_sandbox_model(model, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
     options = {"data": "sandbox", "prompts": 6, "samples": 4}
+    model = {**model, "overrides": ["rollout.max_num_seqs=8"]}
     everything = calibrate(**model, **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
     assert {c.token for c in everything.candidates} <= {f"<|reserved_{i}|>" for i in range(5)}
@@ -320,3 +375,16 @@ def test_calibration_of_the_sandbox_model(model, finished):
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
     with pytest.raises(ConfigError, match="put {prompt} into it"):
         calibrate(**model, **options, templates=("none",))
+    for key in ("score.token", "score.beta", "score.ref_logprob", "data.prompts_per_step"):
+        with pytest.raises(ConfigError, match=f"{key} has no effect here"):
+            calibrate(**_also(model, f"{key}=1"), **options)
+
+
+def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):
+    rows = [{"problem": f"{i}a+2=", "answer": str(i + 2)} for i in range(3)]
+    file = tmp_path / "three.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data.template={prompt}", "data.prompt_suffix=", "rollout.max_new_tokens=24"]
+    overrides += ["data.max_prompt_tokens=64"]
+    found = calibrate(str(sandbox_model), str(file), overrides=overrides, prompts=8, samples=2)
+    assert found.num_completions == 3 * 2

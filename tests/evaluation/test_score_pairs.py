@@ -35,7 +35,7 @@ def test_text_and_ids_against_full_logits(model, tmp_path, sandbox_model):
     prompt_ids = tokenizer(prompt)["input_ids"]
     completion_ids = [*tokenizer(response)["input_ids"], EOS]
     rows = [
-        {"prompt": prompt, "response": response, "id": 7},
+        {"prompt": prompt, "response": response, "id": 7, "note": "torn \ud83d"},
         {"prompt_ids": prompt_ids, "completion_ids": completion_ids},
         {"prompt": prompt, "response": response + "<eos>", "score": "old"},
         {"prompt": "1a+1=", "completion_ids": [completion_ids[-2], EOS], "finish_reason": "stop"},
@@ -97,6 +97,8 @@ def test_an_output_is_not_overwritten_unasked(model, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     _, lines = _score(model, tmp_path, [row], overwrite=True)
     assert lines[0]["score"] is not None
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path, overwrite=True, **model)
     # A broken input leaves the earlier output alone, and no partial one.
     with pytest.raises(ConfigError, match="in.jsonl:1: expected the field"):
         _score(model, tmp_path, [{}], overwrite=True)
@@ -128,6 +130,8 @@ def test_options_that_do_not_fit(model, tmp_path):
     row = {"prompt": "1a+1=", "response": "2"}
     with pytest.raises(ConfigError, match="--ref-logprob auto: pairs of unknown origin"):
         _score({**model, "overrides": ["score.ref_logprob=auto"]}, tmp_path, [row])
+    with pytest.raises(ConfigError, match=r"measures it on the base model\)$"):
+        _score({**model, "overrides": []}, tmp_path, [row])
     chat = {**model, "overrides": [*model["overrides"], "data.template=chat"]}
     with pytest.raises(ConfigError, match="no chat template; give prompt_ids, or set data.templ"):
         _score(chat, tmp_path, [row])

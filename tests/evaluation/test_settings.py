@@ -28,7 +28,8 @@ def test_later_layers_win(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         '[data]\ntrain = "mine.jsonl"\nprompt_field = "q"\nprompt_suffix = " Go."\n'
-        'template = "{prompt}!"\n[reward]\nkind = "exact"\n[rollout]\nengine = "vllm"\n'
+        'eval_prompt_field = "task"\neval_answer_field = "key"\ntemplate = "{prompt}!"\n'
+        '[reward]\nkind = "exact"\n[rollout]\nengine = "vllm"\n'
         'score = "off"\n[score]\nbeta = 0.2\nref_logprob = "auto"\n'
     )
     config = build(find_benchmark("gsm8k"), config=file)
@@ -38,10 +39,51 @@ def test_later_layers_win(tmp_path):
     assert config.rollout.engine == "hf" and config.rollout.score == "auto"
     own = build(find_benchmark("x/y"), config=file)
     assert own.data.prompt_field == "q" and own.reward.kind == "exact"
+    # The benchmark's fields also replace those of the run's own evaluation set.
+    assert config.data.eval_prompt_field == config.data.eval_answer_field == ""
+    assert (own.data.eval_prompt_field, own.data.eval_answer_field) == ("task", "key")
     typed = ["score.beta=0.3", "data.prompt_field=p", "reward.kind=math"]
     changed = build(find_benchmark("gsm8k"), *typed, config=file)
     assert changed.score.beta == 0.3
     assert changed.data.prompt_field == "p" and changed.reward.kind == "math"
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("data.eval_limit=3", "eval --limit"),
+        ("data.eval_samples=2", "eval --samples"),
+        ("rollout.score=off", "eval gets --no-score"),
+        ("score.loss_coef=0.1", "only training"),
+        ("advantage.score_coef=0.1", "only training"),
+    ],
+)
+def test_overrides_without_effect_are_refused(override, advice, tmp_path):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}.* has no effect here; .*{advice}"):
+        build(None, override)
+    section, _, line = override.replace("off", '"off"').partition(".")
+    (tmp_path / "run.toml").write_text(f"[{section}]\n{line}\n")
+    build(config=tmp_path / "run.toml")  # a run's file may hold it
+
+
+def test_ways_to_read_a_score_may_be_typed():
+    config = build(None, "rollout.engine=vllm", "rollout.score=request")
+    assert config.rollout.score == "request"
+
+
+def test_an_empty_section_keeps_the_defaults(tmp_path):
+    (tmp_path / "run.toml").write_text("[optim]\n[data]\n")
+    assert build(config=tmp_path / "run.toml") == build()
+
+
+def test_tensor_parallel_is_a_runs_or_typed(tmp_path):
+    (tmp_path / "run.toml").write_text('[rollout]\nengine = "vllm"\ntensor_parallel = 2\n')
+    file = tmp_path / "run.toml"
+    assert build(config=file).rollout.tensor_parallel == 1
+    assert build(None, "rollout.engine=vllm", config=file).rollout.tensor_parallel == 2
+    with pytest.raises(ConfigError, match="tensor_parallel = 2"):
+        build(None, "rollout.tensor_parallel=2")
 
 
 def test_the_sandbox_brings_its_wording():
@@ -64,6 +106,8 @@ def test_an_exported_model_knows_its_score(tmp_path):
 def test_c_ref_must_be_known_or_asked_for():
     with pytest.raises(ConfigError, match="needs c_ref.*calibrate.*--ref-logprob auto"):
         score_of(build())
+    with pytest.raises(ConfigError, match=r"on the base model\)$"):
+        score_of(build(), may_measure=False)
     for given in ("score.ref_logprob=auto", 'score.ref_logprob="auto"'):
         assert score_of(build(None, given)).ref_logprob == "auto"
     assert score_of(build(None, "score.ref_logprob=-23.1")).ref_logprob == -23.1
