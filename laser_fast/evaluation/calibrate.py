@@ -91,7 +91,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Reading:
     """One completion; `logprobs`, one per candidate, is None if it did not end."""
 
     template: str
@@ -159,7 +159,7 @@ def _measure(
     vocabulary: Vocabulary,
     samples: int,
     world: World,
-) -> list[Row]:
+) -> list[Reading]:
     """The completions of all ranks with the log-probs of the candidates after the EOS."""
     own = prompts[world.rank :: world.size]
     sampling = Sampling(
@@ -185,7 +185,7 @@ def _measure(
     found = iter(read_last_token(policy, ended, packer, token_ids).tolist())
     name = vocabulary.tokenizer.convert_ids_to_tokens
     rows = [
-        Row(
+        Reading(
             template=template,
             prompt_id=prompt.prompt_id,
             eos=name(completion.completion_ids[-1]) if completion.is_finished else None,
@@ -197,7 +197,7 @@ def _measure(
     return world.gather(rows)
 
 
-def rank_candidates(rows: Sequence[Row], tokens: Mapping[str, int]) -> Calibration:
+def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calibration:
     """Spread of every candidate over all completions, by template and by EOS token.
 
     Args:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError
+from laser_fast.observe.report_evaluations import SCORE_LABELS
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.calibrate import Calibration, Spread
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
 _NUM_CANDIDATES = 8
 _MAX_NOISE = 0.05
 _SPREAD = ("c_ref", "std", "std error")
-_VERIFICATION = (
-    ("TPR", "tpr"),
-    ("TNR", "tnr"),
-    ("F1", "f1"),
-    ("accuracy of the verdict", "verification_accuracy"),
-    ("AUROC", "auroc"),
-    ("AUROC within problems", "auroc_within"),
-    ("ECE", "ece"),
-    ("Brier", "brier"),
-    ("AURC", "aurc"),
-    ("risk at half coverage", "risk@0.5"),
-)
 _VOTES = (
     ("pass", "pass"),
     ("majority", "majority"),
@@ -134,7 +123,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         _say(console, "\nmean over benchmarks")
         _print_votes(report["average"], console)
         table = _table("", "value")
-        for label, key in (("accuracy", "accuracy"), *_VERIFICATION):
+        for key, label in {"accuracy": "accuracy", **SCORE_LABELS}.items():
             if metrics.get(key, {}).get("value") is not None:
                 table.add_row(label, _cell(metrics, key))
         console.print(table)
@@ -161,7 +150,7 @@ def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> 
         spread = "-" if report["score_std"] is None else f"{report['score_std']:.3f}"
         _say(console, f"the scores spread by {spread} only: they do not weight votes yet")
     table = _table("self-verification", "score", f"at base rate {report['base_rate']:.3f}")
-    for label, key in _VERIFICATION:
+    for key, label in SCORE_LABELS.items():
         table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
     console.print(table)
 

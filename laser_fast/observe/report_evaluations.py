@@ -14,24 +14,27 @@ from laser_fast.observe import jsonl
 from laser_fast.observe.charts import RULES, Figure, evaluation_diagrams, svg_figure
 from laser_fast.observe.run_folder import Record, number
 
-# Metrics of the score and their labels, each followed by its class-prior corrected value.
+# Metrics of the score and their labels; a base rate changes those with a corrected twin.
+SCORE_LABELS = {
+    "f1": "F1",
+    "tpr": "TPR",
+    "tnr": "TNR",
+    "verification_accuracy": "accuracy of the verdict",
+    "auroc": "AUROC",
+    "auroc_within": "AUROC within problems",
+    "ece": "ECE",
+    "brier": "Brier",
+    "aurc": "AURC",
+    "risk@0.5": "risk at half coverage",
+    "mean_correct": "score if correct",
+    "mean_incorrect": "score if incorrect",
+}
+_CORRECTED = ("f1", "tpr", "tnr", "verification_accuracy", "ece", "brier")
 SCORE_METRICS = {
     f"{key}{suffix}": label + note
-    for key, label in {
-        "f1": "F1",
-        "tpr": "TPR",
-        "tnr": "TNR",
-        "verification_accuracy": "accuracy of the verdict",
-        "auroc": "AUROC",
-        "auroc_within": "AUROC within problems",
-        "ece": "ECE",
-        "brier": "Brier",
-        "aurc": "AURC",
-        "risk@0.5": "risk at half coverage",
-        "mean_correct": "score if correct",
-        "mean_incorrect": "score if incorrect",
-    }.items()
+    for key, label in SCORE_LABELS.items()
     for suffix, note in (("", ""), ("_corrected", ", prior corrected"))
+    if not suffix or key in _CORRECTED
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibrate import Row, propose_beta, rank_candidates, spread
+from laser_fast.evaluation.calibrate import Reading, propose_beta, rank_candidates, spread
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,9 @@ def test_error_of_lone_completions_is_the_usual_one():
 
 
 def _row(logprobs, *, template="chat", prompt="p0", eos="<eos>", ids=(7, 1)):
-    return Row(template=template, prompt_id=prompt, eos=eos, completion_ids=ids, logprobs=logprobs)
+    return Reading(
+        template=template, prompt_id=prompt, eos=eos, completion_ids=ids, logprobs=logprobs
+    )
 
 
 def test_least_noise_at_its_own_beta_wins():

@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibrate import Row, rank_candidates
+from laser_fast.evaluation.calibrate import Reading, rank_candidates
 from laser_fast.evaluation.report import ReportOptions, average, build_report
 from laser_fast.evaluation.terminal import print_calibration, print_report
 from laser_fast.observe.charts import evaluation_diagrams, save_png
+from laser_fast.observe.report_evaluations import SCORE_METRICS
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,12 @@ def test_tables_hold_every_number_within_80_columns(content):
     assert "..." not in text and "\u2026" not in text
 
 
+def test_labels_are_of_metrics_that_there_are(content):
+    metrics = content["benchmarks"]["two"]["metrics"]
+    assert SCORE_METRICS.keys() <= metrics.keys()
+    assert {key for key in metrics if key.endswith("_corrected")} <= SCORE_METRICS.keys()
+
+
 def test_plots_are_drawn_with_and_without_scores(content, random_records, make_record, tmp_path):
     def width(report, records):
         diagrams = evaluation_diagrams(report, [asdict(record) for record in records])
@@ -64,7 +71,7 @@ def test_plots_are_drawn_with_and_without_scores(content, random_records, make_r
 
 def _calibration(*logprobs):
     rows = [
-        Row(
+        Reading(
             template="chat",
             prompt_id=f"p{i}",
             eos="<eos>",

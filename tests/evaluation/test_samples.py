@@ -1,4 +1,4 @@
-"""Evaluation end to end with a scripted sampler, and the report against numbers by hand."""
+"""Samples of a scripted sampler as records, and their summary against numbers by hand."""
 
 import dataclasses
 import json
@@ -109,12 +109,11 @@ def test_report_by_hand():
     assert (report["majority"], report["weighted_majority"], report["best_of"]) == (0.5, 0.5, 0.5)
     assert report["truncated"] == pytest.approx(1 / 7)
     assert report["mean_length"] == pytest.approx(13 / 7)
-    found = report
     # Correct scores .9 .6 0 .3, incorrect .1 .2 1.3.
-    assert (found["tpr"], found["tnr"]) == (0.5, pytest.approx(2 / 3))
-    assert found["f1"] == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
-    assert found["auroc"] == pytest.approx((2 + 2 + 0 + 2) / 12)
-    assert (found["mean_correct"], found["mean_incorrect"]) == pytest.approx((0.6, 1.6 / 3))
+    assert (report["tpr"], report["tnr"]) == (0.5, pytest.approx(2 / 3))
+    assert report["f1"] == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
+    assert report["auroc"] == pytest.approx((2 + 2 + 0 + 2) / 12)
+    assert (report["mean_correct"], report["mean_incorrect"]) == pytest.approx((0.6, 1.6 / 3))
     # Finished and graded, clipped: .1 .9 .2 .6 1 .3.
     clipped = [0.1, 0.9, 0.2, 0.6, 1.0, 0.3]
     mean = sum(clipped) / 6
@@ -160,11 +159,10 @@ def test_ranks_join_to_the_same_report():
 def test_without_scores_only_their_metrics_are_undefined():
     report = evaluate(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts(needs_score=False))
     assert report["accuracy"] == pytest.approx(4 / 7) and report["majority"] == 0.5
-    values = report
     for key in ("f1", "tpr", "auroc", "ece", "weighted_majority", "best_of", "score_std"):
-        assert values[key] is None
-    assert values["uses_scores"] is False
-    json.dumps(values, allow_nan=False)
+        assert report[key] is None
+    assert report["uses_scores"] is False
+    json.dumps(report, allow_nan=False)
 
 
 def test_summary_is_flat_and_complete():
