@@ -23,6 +23,8 @@ import typer
 
 from laser_fast.config import ConfigError, dump_config, load_config
 from laser_fast.rewards import RewardError
+from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.rollout.server_http import ServerError
 
 app = typer.Typer(
     add_completion=False,
@@ -330,7 +332,10 @@ def _is_main() -> bool:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one sentence on rank 0 and exit code 2 on all."""
+    """Run the command line; a user's error is one sentence on rank 0 and exit code 2 on all.
+
+    A run that stops because its sampler failed or holds other weights says so and exits with 1.
+    """
     is_main = _is_main()
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
@@ -342,3 +347,6 @@ def main() -> None:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (DisagreementError, ServerError) as error:  # in mid-run, maybe of this rank alone
+        print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        sys.exit(1)

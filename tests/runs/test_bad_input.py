@@ -10,6 +10,8 @@ import pytest
 
 from laser_fast import cli
 from laser_fast.config import load_config
+from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.rollout.server_http import ServerError
 
 
 def run_cli(monkeypatch, capsys, *arguments):
@@ -141,3 +143,13 @@ def test_print_config_is_the_resolved_configuration(tmp_path, write_config, monk
     printed.write_text(capsys.readouterr().out)
     assert load_config(printed) == load_config(path, ["optim.lr=0.25"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [DisagreementError("stale weights"), ServerError("no answer")])
+def test_a_run_whose_sampler_fails_says_on_which_rank(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setenv("RANK", "3")
+    assert run_cli(monkeypatch, capsys) == (1, f"error: rank 3: {error}\n")
