@@ -59,10 +59,15 @@ def read_completion(
     with `score_token_id` the id after it must be the score token.
 
     Raises:
-        ValueError: the server did not force the score token.
+        ValueError: the server did not force the score token, or ended before any EOS.
     """
     drawn = ids[:max_new_tokens]
     end = next((t for t, token_id in enumerate(drawn) if token_id in eos_token_ids), None)
+    if end is None and len(drawn) < max_new_tokens:
+        raise ValueError(
+            f"expected an EOS or {max_new_tokens} tokens, got {len(drawn)} tokens without one; "
+            "was the request aborted, or the server paused?"
+        )
     length = len(drawn) if end is None else end + 1
     score_logprob = None
     if end is not None and score_token_id is not None:

@@ -81,23 +81,26 @@ class SelfScoreProcessor(*_INTERFACES):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request that asks for a score it would not get.
+        """Refuse a request that asks for a score it would not get, or would stop the worker.
 
         Raises:
             ValueError: answered with HTTP 400 by a server.
         """
         asked = sampling_params.extra_args or {}
-        if SCORE_TOKEN_ID not in asked or asked.get(EOS_TOKEN_IDS) == []:
+        if SCORE_TOKEN_ID not in asked:
             return
+        _check_types(asked)
         token_id = asked[SCORE_TOKEN_ID]
-        if not isinstance(token_id, int):
-            raise ValueError(f"{SCORE_TOKEN_ID}: expected a token id, got {token_id!r}")
-        if not sampling_params.ignore_eos or token_id not in (sampling_params.stop_token_ids or ()):
+        scores = asked.get(EOS_TOKEN_IDS) != []
+        # Needed without a score too: vLLM checks stop tokens against the model's vocabulary, which
+        # is unknown here.
+        stops = token_id in (sampling_params.stop_token_ids or ())
+        if not stops or (scores and not sampling_params.ignore_eos):
             raise ValueError(
                 f"{SCORE_TOKEN_ID} = {token_id} needs ignore_eos = true and stop_token_ids = "
                 f"[{token_id}], so that generation goes one token past the EOS and stops there"
             )
-        if sampling_params.logprobs is None:
+        if scores and sampling_params.logprobs is None:
             raise ValueError(f"{SCORE_TOKEN_ID} needs logprobs: the score is the last token's")
 
     def is_argmax_invariant(self) -> bool:
@@ -196,6 +199,25 @@ class _V2Processor(SelfScoreProcessor):
             if isinstance(index, Tensor):
                 logits[index] = edited
         return logits
+
+
+def _check_types(asked: dict[str, Any]) -> None:
+    """Refuse fields on which the logits processor would fail, and every request with it."""
+    token_id = asked[SCORE_TOKEN_ID]
+    if not _is_token_id(token_id):
+        raise ValueError(f"{SCORE_TOKEN_ID}: expected a token id, got {token_id!r}")
+    ends = asked.get(EOS_TOKEN_IDS, [])
+    if not isinstance(ends, list) or not all(map(_is_token_id, ends)):
+        raise ValueError(f"{EOS_TOKEN_IDS}: expected a list of token ids, got {ends!r}")
+    size = asked.get(VOCAB_SIZE, token_id + 1)
+    if not _is_token_id(size) or size <= token_id:
+        raise ValueError(f"{VOCAB_SIZE}: expected a number above {token_id}, got {size!r}")
+    if not isinstance(asked.get(TEMPERING), Tempering | None):
+        raise ValueError(f"{TEMPERING} is for engines in process; leave it out")
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _by_kind(requests: dict[int, _Request]) -> dict[tuple, list[int]]:

@@ -285,7 +285,7 @@ class VllmEngine:
             seed=completion_seed(sampling.seed, prompt.prompt_id, sample),
             max_tokens=sampling.max_new_tokens + int(inline),
             ignore_eos=True,
-            stop_token_ids=[self._score_token_id] if inline else list(self._eos_token_ids),
+            stop_token_ids=[self._score_token_id, *(() if inline else self._eos_token_ids)],
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

@@ -35,6 +35,16 @@ from laser_fast.rollout.weight_transfer import FileTransfer, NcclTransfer
 OLDEST, NEWEST = (0, 28), (0, 32)  # the version of the weights is asked for since 0.28
 # Groups in flight from one rank; the server batches them as it likes.
 _MAX_REQUESTS = 64
+# The distribution that is trained. What a request leaves out, the server takes from the model's
+# generation_config.json.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class VllmServerEngine:
@@ -75,12 +85,19 @@ class VllmServerEngine:
         self._weight_version = ""
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Rank 0 sends the weights, the others help to gather them; all wait. Collective."""
+        """Rank 0 sends the weights, the others help to gather them; all wait. Collective.
+
+        A server does not list its parameters, so a tensor that is left out stays stale in silence
+        here; the agreement check after every sync finds it.
+
+        Raises:
+            ServerError: the weights did not arrive, or others generate on the server.
+        """
         version = [f"laser-{uuid.uuid4().hex}"]
         if self._is_sender:
             self._transfer.send(weights)
             self._http.post("/update_weight_version", {"new_version": version[0]})
-            self._http.post("/reset_prefix_cache")
+            self._forget_prefixes()
         else:
             for _ in weights:
                 pass
@@ -126,7 +143,7 @@ class VllmServerEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens + int(inline),
             ignore_eos=True,
-            stop_token_ids=[self._score_token_id] if inline else list(self._eos_token_ids),
+            stop_token_ids=[self._score_token_id, *(() if inline else self._eos_token_ids)],
             logprobs=0,
             vllm_xargs={
                 SCORE_TOKEN_ID: self._score_token_id,
@@ -165,8 +182,17 @@ class VllmServerEngine:
         ]
 
     def _complete(self, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
+        fields |= _NEUTRAL
         fields |= {"model": self._model, "prompt": list(ids), "return_token_ids": True}
         return self._http.post("/v1/completions", fields)
+
+    def _forget_prefixes(self) -> None:
+        answer = self._http.post("/reset_prefix_cache")
+        if answer is not None and not answer["success"]:  # older versions say nothing
+            raise ServerError(
+                f"the server at {self._config.server_url} kept prefixes of the old weights cached: "
+                "others generate on it; give the run a server of its own"
+            )
 
     def _check_weight_version(self) -> None:
         found = self._http.get("/weight_info")["weight_version"]
@@ -220,7 +246,7 @@ class VllmServerEngine:
         return self._model
 
     def _check_processor(self) -> None:
-        """Ask for an EOS and see whether the score token is forced after it."""
+        """Ask for an EOS and see whether the score token is forced after it, with its score."""
         eos, score = self._eos_token_ids[0], self._score_token_id
         answer = self._complete(
             [eos],
@@ -233,8 +259,14 @@ class VllmServerEngine:
             logprobs=0,
             vllm_xargs={SCORE_TOKEN_ID: score, EOS_TOKEN_IDS: [eos]},
         )
-        if answer["choices"][0]["token_ids"] != [eos, score]:
+        (choice,) = answer["choices"]
+        if choice["token_ids"] != [eos, score]:
             raise ConfigError(
                 f"the server at {self._config.server_url} does not score completions; start it "
                 "with --logits-processors laser_fast.rollout.self_reward:SelfScoreProcessor"
+            )
+        if choice["logprobs"]["token_logprobs"][-1] >= 0.0:  # that of a forced token
+            raise ConfigError(
+                f"the server at {self._config.server_url} reports log-probs of what is left after "
+                "the logits processors; start it with --logprobs-mode raw_logprobs"
             )

@@ -5,6 +5,7 @@ biases, a head with padding rows beyond the tokenizer's vocabulary.
 """
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -112,6 +113,11 @@ class TinyServed(Tiny):
 
         made = super().make(path, **options)
         write_tokenizer(path)
+        # Sampling defaults of many published models, which a server applies to what is left out.
+        hostile = {"top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5}
+        (path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": list(cls.eos), "do_sample": True, **hostile})
+        )
         return made
 
 
@@ -148,7 +154,7 @@ def running_server(model, *options, **environment):
     command = [sys.executable, "-c", VLLM_COMMAND, "serve", str(model.path)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     command += ["--max-model-len", str(model.max_model_len), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-num-seqs", "32", "--generation-config", "vllm"]
+    command += ["--enforce-eager", "--max-num-seqs", "32"]
     command += ["--chat-template", "{% for m in messages %}{{ m.content }}{% endfor %}", *options]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -43,6 +43,12 @@ def test_the_token_after_a_full_completion_is_dropped_even_if_it_is_an_eos():
     assert completion.score_logprob is None
 
 
+@pytest.mark.parametrize("score_token_id", [SCORE, None])
+def test_a_completion_that_was_cut_off_is_no_full_one(score_token_id):
+    with pytest.raises(ValueError, match="expected an EOS or 4 tokens, got 3 .* aborted"):
+        read([9, 9, 9], score_token_id=score_token_id)
+
+
 def test_without_a_score_the_eos_is_the_last_id():
     completion = read([9, 2], score_token_id=None)
     assert completion.finish_reason == "stop"

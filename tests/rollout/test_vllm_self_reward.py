@@ -12,6 +12,7 @@ import torch
 from laser_fast.rollout.score_request import (
     EOS_TOKEN_IDS,
     SCORE_TOKEN_ID,
+    TEMPERING,
     VOCAB_SIZE,
     score_request,
 )
@@ -38,7 +39,10 @@ def greedy(tiny, prompt_ids, num, banned=()):
 
 
 def test_requests_that_ask_for_nothing_are_untouched_by_neighbours_that_do(engine, tiny):
-    asked = {"extra_args": {SCORE_TOKEN_ID: tiny.score_token, EOS_TOKEN_IDS: []}}
+    asked = {
+        "extra_args": {SCORE_TOKEN_ID: tiny.score_token, EOS_TOKEN_IDS: []},
+        "stop_token_ids": [tiny.score_token],
+    }
     # The bias makes the score token the greedy choice of everyone who may have it.
     wants = {"temperature": 0.0, "logit_bias": {tiny.score_token: 100.0}, "ignore_eos": True}
     plain = {"temperature": 0.0, "ignore_eos": True}
@@ -86,6 +90,10 @@ def test_the_served_models_own_eos_ids_are_the_default(engine, tiny):
     assert all(not set(ids[:-2]) & set(tiny.eos) for ids in scored)
 
 
+def asking(fields):
+    return {"extra_args": {SCORE_TOKEN_ID: 7} | fields}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,6 +101,23 @@ def test_the_served_models_own_eos_ids_are_the_default(engine, tiny):
         ({"stop_token_ids": [3]}, r"stop_token_ids = \[7\]"),
         ({"logprobs": None}, "needs logprobs"),
         ({"extra_args": {SCORE_TOKEN_ID: "seven"}}, "expected a token id, got 'seven'"),
+        ({"extra_args": {SCORE_TOKEN_ID: True}}, "expected a token id, got True"),
+        ({"extra_args": {SCORE_TOKEN_ID: -1}}, "expected a token id, got -1"),
+        (asking({EOS_TOKEN_IDS: 5}), "laser_eos_token_ids: expected a list of token ids, got 5"),
+        (asking({EOS_TOKEN_IDS: ["a"]}), r"expected a list of token ids, got \['a'\]"),
+        (asking({EOS_TOKEN_IDS: [2**40]}), "expected a list of token ids"),
+        (asking({EOS_TOKEN_IDS: [], VOCAB_SIZE: "x"}), "laser_vocab_size: .* got 'x'"),
+        (asking({VOCAB_SIZE: 7}), "laser_vocab_size: expected a number above 7, got 7"),
+        (asking({TEMPERING: 0.7}), "laser_tempering is for engines in process"),
+        # Without a score as well, the token must be one of the model's.
+        (
+            asking({EOS_TOKEN_IDS: [], SCORE_TOKEN_ID: 10**9}),
+            r"needs ignore_eos = true and stop_token_ids = \[1000000000\]",
+        ),
+        (
+            asking({EOS_TOKEN_IDS: [], SCORE_TOKEN_ID: 10**9}) | {"stop_token_ids": [10**9]},
+            "stop_token_ids contain",
+        ),
     ],
 )
 def test_a_request_that_would_get_no_score_is_refused(engine, change, message):

@@ -64,7 +64,8 @@ def test_plain_completions_too(client, served):
 
 def test_requests_that_do_not_ask_are_served_as_ever(client, served):
     options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.0}
-    answer = client.completions.create(**options, extra_body={"return_token_ids": True})
+    plain = {"repetition_penalty": 1.0, "return_token_ids": True}
+    answer = client.completions.create(**options, extra_body=plain)
     ids = list(encode(served, PROMPT))
     import torch
 
@@ -75,7 +76,7 @@ def test_requests_that_do_not_ask_are_served_as_ever(client, served):
     for wanted, reason in ((served.eos[0], "stop"), (served.score_token, "length")):
         answer = client.completions.create(
             **options,
-            extra_body={"logit_bias": {str(wanted): 100}, "return_token_ids": True},
+            extra_body=plain | {"logit_bias": {str(wanted): 100}},
         )
         assert set(answer.choices[0].token_ids) == {wanted}
         assert answer.choices[0].finish_reason == reason
