@@ -11,11 +11,12 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from laser_fast.config import ConfigError
-
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+_PAUSE_S = 1.0  # before the second attempt; twice as long before the third
+# A request may wait for half an hour; what lies between forgets silent connections sooner.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30}  # seconds
 
 
 class ServerError(RuntimeError):
@@ -23,21 +24,17 @@ class ServerError(RuntimeError):
 
 
 class Http:
-    """JSON over HTTP to one server, with a deadline and a few attempts; from any thread.
-
-    Raises:
-        ConfigError: `url` is none.
-    """
+    """JSON over HTTP to one server, with a deadline and a few attempts; from any thread."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f'rollout.server_url: expected http://HOST:PORT, got "{url}"')
         self._url = url.rstrip("/")
+        parts = urlsplit(self._url)
+        self._connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._host, self._path = parts.netloc, parts.path
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()  # of the requests in flight
-        self._is_closed = False
+        self._closed = threading.Event()
 
     def get(self, path: str) -> Any:
         """The answer to a GET."""
@@ -62,7 +59,7 @@ class Http:
         The server stops to generate what nobody waits for any more.
         """
         with self._lock:
-            self._is_closed = True
+            self._closed.set()
             for connection in self._sockets:
                 with suppress(OSError):  # the other side was faster
                     connection.shutdown(socket.SHUT_RDWR)
@@ -75,30 +72,38 @@ class Http:
             except (OSError, HTTPException) as error:  # refused, reset, late or cut off
                 self._check_open()
                 reason = str(error)
+                if isinstance(error, TimeoutError):  # another wait as long would end no better
+                    break
             else:
-                if status < 400:
+                if status < 300:
                     return json.loads(text) if text.strip() else None
                 reason = f"{status} {text.decode(errors='replace')[:300]}"
                 if status < 500:
                     raise ValueError(f"{url} refused: {reason}")
             logger.warning("%s: attempt %d failed: %s", url, attempt, reason)
+            if attempt < attempts and self._closed.wait(attempt * _PAUSE_S):
+                self._check_open()
         raise ServerError(
-            f"{url} did not answer in {attempts} attempts of up to {self._timeout_s:g} s: "
+            f"{url} did not answer in {attempt} attempts of up to {self._timeout_s:g} s: "
             f"{reason}; restart the server and resume from the last checkpoint"
         )
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         """Send one request and wait for its answer: status and body."""
-        url = urlsplit(self._url + path)
-        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
-        connection = kind(url.netloc, timeout=self._timeout_s)
+        connection = self._connection(self._host, timeout=self._timeout_s)
         connection.connect()
         own = connection.sock
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            if hasattr(socket, option):  # on Linux
+                own.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         try:
             with self._lock:
                 self._check_open()
                 self._sockets.add(own)
-            connection.request(method, url.path, body, {"Content-Type": "application/json"})
+            connection.request(
+                method, self._path + path, body, {"Content-Type": "application/json"}
+            )
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -107,5 +112,5 @@ class Http:
             connection.close()
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self._closed.is_set():
             raise ServerError(f"the connection to {self._url} was closed")

@@ -12,8 +12,9 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from laser_fast.config import ConfigError
 from laser_fast.rollout.server_http import Http
 from laser_fast.rollout.vllm_setup import import_vllm
 
@@ -69,9 +71,20 @@ class FileTransfer:
 
 
 class NcclTransfer:
-    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server."""
+    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server.
+
+    Raises:
+        ConfigError: the server was not started for it.
+    """
 
     def __init__(self, http: Http, buffer_bytes: int) -> None:
+        # Without it, opening the group would wait minutes for workers that never come.
+        server = http.get("/server_info?config_format=json")["vllm_config"]
+        if not server["weight_transfer_config"]:
+            raise ConfigError(
+                "the server at rollout.server_url takes no weights by NCCL; start it with "
+                """--weight-transfer-config '{"backend": "nccl"}'"""
+            )
         self._http = http
         self._buffer_bytes = buffer_bytes
         self._group: Any = None
@@ -88,11 +101,16 @@ class NcclTransfer:
                 "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
                 "shapes": [list(tensor.shape) for tensor in tensors],
             }
-            with self._meanwhile("/update_weights", {"update_info": described}):
+            with self._meanwhile("/update_weights", {"update_info": described}) as request:
                 stream = torch.cuda.current_stream()
                 for tensor in tensors:
                     self._group.broadcast(tensor.contiguous(), src=0, stream=stream)
-                stream.synchronize()
+                sent = torch.cuda.Event()
+                sent.record(stream)
+                while not sent.query():
+                    if request.done():
+                        request.result()  # after a failure there nobody receives: never wait here
+                    time.sleep(1e-3)
         self._http.post("/finish_weight_update", attempts=1)
 
     def close(self) -> None:
@@ -117,12 +135,15 @@ class NcclTransfer:
             return trainer_init(meeting)
 
     @contextmanager
-    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[None]:
+    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[Future]:
         """Post in the background: both sides meet inside the same NCCL calls."""
         pool = ThreadPoolExecutor(1)
         request = pool.submit(self._http.post, path, fields, attempts=1)
+        pool.shutdown(wait=False)  # after a failure here the other side would wait forever
         try:
-            yield
-            request.result()
-        finally:
-            pool.shutdown(wait=False)  # after a failure here the other side would wait forever
+            yield request
+        except Exception:
+            if request.done():
+                request.result()  # if the server failed, it says why
+            raise
+        request.result()

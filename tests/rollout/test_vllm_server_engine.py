@@ -1,6 +1,7 @@
 """The engine over HTTP: a real server, its weights replaced by files, and servers that fail."""
 
 import http.server
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,11 @@ import torch
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Prompt, Sampling
+from laser_fast.rollout import server_http
 from laser_fast.rollout.agreement import disagreement
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm_server import VllmServerEngine
-from laser_fast.rollout.weight_transfer import pieces
+from laser_fast.rollout.weight_transfer import NcclTransfer, pieces
 
 SAMPLING = Sampling(group_size=6, temperature=1.0, max_new_tokens=24, seed=0)
 PROMPTS = [
@@ -34,6 +36,15 @@ def connect(url, served, **changes):
         max_model_len=64,
         timeout_s=60.0,
     )
+
+
+def url_of(server):
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def probe_reply(ids, logprobs):
+    choice = {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
+    return 200, json.dumps({"choices": [choice]})
 
 
 def completions(groups):
@@ -81,6 +92,26 @@ def test_the_server_samples_from_the_synced_weights(server, served, other):
     engine.close()
     with pytest.raises(ServerError, match="was closed"):
         engine.generate(PROMPTS, SAMPLING)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_samples_are_of_the_policy_whatever_defaults_the_model_has(server, served):
+    # E[-log p(y)] over y ~ p is the entropy of p, at every token: a sum of martingale differences.
+    engine = connect(server[0], served)
+    engine.sync(served.weights())
+    total = variance = 0.0
+    for group in engine.generate(PROMPTS, replace(SAMPLING, group_size=32)):
+        for completion in group.completions:
+            ids = torch.tensor(completion.completion_ids)
+            logits = served.logprobs(group.prompt.prompt_ids, completion.completion_ids)[:-1]
+            logits[:, [served.score_token, *range(served.vocab, logits.shape[1])]] = -1e9
+            logprobs = logits.log_softmax(-1)
+            probs = logprobs.exp()
+            entropy = -(probs * logprobs).sum(-1)
+            total += (-logprobs.gather(1, ids[:, None])[:, 0] - entropy).sum().item()
+            variance += ((probs * logprobs**2).sum(-1) - entropy**2).sum().item()
+    assert abs(total) < 3.5 * variance**0.5
 
 
 @pytest.mark.vllm
@@ -143,6 +174,7 @@ class Script(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posted.append(self.path)
         status, body = self.server.replies.pop(0)
         if status is None:  # hang up
             self.connection.close()
@@ -162,9 +194,11 @@ class Script(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def scripted():
+def scripted(monkeypatch):
+    monkeypatch.setattr(server_http, "_PAUSE_S", 0.01)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
     server.release = threading.Event()
+    server.posted = []
     server.pages = {
         "/version": (200, '{"version": "0.32.0+cpu"}'),
         "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 64}]}'),
@@ -198,9 +232,82 @@ def test_a_server_that_was_not_started_for_training_is_refused(
 
 def test_a_server_that_does_not_score_is_refused(scripted, served_ids):
     server, _ = scripted
-    server.replies = [(200, '{"choices": [{"token_ids": [1, 1]}]}')]
+    server.replies = [probe_reply([1, 1], [-0.5, -0.5])]
     with pytest.raises(ConfigError, match="start it with --logits-processors laser_fast.rollout"):
-        connect(f"http://127.0.0.1:{server.server_address[1]}", served_ids)
+        connect(url_of(server), served_ids)
+
+
+def test_a_server_that_reports_processed_logprobs_is_refused(scripted, served_ids):
+    server, _ = scripted
+    server.replies = [probe_reply([1, 2], [-0.5, 0.0])]
+    with pytest.raises(ConfigError, match="start it with --logprobs-mode raw_logprobs"):
+        connect(url_of(server), served_ids)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sends by NCCL there")
+@pytest.mark.parametrize("reply", ["", '{"success": true}', '{"success": false}'])
+def test_prefixes_of_old_weights_that_stay_cached_are_an_error(scripted, served_ids, reply):
+    server, _ = scripted
+    server.replies = [probe_reply([1, 2], [-0.5, -7.0])]
+    engine = connect(url_of(server), served_ids)
+    server.replies = [(200, '{"results": [null]}'), (200, "{}"), (200, reply)]
+    if "false" in reply:
+        with pytest.raises(ServerError, match="kept prefixes of the old weights"):
+            engine.sync(iter([("w", torch.zeros(1))]))
+    else:
+        engine.sync(iter([("w", torch.zeros(1))]))
+    assert server.posted[-1] == "/reset_prefix_cache"
+
+
+def nccl_transfer(server, client):
+    server.pages["/server_info?config_format=json"] = (
+        200,
+        '{"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}}',
+    )
+    return NcclTransfer(client, 1024)
+
+
+def test_a_server_without_weight_transfer_is_refused_at_once(scripted):
+    server, client = scripted
+    server.pages["/server_info?config_format=json"] = (
+        200,
+        '{"vllm_config": {"weight_transfer_config": null}}',
+    )
+    with pytest.raises(ConfigError, match="start it with --weight-transfer-config"):
+        NcclTransfer(client, 1024)
+
+
+def test_a_broadcast_that_nobody_receives_ends_with_the_servers_error(scripted, monkeypatch):
+    server, client = scripted
+    transfer = nccl_transfer(server, client)
+    broadcast = []
+    transfer._group = SimpleNamespace(broadcast=lambda tensor, **_: broadcast.append(tensor))
+    stream = SimpleNamespace(synchronize=threading.Event().wait)  # never comes
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    server.replies = [(200, "{}"), (500, "no such parameter")]
+    with pytest.raises(ServerError, match="update_weights did not answer.*no such parameter"):
+        transfer.send([("w", torch.zeros(1))])
+    assert len(broadcast) == 1
+
+
+def test_a_group_that_cannot_be_opened_ends_with_the_servers_error(scripted):
+    server, client = scripted
+    transfer = nccl_transfer(server, client)
+    server.replies = [(500, "no NCCL")]
+    with (
+        pytest.raises(ServerError, match="no NCCL"),
+        transfer._meanwhile("/init_weight_transfer_engine", {}) as request,
+    ):
+        request.exception(5)
+        raise TimeoutError("the store waited for workers")
+    server.replies = [("late", "")]
+    with (
+        pytest.raises(TimeoutError, match="the store"),
+        transfer._meanwhile("/init_weight_transfer_engine", {}),
+    ):
+        raise TimeoutError("the store waited for workers")
 
 
 def test_a_failed_request_is_sent_again(scripted):
@@ -216,10 +323,11 @@ def test_an_empty_answer_is_none(scripted):
     assert client.post("/x") is None
 
 
-def test_a_refused_request_is_not_sent_again(scripted):
+@pytest.mark.parametrize("status", [400, 307])
+def test_a_refused_request_is_not_sent_again(scripted, status):
     server, client = scripted
-    server.replies = [(400, "bad prompt"), (200, "{}")]
-    with pytest.raises(ValueError, match="refused: 400 bad prompt"):
+    server.replies = [(status, "bad prompt"), (200, "{}")]
+    with pytest.raises(ValueError, match=f"refused: {status} bad prompt"):
         client.post("/x", {})
     assert len(server.replies) == 1
 
@@ -227,8 +335,31 @@ def test_a_refused_request_is_not_sent_again(scripted):
 def test_a_server_that_answers_late_is_given_up(scripted):
     server, client = scripted
     server.replies = [("late", "")] * 3
-    with pytest.raises(ServerError, match=r"3 attempts of up to 0\.5 s: .*timed out"):
+    with pytest.raises(ServerError, match=r"1 attempts of up to 0\.5 s: .*timed out"):
         client.post("/x", {})
+    assert len(server.replies) == 2
+
+
+def test_closing_ends_the_pause_before_another_attempt(scripted, monkeypatch):
+    server, client = scripted
+    monkeypatch.setattr(server_http, "_PAUSE_S", 60.0)
+    server.replies = [(503, "starting")] * 3
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/x")
+        while len(server.replies) == 3:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not waiting.done()
+        client.close()
+        with pytest.raises(ServerError, match="was closed"):
+            waiting.result(5)
+    assert len(server.replies) == 2
+
+
+def test_the_path_of_the_url_and_the_query_are_kept(scripted):
+    server, _ = scripted
+    server.pages["/proxy/x?a=1"] = (200, "7")
+    assert Http(url_of(server) + "/proxy/", timeout_s=5).get("/x?a=1") == 7
 
 
 def test_closing_hangs_up_on_what_is_in_flight(scripted):
@@ -246,12 +377,6 @@ def test_closing_hangs_up_on_what_is_in_flight(scripted):
     with pytest.raises(ServerError, match="was closed"):
         client.get("/version")
     assert len(server.replies) == 1  # nothing was sent again
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://"])
-def test_an_url_without_scheme_or_host_is_refused(url):
-    with pytest.raises(ConfigError, match=f'server_url: expected http://HOST:PORT, got "{url}"'):
-        Http(url, timeout_s=1)
 
 
 def test_what_must_not_happen_twice_is_tried_once(scripted):
