@@ -275,9 +275,10 @@ class Config(_Section):
                 f"loss.clip_dual = {self.loss.clip_dual:g} would cut the gradient of every "
                 "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
             )
-        if self.rollout.engine == "vllm_server" and not self.rollout.server_url:
+        url = self.rollout.server_url
+        if self.rollout.engine == "vllm_server" and not url.startswith(("http://", "https://")):
             raise ValueError(
-                'rollout.engine = "vllm_server" needs rollout.server_url; set it to its base URL'
+                f'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, got "{url}"'
             )
         if self.rollout.steps_ahead > 0 and self.rollout.engine != "vllm_server":
             raise ValueError(
@@ -312,9 +313,8 @@ class Config(_Section):
             0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
         ):
             raise ValueError(
-                'reward.overlong = "penalty" needs reward.overlong_buffer between 1 and '
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}, "
-                f"got {self.reward.overlong_buffer}"
+                'reward.overlong = "penalty" needs overlong_buffer from 1 to rollout.max_new_tokens'
+                f" = {self.rollout.max_new_tokens}, got {self.reward.overlong_buffer}"
             )
         if self.optim.minibatches > self.data.prompts_per_step:
             raise ValueError(

@@ -194,7 +194,13 @@ def test_every_section_is_strict():
         ),
         ({"loss__clip_dual": 0.5}, "loss.clip_dual = 0.5 would cut the gradient"),
         ({"loss__clip_dual": 1.0}, "loss.clip_dual = 1 would cut the gradient"),
-        ({"rollout__engine": "vllm_server"}, 'rollout.engine = "vllm_server" needs rollout.server'),
+        *(
+            (
+                {"rollout__engine": "vllm_server", "rollout__server_url": url},
+                f'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, got "{url}"',
+            )
+            for url in ("", "localhost:8000", "ftp://h")
+        ),
         (
             {"rollout__tensor_parallel": 2},
             'rollout.tensor_parallel = 2 splits the engine "vllm" alone, and rollout.engine is "hf"'
@@ -204,7 +210,7 @@ def test_every_section_is_strict():
         ({"data__template": "Q:"}, "data.template = 'Q:' has no place for the question; put {pr"),
         (
             {"reward__overlong": "penalty"},
-            'reward.overlong = "penalty" needs reward.overlong_buffer between 1 and '
+            'reward.overlong = "penalty" needs overlong_buffer from 1 to '
             "rollout.max_new_tokens = 1024, got 0",
         ),
         (

@@ -152,16 +152,20 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     Free to change are `output_dir` (a moved folder), `optim.steps` (train longer; a decaying
     schedule then decays towards the new end), `log.*`, `checkpoint.*`, and keys that cost memory
     or time but leave the numbers alone up to rounding, such as `optim.tokens_per_microbatch`.
+    With `rollout.steps_ahead` the step after a checkpoint is on-policy, so `checkpoint.every`
+    stays.
     """
     before, after = _flat(old.model_dump()), _flat(new.model_dump())
     return {
         key: (before[key], after[key])
         for key in all_keys()
-        if before[key] != after[key] and not _is_free(key)
+        if before[key] != after[key] and not _is_free(key, new)
     }
 
 
-def _is_free(key: str) -> bool:
+def _is_free(key: str, config: Config) -> bool:
+    if key == "checkpoint.every" and config.rollout.steps_ahead:
+        return False
     return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
 
 

@@ -26,24 +26,23 @@ class RolloutAhead:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
-        self._step = -1
-        self._groups: Future[list[Group]] | None = None
+        self._in_flight: tuple[int, Future[list[Group]]] | None = None
 
     def start(self, step: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Begin to sample the completions of `step` from the engine's current weights."""
-        assert self._groups is None, "the rollout in flight was not taken"
-        self._step = step
-        self._groups = self._pool.submit(self._engine.generate, prompts, sampling)
+        assert self._in_flight is None, "the rollout in flight was not taken"
+        self._in_flight = step, self._pool.submit(self._engine.generate, prompts, sampling)
 
     def drain(self) -> None:
         """Wait until nothing is in flight; the groups stay to be taken."""
-        if self._groups is not None:
-            self._groups.result()
+        if self._in_flight is not None:
+            self._in_flight[1].result()
 
     def take(self, step: int) -> list[Group] | None:
         """Wait for the groups of `step`; None if nothing was started."""
-        if self._groups is None:
+        if self._in_flight is None:
             return None
-        assert self._step == step
-        groups, self._groups = self._groups.result(), None
-        return groups
+        of_step, groups = self._in_flight
+        assert of_step == step
+        self._in_flight = None
+        return groups.result()

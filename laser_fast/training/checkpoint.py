@@ -34,11 +34,6 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def is_due(completed: int, every: int) -> bool:
-    """Whether something that happens after every `every` steps happens now; 0: never."""
-    return every > 0 and completed % every == 0
-
-
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]

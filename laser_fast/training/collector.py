@@ -15,12 +15,11 @@ from laser_fast.rewards import Grader
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.ahead import RolloutAhead
 from laser_fast.rollout.engine import Engine, draw_seed
-from laser_fast.training.checkpoint import is_due
 from laser_fast.training.distributed import World
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy
 from laser_fast.training.reading import read_completions, with_scores
-from laser_fast.training.stages import Stages
+from laser_fast.training.stages import Stages, is_due
 from laser_fast.training.vocabulary import Vocabulary
 
 Rewards = list[list[float | None]]  # by group, then by completion
@@ -148,7 +147,8 @@ class Collector:
         """Begin with `step` from the weights just synced, unless it is the first of a resumed run.
 
         A run that resumes from a checkpoint can only sample anew, so the undisturbed one does too.
-        (Not so after a SIGTERM, whose checkpoint is on no schedule: there one step is fresher.)
+        Not so where a checkpoint is on no schedule, after a SIGTERM or the last of `optim.steps`
+        that were raised since: there one step is fresher than in the undisturbed run.
         """
         config = self.config
         if (

@@ -26,7 +26,6 @@ from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.vllm_setup import import_vllm
 from laser_fast.training.checkpoint import (
     checkpoint_step,
-    is_due,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -37,7 +36,7 @@ from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.packing import Packer
 from laser_fast.training.policy import Policy, build_policy, load_model_config
-from laser_fast.training.stages import Stages
+from laser_fast.training.stages import Stages, is_due
 from laser_fast.training.trainer import Trainer
 from laser_fast.training.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.training.warm_start import make_sandbox_model
@@ -58,6 +57,11 @@ def train(config: Config, *, resume: bool = False) -> None:
             raise ConfigError(
                 f"data.prompts_per_step = {config.data.prompts_per_step} does not divide over "
                 f"{world.size} ranks; choose a multiple of {world.size}"
+            )
+        if world.size % config.rollout.tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel = {config.rollout.tensor_parallel} does not divide the "
+                f"{world.size} ranks of the run; set it to 1 or start another number of ranks"
             )
         checkpoint = latest_checkpoint(folder.path) if resume else None
         world.barrier()  # every rank has seen the folder as it was
@@ -107,7 +111,8 @@ def _build(
     config: Config, folder: RunFolder, world: World, *, resume: bool, stack: ExitStack
 ) -> tuple[Trainer, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
-    if config.rollout.engine == "vllm":
+    uses_server = config.rollout.engine == "vllm_server"
+    if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
         import_vllm()  # missing or unsupported, it is named before minutes of loading
     if config.model.path == "sandbox" and not resume:
         base = folder.path / "base_model"
@@ -129,11 +134,13 @@ def _build(
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward))
 
+    # A server that does not fit is found before the model is loaded.
+    engine = make_engine(config, None, vocabulary) if uses_server else None
     policy = build_policy(config.model, world)
     reference = None
     if config.loss.kl_coef > 0:
         reference = build_policy(config.model, world).requires_grad_(False)
-    engine = make_engine(config, policy, vocabulary)
+    engine = engine or make_engine(config, policy, vocabulary)
     stack.callback(engine.close)
     stop = StopSignal(world)
     stack.callback(stop.restore)
@@ -170,8 +177,8 @@ def _build(
     return trainer, held_out
 
 
-def make_engine(config: Config, policy: Policy, vocabulary: Vocabulary) -> Engine:
-    """The engine that the configuration names."""
+def make_engine(config: Config, policy: Policy | None, vocabulary: Vocabulary) -> Engine:
+    """The engine that the configuration names; "hf" alone samples with the policy itself."""
     ids = {
         "score_token_id": vocabulary.score_token_id,
         "eos_token_ids": vocabulary.eos_token_ids,
@@ -191,6 +198,7 @@ def make_engine(config: Config, policy: Policy, vocabulary: Vocabulary) -> Engin
         from laser_fast.rollout.vllm_server import VllmServerEngine
 
         return VllmServerEngine(config.rollout, **ids, max_model_len=max_positions(config))
+    assert policy is not None
     return HfEngine(
         policy.hf,
         **ids,

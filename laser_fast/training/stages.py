@@ -1,4 +1,4 @@
-"""The named stages of a step: timed, and the places where a run may stop."""
+"""When things happen: the named stages of a step, where a run may stop, and schedules."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ class Stages:
         with self.timer(name):
             yield
         self.stop.check()
+
+
+def is_due(completed: int, every: int) -> bool:
+    """Whether something that happens after every `every` steps happens now; 0: never."""
+    return every > 0 and completed % every == 0

@@ -97,6 +97,16 @@ def test_differences_are_pure_and_complete(tmp_path):
     assert list(config_differences(new, old)) == ["data.eval", "optim.betas"]
 
 
+def test_with_steps_ahead_the_schedule_of_checkpoints_stays(tmp_path):
+    ahead = {"engine": "vllm_server", "server_url": "http://h", "steps_ahead": 1}
+    for rollout, differences in (({}, {}), (ahead, {"checkpoint.every": (10, 5)})):
+        old, new = (
+            _config(tmp_path, rollout=rollout, checkpoint={"every": every, "keep": every})
+            for every in (10, 5)
+        )
+        assert config_differences(old, new) == differences
+
+
 def test_keys_that_may_change_exist():
     assert all_keys().keys() >= _FREE_KEYS
     for section in _FREE_SECTIONS:

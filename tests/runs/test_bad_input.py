@@ -10,8 +10,10 @@ import pytest
 
 from laser_fast import cli
 from laser_fast.config import load_config
+from laser_fast.rollout import server_http
 from laser_fast.rollout.agreement import DisagreementError
 from laser_fast.rollout.server_http import ServerError
+from laser_fast.training import run as training_run
 
 
 def run_cli(monkeypatch, capsys, *arguments):
@@ -56,6 +58,8 @@ GOOD_ROW = '{"problem": "1a+1=", "answer": "2"}\n'
         (["reward.kind=train_ranks:rewards"], r"reward\.kind"),
         (["reward.kind=maths"], r"did you mean"),
         (["rollout.engine=vllm_server"], r"server_url"),
+        (["rollout.engine=vllm_server", "rollout.server_url=h:8000"], r'HOST:PORT, got "h:8000"'),
+        (["rollout.engine=vllm", "rollout.tensor_parallel=2"], r"= 2 does not divide the 1 ranks"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -80,6 +84,19 @@ def test_a_missing_vllm_is_named_before_the_model_is_loaded(
     code, stderr = run_cli(monkeypatch, capsys, "train", config, *overrides)
     assert code == 2
     assert re.search(r"^error: rollout\.engine needs vLLM, which cannot be imported", stderr, re.M)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_server_is_named_before_the_model_is_loaded(
+    tmp_path, write_config, monkeypatch, capsys
+):
+    monkeypatch.setattr(training_run, "import_vllm", lambda: None)  # which NCCL needs
+    monkeypatch.setattr(training_run, "build_policy", None)
+    monkeypatch.setattr(server_http, "_PAUSE_S", 0.01)
+    overrides = ["rollout.engine=vllm_server", "rollout.server_url=http://127.0.0.1:9"]
+    code, stderr = run_cli(monkeypatch, capsys, "train", write_config(tmp_path), *overrides)
+    assert code == 2
+    assert re.search(r"^error: no vLLM server answers at rollout\.server_url", stderr, re.M)
     assert not (tmp_path / "run").exists()
 
 
