@@ -56,8 +56,8 @@ step train_step 60 -m bench.train_step
 step loss_7b_few_rows 40 -m bench.linear_logprob_loss --rows 1024,256,64,8 "${no_compile[@]}"
 step profile 30 -m bench.profile_kernels
 step loss_others 70 -m bench.linear_logprob_loss $others --rows 8192 --seconds 1 "${no_compile[@]}"
-step rollout_score 30 -m bench.rollout_score
-step weight_sync 25 -m bench.weight_sync
+step rollout_score 60 -m bench.rollout_score
+step weight_sync 60 -m bench.weight_sync
 step last_token_others 25 -m bench.last_token $others --rows 64 --seconds 0.5 "${no_compile[@]}"
 step logprob_7b_rest 40 -m bench.linear_logprob --rows 1024,64,32768,256,8 "${no_compile[@]}"
 

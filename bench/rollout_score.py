@@ -19,7 +19,6 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 
 from bench.markdown import table
-from bench.provenance import header
+from bench.provenance import header, save
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rollout.vllm import VllmEngine
@@ -225,10 +224,7 @@ def main() -> None:
         facts["rounds"] = str(len(timings["off"].wall))
         text = document(facts, rows)
         if args.json:  # after every round: a run that is cut off keeps what it has
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            result = json.dumps({"header": facts, "rows": rows}, indent=1) + "\n"
-            args.json.write_text(result)
-            args.json.with_suffix(".md").write_text(text)
+            save(args.json, facts, rows, text)
     print(text)
 
 

@@ -1,6 +1,6 @@
 """What it costs to hand the policy's weights to vLLM, and to prove that they arrived.
 
-    start    build the colocated engine, once per run
+    start    build the colocated engine, once per run; here it compiles nothing
     sync     stream every state_dict entry of the FSDP2 policy into the engine
     check    log-probs of the same tokens from engine and policy, as after every sync of a run
     copy     clone every tensor of the stream: what moving the bytes takes at least
@@ -14,17 +14,16 @@ torchrun the parameters are sharded over the ranks; times are those of rank 0.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from bench.markdown import table
-from bench.provenance import header
+from bench.provenance import header, save
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rollout.agreement import check_agreement
@@ -92,8 +91,8 @@ def change(policy: Policy) -> None:
 
 def measure(
     shape: str, dtype: str, rounds: int, world: World
-) -> tuple[dict[str, list[float]], int, float]:
-    """Seconds by part, bytes of the stream, and the largest disagreement found."""
+) -> Iterator[tuple[dict[str, list[float]], int, float]]:
+    """Seconds by part, bytes of the stream, and the largest disagreement, after every round."""
     from laser_fast.rollout.vllm import VllmEngine
 
     vocab = SHAPES[shape][5]
@@ -122,6 +121,7 @@ def measure(
                 vocab_size=vocab,
                 max_model_len=CHECK_TOKENS + 1,
                 dtype=dtype,
+                enforce_eager=True,  # a sync moves weights, compiled or not
             ),
         )
     packer = Packer(
@@ -148,15 +148,15 @@ def measure(
             tensor.clone()
 
     worst = 0.0
-    for _ in range(rounds + 1):  # the first warms up
+    num_bytes = sum(tensor.nbytes for _, tensor in stream())
+    for number in range(rounds + 1):  # the first warms up
         timed("sync", lambda: engine.sync(stream()))
         worst = max(worst, timed("check", check))
-        change(policy)
-    num_bytes = sum(tensor.nbytes for _, tensor in stream())
-    for _ in range(rounds + 1):
         timed("copy", copy)
+        change(policy)
+        if number:
+            yield {part: found[1:] or found for part, found in seconds.items()}, num_bytes, worst
     engine.close()
-    return {part: found[1:] or found for part, found in seconds.items()}, num_bytes, worst
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,24 +172,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.smoke:
         args.shape, args.dtype, args.rounds = "smoke", "float32", 1
     with open_world() as world:
-        seconds, num_bytes, worst = measure(args.shape, args.dtype, args.rounds, world)
-        is_main, device, ranks = world.is_main, world.device, world.size
-    if not is_main:
-        return
-    facts = {"op": "weight_sync"} | header(device) | {"vllm": import_vllm().__version__}
-    facts["case"] = f"{args.shape}, tied head sent twice, {args.dtype}, {ranks} rank(s)"
-    facts["bytes"] = f"{num_bytes / 1e9:.3f} GB per sync"
-    facts["disagreement"] = f"{worst:.1e} nats, the largest of {args.rounds + 1} syncs"
-    rows = [
-        {"part": part, "median_s": statistics.median(found), "seconds": found}
-        for part, found in seconds.items()
-    ]
-    text = document(facts, rows, num_bytes)
-    print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
+        facts = {"op": "weight_sync"} | header(world.device) | {"vllm": import_vllm().__version__}
+        facts["case"] = f"{args.shape}, tied head sent twice, {args.dtype}, {world.size} rank(s)"
+        text = ""
+        for seconds, num_bytes, worst in measure(args.shape, args.dtype, args.rounds, world):
+            rounds = len(seconds["sync"])
+            facts["bytes"] = f"{num_bytes / 1e9:.3f} GB per sync"
+            facts["disagreement"] = f"{worst:.1e} nats, the largest of {rounds + 1} syncs"
+            rows = [
+                {"part": part, "median_s": statistics.median(found), "seconds": found}
+                for part, found in seconds.items()
+            ]
+            text = document(facts, rows, num_bytes)
+            if args.json and world.is_main:  # after every round: what is cut off keeps what it has
+                save(args.json, facts, rows, text)
+        if world.is_main:
+            print(text)
 
 
 def document(facts: dict[str, str], rows: list[dict], num_bytes: int) -> str:
