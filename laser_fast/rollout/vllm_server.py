@@ -109,7 +109,8 @@ class VllmServerEngine:
         """Sample `sampling.group_size` completions of each prompt, in the order of `prompts`.
 
         Raises:
-            ServerError: no answer after several attempts, or not from the synced weights.
+            ServerError: no answer after several attempts, or none that is whole and from the
+                synced weights.
         """
         self._check_temperature(sampling.temperature)
         with ThreadPoolExecutor(_MAX_REQUESTS) as pool:
@@ -157,9 +158,8 @@ class VllmServerEngine:
                 f"prompt {prompt.prompt_id}: expected {sampling.group_size} completions, got "
                 f"{len(choices)}"
             )
-        return Group(
-            prompt=prompt,
-            completions=tuple(
+        try:
+            completions = tuple(
                 read_completion(
                     choice["token_ids"],
                     choice["logprobs"]["token_logprobs"],
@@ -168,8 +168,10 @@ class VllmServerEngine:
                     score_token_id=self._score_token_id if inline else None,
                 )
                 for choice in choices
-            ),
-        )
+            )
+        except ValueError as error:
+            raise ServerError(f"prompt {prompt.prompt_id}: {error}") from None
+        return Group(prompt=prompt, completions=completions)
 
     def _read(self, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> list[float]:
         answer = self._complete(

@@ -5,6 +5,7 @@ biases, a head with padding rows beyond the tokenizer's vocabulary.
 """
 
 import http.client
+import http.server
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+
+from laser_fast.rollout import server_http
 
 
 @dataclass(frozen=True)
@@ -229,3 +233,50 @@ def engine(shared_engine, tiny):
     """The shared engine, holding the tiny model's weights."""
     shared_engine.sync(tiny.weights())
     return shared_engine
+
+
+class Script(http.server.BaseHTTPRequestHandler):
+    """Answers a GET with a page, and every POST with the next of the scripted replies."""
+
+    def do_GET(self):
+        self.answer(*self.server.pages.get(self.path, (404, "no such page")))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posted.append(self.path)
+        status, body = self.server.replies.pop(0)
+        if status is None:  # hang up
+            self.connection.close()
+            return
+        if status == "late":
+            self.server.release.wait(10)
+            return
+        self.answer(status, body)
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(server_http, "_PAUSE_S", 0.01)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    server.release = threading.Event()
+    server.posted = []
+    server.pages = {
+        "/version": (200, '{"version": "0.32.0+cpu"}'),
+        "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 64}]}'),
+        "/weight_info": (200, '{"weight_version": "0"}'),
+    }
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server, server_http.Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=0.5)
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()

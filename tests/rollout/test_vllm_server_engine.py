@@ -1,8 +1,6 @@
 """The engine over HTTP: a real server, its weights replaced by files, and servers that fail."""
 
-import http.server
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +15,6 @@ from laser_fast.rollout import server_http
 from laser_fast.rollout.agreement import disagreement
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm_server import VllmServerEngine
-from laser_fast.rollout.weight_transfer import NcclTransfer, pieces
 
 SAMPLING = Sampling(group_size=6, temperature=1.0, max_new_tokens=24, seed=0)
 PROMPTS = [
@@ -166,53 +163,6 @@ def test_a_server_that_dies_stops_the_run_with_a_sentence(server, served):
         engine.generate(PROMPTS, SAMPLING)
 
 
-class Script(http.server.BaseHTTPRequestHandler):
-    """Answers a GET with a page, and every POST with the next of the scripted replies."""
-
-    def do_GET(self):
-        self.answer(*self.server.pages.get(self.path, (404, "no such page")))
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.posted.append(self.path)
-        status, body = self.server.replies.pop(0)
-        if status is None:  # hang up
-            self.connection.close()
-            return
-        if status == "late":
-            self.server.release.wait(10)
-            return
-        self.answer(status, body)
-
-    def answer(self, status, body):
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    monkeypatch.setattr(server_http, "_PAUSE_S", 0.01)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
-    server.release = threading.Event()
-    server.posted = []
-    server.pages = {
-        "/version": (200, '{"version": "0.32.0+cpu"}'),
-        "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 64}]}'),
-        "/weight_info": (200, '{"weight_version": "0"}'),
-    }
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server, Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=0.5)
-    server.release.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.parametrize(
     ("page", "reply", "message"),
     [
@@ -259,55 +209,15 @@ def test_prefixes_of_old_weights_that_stay_cached_are_an_error(scripted, served_
     assert server.posted[-1] == "/reset_prefix_cache"
 
 
-def nccl_transfer(server, client):
-    server.pages["/server_info?config_format=json"] = (
-        200,
-        '{"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}}',
-    )
-    return NcclTransfer(client, 1024)
-
-
-def test_a_server_without_weight_transfer_is_refused_at_once(scripted):
-    server, client = scripted
-    server.pages["/server_info?config_format=json"] = (
-        200,
-        '{"vllm_config": {"weight_transfer_config": null}}',
-    )
-    with pytest.raises(ConfigError, match="start it with --weight-transfer-config"):
-        NcclTransfer(client, 1024)
-
-
-def test_a_broadcast_that_nobody_receives_ends_with_the_servers_error(scripted, monkeypatch):
-    server, client = scripted
-    transfer = nccl_transfer(server, client)
-    broadcast = []
-    transfer._group = SimpleNamespace(broadcast=lambda tensor, **_: broadcast.append(tensor))
-    stream = SimpleNamespace(synchronize=threading.Event().wait)  # never comes
-    event = SimpleNamespace(record=lambda stream: None, query=lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    server.replies = [(200, "{}"), (500, "no such parameter")]
-    with pytest.raises(ServerError, match="update_weights did not answer.*no such parameter"):
-        transfer.send([("w", torch.zeros(1))])
-    assert len(broadcast) == 1
-
-
-def test_a_group_that_cannot_be_opened_ends_with_the_servers_error(scripted):
-    server, client = scripted
-    transfer = nccl_transfer(server, client)
-    server.replies = [(500, "no NCCL")]
-    with (
-        pytest.raises(ServerError, match="no NCCL"),
-        transfer._meanwhile("/init_weight_transfer_engine", {}) as request,
-    ):
-        request.exception(5)
-        raise TimeoutError("the store waited for workers")
-    server.replies = [("late", "")]
-    with (
-        pytest.raises(TimeoutError, match="the store"),
-        transfer._meanwhile("/init_weight_transfer_engine", {}),
-    ):
-        raise TimeoutError("the store waited for workers")
+def test_an_aborted_completion_is_the_servers_failure(scripted, served_ids):
+    server, _ = scripted
+    server.replies = [probe_reply([1, 2], [-0.5, -7.0])]
+    engine = connect(url_of(server), served_ids)
+    choice = {"index": 0, "finish_reason": "abort", "token_ids": [9, 9]}
+    choice["logprobs"] = {"token_logprobs": [-1.0, -1.0]}
+    server.replies = [(200, json.dumps({"choices": [choice]}))]
+    with pytest.raises(ServerError, match="prompt 0: expected an EOS or 24 tokens, got 2 "):
+        engine.generate(PROMPTS[:1], replace(SAMPLING, group_size=1))
 
 
 def test_a_failed_request_is_sent_again(scripted):
@@ -385,11 +295,3 @@ def test_what_must_not_happen_twice_is_tried_once(scripted):
     with pytest.raises(ServerError, match="1 attempts"):
         client.post("/x", {}, attempts=1)
     assert len(server.replies) == 1
-
-
-def test_pieces_hold_at_most_the_buffer_or_one_large_tensor():
-    sizes = [3, 4, 9, 1, 1, 1]
-    weights = [(str(i), torch.zeros(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
-    found = [[name for name, _ in piece] for piece in pieces(weights, 8)]
-    assert found == [["0", "1"], ["2"], ["3", "4", "5"]]
-    assert list(pieces([], 8)) == []
