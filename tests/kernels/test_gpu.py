@@ -53,7 +53,8 @@ def tolerance(head):
 def test_cuda_extension_builds():
     if MISSING_FOR_CUDA:
         pytest.skip(MISSING_FOR_CUDA)
-    _extension.load()
+    assert _extension.load().gemm.ops is torch.ops.laser_kernels_cuda
+    assert callable(torch.ops.laser_kernels_cuda.statistics.default)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -153,7 +153,7 @@ def test_a_window_that_is_too_short_is_refused_at_the_start(server, served):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_server_that_dies_stops_the_run_with_a_sentence(server, served):
-    # The last test of this session's server: it takes it down.
+    # Last of those that share the server: it takes it down.
     base_url, process = server
     engine = connect(base_url, served)
     engine.sync(served.weights())
