@@ -30,6 +30,7 @@ import torch
 
 from bench.markdown import table
 from bench.provenance import header, save
+from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rollout.vllm import VllmEngine
@@ -38,9 +39,8 @@ from laser_fast.rollout.vllm_setup import import_vllm
 SCORE_TOKEN, EOS = 0, 1
 FIRST_COUNT = 2  # ids below are special; above, counting down to EOS is counting up to the top
 SHAPES = {
-    # hidden, ffn, layers, heads, kv heads, vocabulary
-    "smoke": (64, 96, 2, 2, 2, 512),
-    "10m": (256, 1024, 6, 8, 4, 8192),
+    "smoke": SMOKE,
+    "10m": Sizes(256, 1024, 6, 8, 4, 8192),
 }
 
 
@@ -55,33 +55,21 @@ class Timing:
 
 def counter_model(folder: Path, shape: str):
     """A Qwen2 of that shape which counts: after token t comes t + 1, after the last comes EOS."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[shape]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        eos_token_id=EOS,
+    sizes = SHAPES[shape]
+    model = random_qwen2(
+        sizes, max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=EOS
     )
-    model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-        embedding = torch.randn(vocab, hidden)
+        embedding = torch.randn(sizes.vocabulary, sizes.hidden)
         embedding /= embedding.norm(dim=1, keepdim=True)
         model.model.embed_tokens.weight.copy_(embedding)
         # Normed hidden states have length sqrt(hidden): a logit of 40 for the next count.
-        head = 40 * hidden**-0.5 * embedding.roll(1, 0)
+        head = 40 * sizes.hidden**-0.5 * embedding.roll(1, 0)
         head[SCORE_TOKEN] = 0.0
-        head[EOS] = 40 * hidden**-0.5 * embedding[vocab - 1]
+        head[EOS] = 40 * sizes.hidden**-0.5 * embedding[-1]
         model.lm_head.weight.copy_(head)
     model.save_pretrained(folder)
     return model.state_dict()
@@ -126,7 +114,7 @@ def bare_generation(engine: VllmEngine, prompts: list[Prompt], sampling: Samplin
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
     """Time every way `args.rounds` times, in rotating order; yields all timings so far."""
-    vocab = SHAPES[args.shape][5]
+    vocab = SHAPES[args.shape].vocabulary
     sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
     prompts = make_prompts(
         args.completions // sampling.group_size,

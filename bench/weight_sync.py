@@ -24,6 +24,7 @@ import torch
 
 from bench.markdown import table
 from bench.provenance import header, save
+from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rollout.agreement import check_agreement
@@ -34,9 +35,8 @@ from laser_fast.training.policy import Policy, build_policy
 from laser_fast.training.reading import read_completions
 
 SHAPES = {
-    # hidden, ffn, layers, heads, kv heads, vocabulary; all with a tied head
-    "smoke": (64, 96, 2, 2, 2, 512),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+    "smoke": SMOKE,
+    "qwen2.5-0.5b": Sizes(896, 4864, 24, 14, 2, 151936),
 }
 SCORE_TOKEN, EOS = 0, 1
 CHECK_PROMPTS, CHECK_TOKENS = 4, 64
@@ -45,22 +45,9 @@ MAX_DISAGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def save_model(folder: Path, shape: str) -> None:
-    """A random Qwen2 of that shape."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[shape]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-        eos_token_id=EOS,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    """A random Qwen2 of that shape, with a tied head."""
+    model = random_qwen2(SHAPES[shape], tie_word_embeddings=True, eos_token_id=EOS)
+    model.save_pretrained(folder)
 
 
 def held_tokens(vocab: int) -> list[Group]:
@@ -95,7 +82,7 @@ def measure(
     """Seconds by part, bytes of the stream, and the largest disagreement, after every round."""
     from laser_fast.rollout.vllm import VllmEngine
 
-    vocab = SHAPES[shape][5]
+    vocab = SHAPES[shape].vocabulary
     seconds: dict[str, list[float]] = {"start": [], "sync": [], "check": [], "copy": []}
 
     def timed(part: str, run: Callable[[], object]) -> object:
