@@ -29,9 +29,9 @@ import torch
 from bench import markdown
 from bench.provenance import ROOT, header, save
 from laser_fast.config import load_config
-from laser_fast.observe import jsonl
-from laser_fast.observe.run_folder import RunFolder
-from laser_fast.training.warm_start import STEPS, make_sandbox_model
+from laser_fast.log import jsonl
+from laser_fast.log.run_folder import RunFolder
+from laser_fast.sandbox.model import STEPS, make_sandbox_model
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
 METHODS = {

@@ -30,8 +30,8 @@ from bench.shapes import Inputs
 from bench.workload import QUICKSTART, QWEN_1_5B, make_microbatches, make_model
 from laser_fast.algorithm.loss import policy_loss, tis_weights
 from laser_fast.algorithm.score import score_loss
+from laser_fast.model.attention import attention_kwargs
 from laser_fast.records import Microbatch
-from laser_fast.training.attention import attention_kwargs
 from laser_kernels import linear_logprob_loss
 
 BASELINE = "plain logits"
@@ -115,8 +115,8 @@ def body_and_kernel() -> tuple[Head, Forward]:
 def trainer() -> tuple[Head, Forward]:
     """What the trainer runs, on one unsharded device."""
     from laser_fast.config import LossConfig
+    from laser_fast.model.policy import Policy
     from laser_fast.training import objective
-    from laser_fast.training.policy import Policy
 
     settings = objective.Objective(
         loss=LossConfig(), beta=BETA, ref_logprob=REF_LOGPROB, score_coef=SCORE_COEF

@@ -26,13 +26,13 @@ from bench.markdown import table
 from bench.provenance import header, save
 from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from laser_fast.config import ModelConfig, RolloutConfig
+from laser_fast.model.distributed import World, open_world
+from laser_fast.model.logprobs import read_completions
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, build_policy
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.vllm_setup import import_vllm
-from laser_fast.training.distributed import World, open_world
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, build_policy
-from laser_fast.training.reading import read_completions
 
 SHAPES = {
     "smoke": SMOKE,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from laser_fast.records import Microbatch, Sequence
-from laser_fast.training.attention import IMPLEMENTATIONS
-from laser_fast.training.packing import Packer
+from laser_fast.model.attention import IMPLEMENTATIONS
+from laser_fast.model.packing import Packer
+from laser_fast.records import Microbatch, TrainingSequence
 
 SCORE_TOKEN = 2
 
@@ -84,7 +84,7 @@ def make_microbatches(workload: Workload, device: torch.device) -> list[Microbat
     for index in range(workload.num_sequences):
         completion = ids(*workload.completion_tokens)
         sequences.append(
-            Sequence(
+            TrainingSequence(
                 prompt_ids=ids(*workload.prompt_tokens),
                 completion_ids=completion,
                 rollout_logprobs=(-3.0,) * len(completion),

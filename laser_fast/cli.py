@@ -84,7 +84,7 @@ def report(
     ] = None,
 ) -> None:
     """Write RUN/report.html: curves, evaluations, samples and configuration in one file."""
-    from laser_fast.observe.report import write_report
+    from laser_fast.report.page import write_report
 
     typer.echo(write_report(run, other, evaluations or ()))
 
@@ -211,12 +211,12 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure accuracy, voting and self-verification; a killed evaluation continues."""
-    from laser_fast.evaluation.report import ReportOptions
+    from laser_fast.evaluation.statistics import ReportOptions
     from laser_fast.evaluation.terminal import print_conclusion, progress_bar
 
     report = ReportOptions(ks=tuple(sorted(set(k))) if k else None, base_rate=base_rate)
     if rescore is not None:
-        from laser_fast.evaluation.conclude import rescore_evaluation
+        from laser_fast.evaluation.rescore import rescore_evaluation
 
         unread = {
             "a model": model is not None,

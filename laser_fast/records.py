@@ -79,7 +79,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sequence:
+class TrainingSequence:
     """One completion with everything its training rows need; packing joins these.
 
     Example: prompt (7, 8), completion (5, 2), finished: the packed input is (7, 8, 5, 2); the

@@ -19,19 +19,19 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from laser_fast.config import parse_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.data.sandbox import EOS_TOKEN, RESERVED_TOKENS, TOKENS, write_tokenizer
-from laser_fast.observe.timer import StageTimer
+from laser_fast.log.timer import StageTimer
+from laser_fast.model.distributed import StopSignal, open_world
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy, load_model_config
+from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Completion, Group
 from laser_fast.rewards import Grader
-from laser_fast.training.collector import Collector
-from laser_fast.training.distributed import StopSignal, open_world
+from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, write_tokenizer
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import build_policy, load_model_config
+from laser_fast.training.sampler import Sampler
 from laser_fast.training.stages import Stages
 from laser_fast.training.trainer import Trainer
-from laser_fast.training.vocabulary import load_vocabulary
 
 GOLDEN = Path(__file__).parent / "golden"
 PINNED = ("loss/policy", "loss/score", "step/grad_norm")
@@ -63,7 +63,7 @@ def make_config(folder, case):
             "prompts_per_step": 4,
         },
         "rollout": {"max_new_tokens": 16, "group_size": 4, "max_disagreement": 100.0},
-        "reward": {"kind": "laser_fast.data.sandbox:reward", "workers": 1},
+        "reward": {"kind": "laser_fast.sandbox.task:reward", "workers": 1},
         "score": {"token": RESERVED_TOKENS[0], "beta": 0.2, "ref_logprob": -9.0},
         "optim": {"steps": STEPS, "lr": 2e-3, "schedule": "linear", "tokens_per_microbatch": 100},
     }
@@ -154,7 +154,7 @@ def run(case):
             temperature=config.rollout.temperature,
             device=world.device,
         )
-        collector = Collector(
+        sampler = Sampler(
             config=config,
             world=world,
             stages=stages,
@@ -169,7 +169,7 @@ def run(case):
             config=config,
             world=world,
             stages=stages,
-            collector=collector,
+            sampler=sampler,
             packer=packer,
             policy=policy,
             reference=None,

@@ -17,15 +17,15 @@ from transformers import (
 
 from laser_fast.cli import main
 from laser_fast.config import ConfigError, ModelConfig, OptimConfig, parse_config
+from laser_fast.model.distributed import World
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, shard
 from laser_fast.planning.advice import advise
 from laser_fast.planning.memory import Setup, activation_bytes_per_token, plan_memory
 from laser_fast.planning.plan import plan_run, verdict
 from laser_fast.planning.sizes import ModelSize, model_size
-from laser_fast.records import Sequence
-from laser_fast.training.distributed import World
+from laser_fast.records import TrainingSequence
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, shard
 from laser_kernels import linear_logprob_loss
 
 QWEN_7B = {
@@ -114,7 +114,7 @@ def test_sharded_terms_are_what_a_training_step_allocates():
         policy = Policy(_model(config), attention="sdpa", compute_dtype=torch.float32)
         shard(policy, ModelConfig(path="model"), world)
         optimizer = build_optimizer(policy, OptimConfig(steps=1))
-        sequence = Sequence(
+        sequence = TrainingSequence(
             prompt_ids=(3, 4),
             completion_ids=(5, 6, 7),
             rollout_logprobs=(-1.0,) * 3,

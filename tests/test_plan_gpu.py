@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from laser_fast.model.attention import IMPLEMENTATIONS
+from laser_fast.model.distributed import open_world
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, shard
 from laser_fast.planning.memory import Setup, plan_memory
 from laser_fast.planning.sizes import model_size
-from laser_fast.records import Sequence
-from laser_fast.training.attention import IMPLEMENTATIONS
-from laser_fast.training.distributed import open_world
+from laser_fast.records import TrainingSequence
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, shard
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def _config(*, gradient_checkpointing):
 def _batch(device):
     """Four completions that fill the microbatch, so that all but a few tokens are head rows."""
     length = TOKENS // 4 - 1
-    sequence = Sequence(
+    sequence = TrainingSequence(
         prompt_ids=(3,),
         completion_ids=tuple(range(10, 10 + length)),
         rollout_logprobs=(-1.0,) * length,

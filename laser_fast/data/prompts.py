@@ -180,7 +180,7 @@ def _load(
             "a text with {prompt} in it"
         )
     if name == "sandbox":
-        from laser_fast.data import sandbox
+        from laser_fast.sandbox import task as sandbox
 
         rows = enumerate(sandbox.rows(split, seed=seed))
         source = RowSource(name, (), lambda _: ((f"sandbox row {i}", row) for i, row in rows))

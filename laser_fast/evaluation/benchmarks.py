@@ -57,7 +57,7 @@ SANDBOX = Benchmark(
     source="sandbox",
     prompt_field="problem",
     answer_field="answer",
-    reward_kind="laser_fast.data.sandbox:reward",
+    reward_kind="laser_fast.sandbox.task:reward",
 )
 _NAMED = (
     _on_hub("math500", "HuggingFaceH4/MATH-500", 2),

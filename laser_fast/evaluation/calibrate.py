@@ -30,11 +30,11 @@ from laser_fast.evaluation.model import (
     read_last_token,
 )
 from laser_fast.evaluation.settings import build_config, refuse_overrides
+from laser_fast.model.distributed import World, open_world
+from laser_fast.model.policy import build_policy, load_model_config
+from laser_fast.model.vocabulary import Vocabulary, reserved_tokens
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.engine import draw_seed
-from laser_fast.training.distributed import World, open_world
-from laser_fast.training.policy import build_policy, load_model_config
-from laser_fast.training.vocabulary import Vocabulary, reserved_tokens
 
 # The paper's beta; with c_ref near -23 the rule alone would allow half of it.
 MIN_BETA = 0.1

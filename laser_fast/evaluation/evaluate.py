@@ -17,19 +17,19 @@ from typing import Any
 from laser_fast.config import Config, ConfigError
 from laser_fast.data.prompts import PromptSource
 from laser_fast.evaluation.benchmarks import Benchmark, find_benchmark
-from laser_fast.evaluation.conclude import Conclusion, conclude
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of, check_golds
 from laser_fast.evaluation.model import open_engine, open_vocabulary
-from laser_fast.evaluation.report import DEFAULTS, ReportOptions
+from laser_fast.evaluation.rescore import Conclusion, conclude
 from laser_fast.evaluation.samples import to_records
 from laser_fast.evaluation.settings import Score, build_config, score_of
+from laser_fast.evaluation.statistics import DEFAULTS, ReportOptions
+from laser_fast.model.distributed import World, open_world
+from laser_fast.model.policy import build_policy
+from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.engine import Engine, draw_seed
-from laser_fast.training.distributed import World, open_world
-from laser_fast.training.policy import build_policy
 from laser_fast.training.run import max_positions
-from laser_fast.training.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from laser_fast.config import Config
-from laser_fast.records import Sequence as TrainingSequence
+from laser_fast.model.distributed import World
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, load_model_config
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
+from laser_fast.records import TrainingSequence
 from laser_fast.rollout.engine import Engine
-from laser_fast.training.distributed import World
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, load_model_config
 from laser_fast.training.run import check_lengths, make_engine
-from laser_fast.training.vocabulary import Vocabulary, load_vocabulary
 from laser_kernels import linear_logprob
 
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from laser_fast.algorithm.score import is_correct, self_reward_score
 from laser_fast.config import ConfigError
-from laser_fast.observe import jsonl
+from laser_fast.log import jsonl
 from laser_fast.records import FinishReason, Group
 from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed

@@ -28,11 +28,11 @@ from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.model import make_packer, open_vocabulary, read_last_token
 from laser_fast.evaluation.settings import Score, build_config, score_of
-from laser_fast.observe.jsonl import to_line
-from laser_fast.training.distributed import World, open_world
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, build_policy, load_model_config
-from laser_fast.training.vocabulary import Vocabulary
+from laser_fast.log.jsonl import to_line
+from laser_fast.model.distributed import World, open_world
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.vocabulary import Vocabulary
 
 # Pairs that are packed together: enough for full microbatches, few enough to stream large files.
 _CHUNK = 2048

@@ -27,7 +27,7 @@ from laser_fast.evaluation.benchmarks import (
     SANDBOX,
     Benchmark,
 )
-from laser_fast.observe.jsonl import replace_text, to_text
+from laser_fast.log.jsonl import replace_text, to_text
 
 _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError
-from laser_fast.observe.report_evaluations import SCORE_LABELS
+from laser_fast.report.evaluations import SCORE_LABELS
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.calibrate import Calibration, Spread
-    from laser_fast.evaluation.conclude import Conclusion
+    from laser_fast.evaluation.rescore import Conclusion
     from laser_fast.evaluation.score_pairs import ScoreTotals
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.

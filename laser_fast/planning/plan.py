@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from laser_fast.config import Config, ConfigError
+from laser_fast.model.policy import load_model_config
 from laser_fast.planning.advice import advise
 from laser_fast.planning.memory import RESERVE_GB, WORKSPACE_MB, Plan, Setup, plan_memory
 from laser_fast.planning.sizes import ModelSize, model_size
-from laser_fast.training.policy import load_model_config
 
 
 def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
@@ -101,7 +101,7 @@ def _gb(count: float) -> str:
 
 def _size(config: Config) -> ModelSize:
     if config.model.path == "sandbox":
-        from laser_fast.training.warm_start import make_sandbox_model
+        from laser_fast.sandbox.model import make_sandbox_model
 
         with tempfile.TemporaryDirectory() as folder:
             make_sandbox_model(folder, seed=0, steps=1)

@@ -1,7 +1,7 @@
 """What a vLLM request says to get its own score, and how the answer is read. No vLLM here.
 
 A scored request goes past its EOS by exactly one token, the score token z_c, which the logits
-processor of laser_fast/rollout/self_reward.py forces there:
+processor of laser_fast/rollout/score_processor.py forces there:
 
     prompt | y_1 ... y_n EOS z_c        raw log-prob of the last token = log pi(z_c | x, y)
 
@@ -75,7 +75,7 @@ def read_completion(
             raise ValueError(
                 f"expected the score token {score_token_id} alone after the EOS, got "
                 f"{list(ids[length : length + 4])}; is the logits processor "
-                "laser_fast.rollout.self_reward:SelfScoreProcessor loaded?"
+                "laser_fast.rollout.score_processor:SelfScoreProcessor loaded?"
             )
         score_logprob = float(logprobs[length])
     return Completion(

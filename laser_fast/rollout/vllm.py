@@ -42,7 +42,7 @@ from laser_fast.rollout.weight_sync import account_for, checkpoint_names
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
-PROCESSOR = "laser_fast.rollout.self_reward:SelfScoreProcessor"
+PROCESSOR = "laser_fast.rollout.score_processor:SelfScoreProcessor"
 # Prompt tokens of one forward: bounds the [tokens, vocabulary] logits of `token_logprobs`.
 _MAX_BATCHED_TOKENS = 4096
 

@@ -1,7 +1,7 @@
 r"""A vLLM server on other GPUs as the engine: completions over HTTP, weights through its own API.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' \
-        --logits-processors laser_fast.rollout.self_reward:SelfScoreProcessor
+        --logits-processors laser_fast.rollout.score_processor:SelfScoreProcessor
 
 Every rank sends its own prompts; rank 0 alone streams weights. Seeds make requests repeatable, so
 one that fails is simply sent again and no completion is lost or counted twice. Every sync gives
@@ -265,7 +265,7 @@ class VllmServerEngine:
         if choice["token_ids"] != [eos, score]:
             raise ConfigError(
                 f"the server at {self._config.server_url} does not score completions; start it "
-                "with --logits-processors laser_fast.rollout.self_reward:SelfScoreProcessor"
+                "with --logits-processors laser_fast.rollout.score_processor:SelfScoreProcessor"
             )
         if choice["logprobs"]["token_logprobs"][-1] >= 0.0:  # that of a forced token
             raise ConfigError(

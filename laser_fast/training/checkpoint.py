@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
-from laser_fast.training.distributed import World
-from laser_fast.training.policy import Policy
+from laser_fast.model.distributed import World
+from laser_fast.model.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
 

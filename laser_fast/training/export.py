@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
 from laser_fast.evaluation.settings import write_score_settings
-from laser_fast.observe.run_folder import RunFolder
+from laser_fast.log.run_folder import RunFolder
+from laser_fast.model.distributed import open_world
+from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.training.checkpoint import latest_checkpoint
-from laser_fast.training.distributed import open_world
-from laser_fast.training.policy import build_policy, load_model_config
 from laser_fast.training.run import resolve_model
 
 

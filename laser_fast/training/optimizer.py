@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 if TYPE_CHECKING:
     from laser_fast.config import OptimConfig
-    from laser_fast.training.policy import Policy
+    from laser_fast.model.policy import Policy
 
 
 def build_optimizer(policy: Policy, config: OptimConfig) -> AdamW:

@@ -14,32 +14,32 @@ from pathlib import Path
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.report import summarize
 from laser_fast.evaluation.samples import to_records
-from laser_fast.observe.run_folder import RunFolder, open_run_folder
-from laser_fast.observe.run_log import NullLog, RunLog
-from laser_fast.observe.timer import StageTimer, peak_memory_gb
+from laser_fast.evaluation.statistics import summarize
+from laser_fast.log.run_folder import RunFolder, open_run_folder
+from laser_fast.log.run_log import NullLog, RunLog
+from laser_fast.log.timer import StageTimer, peak_memory_gb
+from laser_fast.model.distributed import StopRun, StopSignal, World, open_world
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rollout.engine import Engine
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.vllm_setup import import_vllm
+from laser_fast.sandbox.model import make_sandbox_model
 from laser_fast.training.checkpoint import (
     checkpoint_step,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from laser_fast.training.collector import Collector
-from laser_fast.training.distributed import StopRun, StopSignal, World, open_world
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy, build_policy, load_model_config
+from laser_fast.training.sampler import Sampler
 from laser_fast.training.stages import Stages, is_due
 from laser_fast.training.trainer import Trainer
-from laser_fast.training.vocabulary import Vocabulary, load_vocabulary
-from laser_fast.training.warm_start import make_sandbox_model
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _build(
         device=world.device,
         agree=world.max,
     )
-    collector = Collector(
+    sampler = Sampler(
         config=config,
         world=world,
         stages=stages,
@@ -167,7 +167,7 @@ def _build(
         config=config,
         world=world,
         stages=stages,
-        collector=collector,
+        sampler=sampler,
         packer=packer,
         policy=policy,
         reference=reference,
@@ -230,7 +230,7 @@ def _settle_ref_logprob(trainer: Trainer) -> None:
     if trainer.ref_logprob is None and score.ref_logprob != "auto":
         trainer.ref_logprob = score.ref_logprob
     if trainer.ref_logprob is None and (trains_score or trainer.config.data.eval):
-        trainer.ref_logprob = trainer.collector.measure_ref_logprob()
+        trainer.ref_logprob = trainer.sampler.measure_ref_logprob()
         logger.info("measured score.ref_logprob = %.3f", trainer.ref_logprob)
     if trains_score:
         try:
@@ -250,7 +250,7 @@ def _run_step(trainer: Trainer, log: RunLog | NullLog, step: int) -> None:
         step,
         groups,
         [reward for group in rewards for reward in group],
-        decode=trainer.collector.vocabulary.decode,
+        decode=trainer.sampler.vocabulary.decode,
         ref_logprob=trainer.ref_logprob,
     )
 
@@ -259,20 +259,20 @@ def _evaluate(
     trainer: Trainer, held_out: list[Prompt], log: RunLog | NullLog, *, step: int
 ) -> None:
     """Evaluate on the held-out prompts; the draws are the same at every step. Collective."""
-    config, collector = trainer.config, trainer.collector
+    config, sampler = trainer.config, trainer.sampler
     if not config.data.eval:
         return
-    collector.sync(held_out)
+    sampler.sync(held_out)
     records = to_records(
-        collector.sample_scored(held_out, "eval", group_size=config.data.eval_samples),
-        decode=collector.vocabulary.decode,
-        grader=collector.grader,
+        sampler.sample_scored(held_out, "eval", group_size=config.data.eval_samples),
+        decode=sampler.vocabulary.decode,
+        grader=sampler.grader,
         beta=config.score.beta,
         ref_logprob=0.0 if trainer.ref_logprob is None else trainer.ref_logprob,
     )
     records = trainer.world.gather(records)
     if trainer.world.is_main:
-        report = summarize(records, same_answer=collector.grader.same_answer)
+        report = summarize(records, same_answer=sampler.grader.same_answer)
         log.log_evaluation(step, report)
     trainer.stages.timer.pop()  # evaluation is not part of any step
 

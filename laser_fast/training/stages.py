@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from laser_fast.observe.timer import StageTimer
-from laser_fast.training.distributed import StopSignal
+from laser_fast.log.timer import StageTimer
+from laser_fast.model.distributed import StopSignal
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from laser_fast.algorithm.loss import is_clipped, kl_penalty
 from laser_fast.algorithm.score import is_correct, self_reward_score
+from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
-from laser_fast.evaluation.metrics import verify
+from laser_fast.model.distributed import World
 from laser_fast.records import Microbatch
-from laser_fast.training.distributed import World
+from laser_fast.training.batch import Outcome
 from laser_fast.training.objective import HeadResult
-from laser_fast.training.outcome import Outcome
 
 
 def outcome_metrics(outcome: Outcome, advantages: Tensor) -> dict[str, float]:

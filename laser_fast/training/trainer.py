@@ -2,7 +2,7 @@
 
     prompt -> rollout -> reward -> score -> advantage -> pack -> loss -> step
 
-The first three are the collector's (laser_fast/training/collector.py). `Trainer` holds what lives
+The first three are the sampler's (laser_fast/training/sampler.py). `Trainer` holds what lives
 from step to step; laser_fast/training/run.py builds it, evaluates and saves.
 """
 
@@ -18,23 +18,22 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from laser_fast.config import Config
-from laser_fast.records import Group, Microbatch
-from laser_fast.records import Sequence as TrainingSequence
+from laser_fast.model.distributed import World
+from laser_fast.model.logprobs import read_rows, with_scores
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy
+from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rollout.agreement import DisagreementError
-from laser_fast.training.collector import Collector, Rewards
-from laser_fast.training.distributed import World
-from laser_fast.training.grad_cap import GradientCap
-from laser_fast.training.objective import Objective, joint_loss
-from laser_fast.training.optimizer import learning_rate
-from laser_fast.training.outcome import (
+from laser_fast.training.batch import (
     gather_outcome,
     step_advantages,
     step_weights,
     training_sequences,
 )
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy
-from laser_fast.training.reading import read_rows, with_scores
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.objective import Objective, joint_loss
+from laser_fast.training.optimizer import learning_rate
+from laser_fast.training.sampler import Rewards, Sampler
 from laser_fast.training.stages import Stages
 from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
 
@@ -49,7 +48,7 @@ class Trainer:
     config: Config
     world: World
     stages: Stages
-    collector: Collector
+    sampler: Sampler
     packer: Packer
     policy: Policy
     reference: Policy | None  # frozen initial policy of the KL penalty
@@ -60,7 +59,7 @@ class Trainer:
     def step(self, step: int) -> tuple[dict[str, float], list[Group], Rewards]:
         """Run step 0, 1, ...: metrics over all ranks, this rank's groups and their rewards."""
         config, scoring = self.config, self.config.score
-        groups, rewards = self.collector.collect(step)
+        groups, rewards = self.sampler.collect(step)
 
         mixes_scores = config.advantage.score_coef > 0 and step >= (
             scoring.warmup_steps + config.advantage.score_warmup_steps
@@ -109,7 +108,7 @@ class Trainer:
                     objective = replace(objective, score_coef=self.cap.coef())
                 else:
                     self._backward(objective, batches, rows)
-            if self.collector.staleness == 0:  # else an update lies between, which TIS corrects
+            if self.sampler.staleness == 0:  # else an update lies between, which TIS corrects
                 self._check_rollout(step, rows.disagreement(self.world))
             with self.stages.timer("step"):
                 grad_norms.append(self._update(step))
@@ -124,8 +123,8 @@ class Trainer:
         metrics["score/coef"] = objective.score_coef
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
-        metrics["rollout/sync_disagreement"] = self.collector.sync_disagreement
-        metrics["rollout/staleness"] = self.collector.staleness
+        metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
+        metrics["rollout/staleness"] = self.sampler.staleness
         return metrics, groups, rewards
 
     def state_dict(self) -> dict[str, Any]:

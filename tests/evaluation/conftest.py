@@ -20,7 +20,7 @@ def data_dir():
 @pytest.fixture(scope="session")
 def sandbox_model(tmp_path_factory):
     """A sandbox model after 20 steps of its warm start: it ends its answers, mostly wrong ones."""
-    from laser_fast.training.warm_start import make_sandbox_model
+    from laser_fast.sandbox.model import make_sandbox_model
 
     folder = tmp_path_factory.mktemp("model") / "sandbox"
     make_sandbox_model(folder, seed=0, steps=20)
@@ -80,7 +80,7 @@ def random_model(tmp_path_factory):
     """A random model with the sandbox's tokenizer and room for real problems."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from laser_fast.data.sandbox import EOS_TOKEN, TOKENS, write_tokenizer
+    from laser_fast.sandbox.task import EOS_TOKEN, TOKENS, write_tokenizer
 
     folder = tmp_path_factory.mktemp("model") / "random"
     write_tokenizer(folder)

@@ -12,11 +12,11 @@ import pytest
 from laser_fast.cli import main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.calibrate import calibrate
-from laser_fast.evaluation.conclude import rescore_evaluation
 from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.report import ReportOptions
+from laser_fast.evaluation.rescore import rescore_evaluation
 from laser_fast.evaluation.samples import read_samples
+from laser_fast.evaluation.statistics import ReportOptions
 
 FEW = ReportOptions(num_resamples=20)
 

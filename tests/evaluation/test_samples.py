@@ -7,7 +7,6 @@ import math
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.report import summarize
 from laser_fast.evaluation.samples import (
     SampleRecord,
     read_samples,
@@ -15,6 +14,7 @@ from laser_fast.evaluation.samples import (
     to_records,
     write_samples,
 )
+from laser_fast.evaluation.statistics import summarize
 from laser_fast.records import Completion, Group, Prompt, Sampling
 
 EOS = 0

@@ -89,7 +89,7 @@ def test_tensor_parallel_is_a_runs_or_typed(tmp_path):
 def test_the_sandbox_brings_its_wording():
     config = build(SANDBOX)
     assert config.data.template == "{prompt}" and config.data.prompt_suffix == ""
-    assert config.reward.kind == "laser_fast.data.sandbox:reward"
+    assert config.reward.kind == "laser_fast.sandbox.task:reward"
 
 
 def test_an_exported_model_knows_its_score(tmp_path):

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.calibrate import Reading, rank_candidates
-from laser_fast.evaluation.report import ReportOptions, average, build_report
+from laser_fast.evaluation.statistics import ReportOptions, average, build_report
 from laser_fast.evaluation.terminal import print_calibration, print_report
-from laser_fast.observe.charts import evaluation_diagrams, save_png
-from laser_fast.observe.report_evaluations import SCORE_METRICS
+from laser_fast.report.charts import evaluation_diagrams, save_png
+from laser_fast.report.evaluations import SCORE_METRICS
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from laser_fast.config import LossConfig, ModelConfig, OptimConfig
+from laser_fast.model.distributed import open_world
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from laser_fast.training.distributed import open_world
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import build_policy
 
 TEMPERATURE = 0.7
 OBJECTIVE = Objective(loss=LossConfig(), beta=0.2, ref_logprob=-7.5, score_coef=0.8)

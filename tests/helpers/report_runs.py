@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from laser_fast.cli import app
 from laser_fast.config import dump_config, parse_config
-from laser_fast.observe import jsonl
+from laser_fast.log import jsonl
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from laser_fast.config import parse_config
-from laser_fast.records import Completion, Group, Prompt, Sequence
+from laser_fast.records import Completion, Group, Prompt, TrainingSequence
 
 VOCAB = 97  # odd: no number of ranks divides it
 EOS = 2
@@ -90,7 +90,7 @@ def make_sequences(count=12, *, seed=0, longest=12):
         has_score_row = index % 3 != 2
         ids = [rng.randrange(6, VOCAB) for _ in range(length)]
         sequences.append(
-            Sequence(
+            TrainingSequence(
                 prompt_ids=tuple(rng.randrange(6, VOCAB) for _ in range(rng.randint(1, longest))),
                 completion_ids=(*ids[:-1], EOS if has_score_row else ids[-1]),
                 rollout_logprobs=tuple(rng.uniform(-6, -1) for _ in ids),

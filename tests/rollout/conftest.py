@@ -113,7 +113,7 @@ class TinyServed(Tiny):
 
     @classmethod
     def make(cls, path, **options):
-        from laser_fast.data.sandbox import write_tokenizer
+        from laser_fast.sandbox.task import write_tokenizer
 
         made = super().make(path, **options)
         write_tokenizer(path)
@@ -211,7 +211,7 @@ def start_server():
 @pytest.fixture(scope="session")
 def server(served):
     """A real server that scores; yields its base URL and its process."""
-    processor = "laser_fast.rollout.self_reward:SelfScoreProcessor"
+    processor = "laser_fast.rollout.score_processor:SelfScoreProcessor"
     with running_server(served, "--logits-processors", processor) as found:
         yield found
 

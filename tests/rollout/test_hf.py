@@ -328,8 +328,8 @@ import json, sys
 from importlib.util import module_from_spec, spec_from_file_location
 
 from laser_fast.config import ModelConfig
-from laser_fast.training.distributed import open_world
-from laser_fast.training.policy import build_policy
+from laser_fast.model.distributed import open_world
+from laser_fast.model.policy import build_policy
 
 spec = spec_from_file_location("test_hf", sys.argv[1])
 test_hf = module_from_spec(spec)

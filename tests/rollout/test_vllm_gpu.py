@@ -49,7 +49,7 @@ def test_sleep_gives_the_memory_back_and_the_next_sync_fills_it(tiny):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a second GPU")
 def test_weights_reach_a_server_by_nccl(served, start_server):
-    options = ["--logits-processors", "laser_fast.rollout.self_reward:SelfScoreProcessor"]
+    options = ["--logits-processors", "laser_fast.rollout.score_processor:SelfScoreProcessor"]
     options += ["--weight-transfer-config", '{"backend": "nccl"}']
     with start_server(served, *options, CUDA_VISIBLE_DEVICES="1") as (url, _):
         engine = VllmServerEngine(

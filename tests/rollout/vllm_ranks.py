@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from laser_fast.config import ModelConfig, RolloutConfig
+from laser_fast.model.distributed import open_world
+from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.agreement import disagreement
 from laser_fast.rollout.vllm import VllmEngine
-from laser_fast.training.distributed import open_world
-from laser_fast.training.policy import build_policy
 
 SCORE_TOKEN, EOS, VOCAB = 7, (2, 3), 120
 

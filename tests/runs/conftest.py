@@ -1,4 +1,4 @@
-"""Small runs on one rank and on two, made once; puts tests/helpers on the path."""
+"""Small runs on one rank and on two, made once."""
 
 import subprocess
 import sys
@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-# The reward function is imported from there too, as a user's module in the working folder.
-sys.path.append(str(HELPERS))
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A sandbox model after a short warm start: it ends what it writes, and little more."""
-    from laser_fast.training.warm_start import make_sandbox_model
+    from laser_fast.sandbox.model import make_sandbox_model
 
     folder = tmp_path_factory.mktemp("sandbox") / "model"
     make_sandbox_model(folder, seed=0, steps=8)
@@ -27,7 +25,7 @@ def write_config(model):
     import tomli_w
     from small_runs import GROUP_SIZE, GROUPS, STEPS
 
-    from laser_fast.data.sandbox import RESERVED_TOKENS
+    from laser_fast.sandbox.task import RESERVED_TOKENS
 
     def write(folder, **sections):
         data = {

@@ -22,8 +22,8 @@ from laser_fast.rollout.engine import draw_seed
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.server_http import ServerError
 from laser_fast.training import run as training_run
-from laser_fast.training.collector import Collector
 from laser_fast.training.run import train
+from laser_fast.training.sampler import Sampler
 
 STEPS = 6
 EVERY = 4  # a checkpoint; step 4 is sampled anew
@@ -286,7 +286,7 @@ def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
         sync=lambda weights: done.append("sync"),
         token_logprobs=lambda groups, temperature: [],
     )
-    collector = Collector(
+    sampler = Sampler(
         config=load_config(ahead.path),
         world=SimpleNamespace(device="cpu", barrier=lambda: done.append("barrier")),
         stages=None,
@@ -297,6 +297,6 @@ def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
         policy=SimpleNamespace(stream_weights=iter, reshard=lambda: None),
         packer=SimpleNamespace(bins=lambda sequences: []),
     )
-    collector._ahead.start(1, [], None)
-    collector.sync([])
+    sampler._ahead.start(1, [], None)
+    sampler.sync([])
     assert done == ["rollout", "barrier", "sync"]

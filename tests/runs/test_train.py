@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.data.sandbox import EOS_TOKEN, RESERVED_TOKENS
+from laser_fast.model.distributed import open_world
+from laser_fast.model.logprobs import read_completions
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy
 from laser_fast.records import Sampling
 from laser_fast.rollout.engine import draw_seed
 from laser_fast.rollout.hf import HfEngine
+from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint
-from laser_fast.training.distributed import open_world
 from laser_fast.training.export import export
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import build_policy
-from laser_fast.training.reading import read_completions
 from laser_fast.training.run import train
 
 

@@ -7,6 +7,7 @@ import torch
 from policy_ranks import OPTIM, full, full_parameters, update
 
 from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.model.policy import build_policy
 from laser_fast.training.checkpoint import (
     checkpoint_path,
     checkpoint_step,
@@ -16,7 +17,6 @@ from laser_fast.training.checkpoint import (
     save_checkpoint,
 )
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.policy import build_policy
 
 
 def assert_equal(actual, expected):

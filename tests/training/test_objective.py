@@ -13,10 +13,10 @@ from tiny_models import (
 )
 
 from laser_fast.config import LossConfig
+from laser_fast.model.logprobs import read_rows
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy
 from laser_fast.training.objective import Objective, joint_loss
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import Policy
-from laser_fast.training.reading import read_rows
 
 TEMPERATURE = 0.7
 

@@ -7,10 +7,10 @@ import torch
 from tiny_models import SCORE_TOKEN, make_group
 
 from laser_fast.config import LossConfig
-from laser_fast.records import Sequence
+from laser_fast.model.packing import Packer
+from laser_fast.records import TrainingSequence
+from laser_fast.training.batch import gather_outcome
 from laser_fast.training.objective import HeadResult
-from laser_fast.training.outcome import gather_outcome
-from laser_fast.training.packing import Packer
 from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def make_batch(members):
     """One microbatch of (rollout log-probs, advantage, reward or None without a score row)."""
     sequences = [
-        Sequence(
+        TrainingSequence(
             prompt_ids=(7,),
             completion_ids=tuple(range(10, 10 + len(rollout))),
             rollout_logprobs=rollout,

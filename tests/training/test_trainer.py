@@ -7,11 +7,11 @@ import torch
 from tiny_models import SCORE_TOKEN, make_config, make_sequences
 
 from laser_fast.config import LossConfig, ModelConfig
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.packing import Packer
-from laser_fast.training.policy import build_policy
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ def make_trainer(model, world, *, max_ratio):
         config=config,
         world=world,
         stages=None,
-        collector=None,
+        sampler=None,
         packer=Packer(budget=48, score_token_id=SCORE_TOKEN, temperature=0.7, device=world.device),
         policy=policy,
         reference=None,

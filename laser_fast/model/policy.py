@@ -1,0 +1,220 @@
+"""The policy: a Hugging Face causal LM whose head is fused, sharded by FSDP2.
+
+`Policy.forward` runs the body, selects the rows that carry a label and hands them with the
+unsharded `lm_head.weight` to a head function, all inside the FSDP2 root group: tied embeddings
+need no special case, and [tokens, vocabulary] logits never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from laser_fast.config_errors import ConfigError
+from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
+from laser_fast.model.distributed import World
+from laser_fast.model.packing import Packer
+from laser_fast.records import Microbatch
+
+if TYPE_CHECKING:
+    from laser_fast.config import ModelConfig
+
+# Architectures whose logits are lm_head(body(x)) without bias, scaling, soft-capping or sliding
+# windows, so that a fused head on lm_head.weight is the whole head.
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+Output = TypeVar("Output")
+Head = Callable[[Tensor, Tensor], Output]  # (hidden_states [N, D], weight [V, D]) -> outputs
+
+
+class Policy(nn.Module):
+    """A causal LM read through a head function."""
+
+    def __init__(self, hf: PreTrainedModel, *, attention: str, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hf = hf
+        self.attention = attention
+        self.compute_dtype = compute_dtype
+
+    def forward(self, batch: Microbatch, head: Head) -> Output:
+        """Hidden states of the labelled rows and the head's weight, through `head`."""
+        device = batch.input_ids.device
+        hidden_states = self.hf.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **attention_kwargs(self.attention, batch.lengths, device),
+        ).last_hidden_state[0]
+        return head(hidden_states[batch.rows], self.hf.lm_head.weight)
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Gather every parameter once, so that ranks may then run the model out of step.
+
+        Compiled blocks run eagerly in here: decoding changes its shapes with every token.
+        """
+        modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for module in modules:
+                module.reshard()
+                module.set_reshard_after_forward(module is not self, recurse=False)
+
+    def stream_weights(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Every state_dict entry in the compute dtype, gathered one at a time.
+
+        A tied head comes under both names. Collective: each item is an all-gather, so every rank
+        must exhaust the iterator.
+        """
+        for name, tensor in self.hf.state_dict().items():
+            tensor = tensor.detach().to(device=device, dtype=self.compute_dtype)
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_model_config(config: ModelConfig) -> AutoConfig:
+    """The model's own configuration, refused early when the policy cannot train it."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f'model.path: cannot load "{config.path}": {reason}') from None
+    if model_config.model_type not in SUPPORTED:
+        raise ConfigError(
+            f'model.path: "{config.path}" is a {model_config.model_type} model; expected one of '
+            f"{', '.join(SUPPORTED)}"
+        )
+    if getattr(model_config, "use_sliding_window", False):
+        raise ConfigError(
+            f'model.path: "{config.path}" uses sliding windows; set it to full attention'
+        )
+    return model_config
+
+
+def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Dtype of forward and backward; parameters and optimizer state are always float32."""
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.compute_dtype)
+
+
+def build_policy(config: ModelConfig, world: World) -> Policy:
+    """Load the model on rank 0, shard it, and broadcast the shards' values.
+
+    The other ranks allocate but never touch a full copy, so host memory holds one.
+    """
+    hf, full_state = _load_on_main(config, world)
+    buffers = dict(hf.named_buffers())
+    policy = Policy(
+        hf, attention=config.attention, compute_dtype=compute_dtype(config, world.device)
+    ).train()
+    if config.liger:
+        _apply_liger(hf)
+    if config.gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for block in hf.model.layers:
+            block.compile()
+    shard(policy, config, world)
+    set_model_state_dict(
+        policy.hf,
+        full_state,
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    # Rotary frequencies and the like are not in the state dict.
+    for name, buffer in policy.hf.named_buffers():
+        value = buffers[name].to(world.device)
+        dist.broadcast(value, src=0)
+        buffer.copy_(value)
+    _settle_root(policy, world)
+    return policy
+
+
+def shard(policy: Policy, config: ModelConfig, world: World) -> None:
+    """`fully_shard` every block, then the policy; masters and reductions stay float32."""
+    if world.size % config.replicas:
+        raise ConfigError(
+            f"model.replicas = {config.replicas} does not divide the world size {world.size}"
+        )
+    if config.replicas > 1:
+        mesh = init_device_mesh(
+            world.device.type,
+            (config.replicas, world.size // config.replicas),
+            mesh_dim_names=("replicate", "shard"),
+        )
+    else:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=policy.compute_dtype, reduce_dtype=torch.float32
+        ),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if config.cpu_offload
+            else OffloadPolicy()
+        ),
+    }
+    for block in policy.hf.model.layers:
+        fully_shard(block, **options)
+    # The root stays gathered until its backward: embedding, final norm and head are used at both
+    # ends of the forward.
+    fully_shard(policy, reshard_after_forward=False, **options)
+
+
+@torch.no_grad()
+def _settle_root(policy: Policy, world: World) -> None:
+    """Run one token, because the first module to run forward becomes FSDP2's root.
+
+    Without it the engine's direct use of the model would make a root of every block.
+    """
+    packer = Packer(budget=1, score_token_id=0, temperature=1.0, device=world.device)
+    policy(packer.pack([]), lambda hidden_states, weight: None)
+    policy.reshard()  # the optimizer must find the shards
+
+
+def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
+    attention = IMPLEMENTATIONS[config.attention]
+    if world.is_main:
+        hf = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, attn_implementation=attention
+        )
+        return hf, hf.state_dict()
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(
+            load_model_config(config), dtype=torch.float32, attn_implementation=attention
+        )
+    hf.to_empty(device="cpu")
+    hf.tie_weights()
+    return hf, {}
+
+
+def _apply_liger(hf: PreTrainedModel) -> None:
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise ConfigError(
+            "model.liger = true needs liger-kernel; pip install 'laser-fast[liger]'"
+        ) from None
+    _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)

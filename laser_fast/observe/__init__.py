@@ -1,1 +1,0 @@
-"""Metrics to console, files and dashboards."""

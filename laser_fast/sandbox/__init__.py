@@ -1,0 +1,1 @@
+"""A task and a model small enough for two CPU cores: chains of arithmetic."""

@@ -1,0 +1,160 @@
+"""Make the sandbox model: a small Qwen2, taught the task's form by a short supervised phase.
+
+The labels of a row are its response, EOS and one <pad> after EOS. That last label gives the EOS
+position a distribution like a pretrained model's: certain, with every reserved token equally
+improbable, so that log pi(z_c | x, y) starts as nearly the same constant for all answers
+(measured means for seeds 0, 1, 2: -11.5, -11.2, -11.5).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
+from laser_fast.model.distributed import World
+from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, warm_up_rows, write_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# At 350 steps, too, rewards rise, but what is left of arithmetic errors hides from the score: with
+# seed 1 its AUROC stays at .75, at 500 it reaches .84.
+STEPS = 500
+_ROWS_PER_STEP = 96
+_LR = 3e-3
+_RAMP_STEPS = 20
+_MIN_LR_RATIO = 0.05
+
+
+def make_sandbox_model(
+    folder: str | Path, *, seed: int, steps: int = STEPS, world: World | None = None
+) -> None:
+    """Write a Hugging Face folder with the warm-started model and its tokenizer.
+
+    A pure function of seed and steps, up to the rounding of sums over ranks. With a world, every
+    rank calls it and takes a share of each step's rows; the first rank writes.
+
+    Args:
+        folder: made if missing.
+        seed: names the initial weights and the problems.
+        steps: fewer give a less capable model.
+        world: ranks that share the work; None: this process alone.
+    """
+    is_main = world is None or world.is_main
+    if is_main:
+        write_tokenizer(folder)
+    if world is not None:
+        world.barrier()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _new_model()
+        _train(model, tokenizer, seed=seed, steps=steps, world=world)
+    if is_main:
+        model.save_pretrained(folder)
+    if world is not None:
+        world.barrier()
+
+
+def _new_model() -> Qwen2ForCausalLM:
+    """0.53M parameters, almost all of them in two blocks."""
+    config = Qwen2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=TOKENS.index(EOS_TOKEN),
+        pad_token_id=TOKENS.index(PAD_TOKEN),
+        attn_implementation=IMPLEMENTATIONS["sdpa"],
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def _train(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    steps: int,
+    world: World | None = None,
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
+    rows = warm_up_rows(seed=seed)
+    model.train()
+    for step in range(1, steps + 1):
+        batch = _encode(tokenizer, list(islice(rows, _ROWS_PER_STEP)))
+        num_labels = sum(len(ids) - num_prompt for ids, num_prompt in batch)
+        share = batch if world is None else batch[world.rank :: world.size]
+        loss = _loss(model, share) / num_labels
+        loss.backward()
+        if world is not None:
+            _sum_gradients(model, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            # Every rank has about the same share of the loss.
+            mean = loss.item() * (1 if world is None else world.size)
+            logger.info("sandbox model: warm start %d/%d, loss %.3f", step, steps, mean)
+
+
+def _lr_factor(step: int, steps: int) -> float:
+    """A linear ramp, then a cosine to 5%."""
+    ramp = min(1.0, (step + 1) / _RAMP_STEPS)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return ramp * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], int]]:
+    """Ids of prompt, response, EOS and <pad>, and how many of them are the prompt's."""
+    problems = tokenizer([problem for problem, _ in rows])["input_ids"]
+    responses = tokenizer([response + EOS_TOKEN + PAD_TOKEN for _, response in rows])["input_ids"]
+    return [(p + r, len(p)) for p, r in zip(problems, responses, strict=True)]
+
+
+def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+    """Summed cross-entropy of the labels; rows are packed, so nothing is computed on padding."""
+    lengths = tuple(len(ids) - 1 for ids, _ in rows)
+    input_ids = torch.tensor([i for ids, _ in rows for i in ids[:-1]])
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    labels = torch.tensor([i for ids, _ in rows for i in ids[1:]])
+    num_prompt = torch.tensor([n for _, n in rows]).repeat_interleave(torch.tensor(lengths))
+    is_labelled = position_ids >= num_prompt - 1
+    hidden_states = model.model(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        use_cache=False,
+        **attention_kwargs("sdpa", lengths, input_ids.device),
+    ).last_hidden_state[0]
+    logits = model.lm_head(hidden_states[is_labelled])
+    return cross_entropy(logits, labels[is_labelled], reduction="sum")
+
+
+def _sum_gradients(model: Qwen2ForCausalLM, world: World) -> None:
+    """Add up the gradients of all ranks' shares, in one call."""
+    grads = [parameter.grad for parameter in model.parameters()]
+    total = world.sum(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))

@@ -1,0 +1,170 @@
+"""The [P, G] tables of a step over all ranks, and what follows from them.
+
+Every rank computes the same advantages and weights from the same tables, so nothing depends on
+how prompts were shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laser_fast.algorithm.advantage import (
+    group_advantages,
+    has_reward_spread,
+    mix_advantages,
+    overlong_penalty,
+)
+from laser_fast.algorithm.loss import token_weights
+from laser_fast.algorithm.score import class_weights, self_reward_score
+from laser_fast.config import Config
+from laser_fast.model.distributed import World
+from laser_fast.records import Group, TrainingSequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of the rollout, [P, G] on the CPU; P counts the prompts of all ranks."""
+
+    rewards: Tensor  # float32, the verifier's; 0 where grading failed
+    is_graded: Tensor  # bool
+    is_finished: Tensor  # bool
+    lengths: Tensor  # int64, completion tokens
+    score_logprobs: Tensor  # float32; 0 where there is none
+
+    @property
+    def has_score_target(self) -> Tensor:
+        """Completions that enter the score's MSE: finished and graded, [P, G] bool."""
+        return self.is_finished & self.is_graded
+
+    @property
+    def has_spread(self) -> Tensor:
+        """Groups whose rewards differ, [P] bool."""
+        return has_reward_spread(self.rewards, self.is_graded)
+
+
+def gather_outcome(
+    groups: Sequence[Group], rewards: Sequence[Sequence[float | None]], world: World
+) -> Outcome:
+    """Join all ranks' groups, in rank order, which is the order of the step's prompts."""
+    group_size = len(groups[0].completions)
+    graded = [
+        (completion, reward)
+        for group, own in zip(groups, rewards, strict=True)
+        for completion, reward in zip(group.completions, own, strict=True)
+    ]
+    rows = [
+        (
+            0.0 if reward is None else reward,
+            reward is not None,
+            completion.is_finished,
+            len(completion.completion_ids),
+            completion.score_logprob or 0.0,
+        )
+        for completion, reward in graded
+    ]
+    columns = [
+        torch.tensor(column).reshape(-1, group_size)
+        for column in zip(*world.gather(rows), strict=True)
+    ]
+    reward, is_graded, is_finished, lengths, score_logprobs = columns
+    return Outcome(
+        rewards=reward.float(),
+        is_graded=is_graded,
+        is_finished=is_finished,
+        lengths=lengths,
+        score_logprobs=score_logprobs.float(),
+    )
+
+
+def step_advantages(
+    outcome: Outcome, config: Config, *, ref_logprob: float | None, mixes_scores: bool
+) -> Tensor:
+    """Advantages of all completions, [P, G] float32; 0 where grading failed.
+
+    `ref_logprob` is needed where scores are mixed in.
+    """
+    rewards = outcome.rewards
+    if config.reward.overlong == "penalty":
+        rewards = rewards + overlong_penalty(
+            outcome.lengths,
+            max_new_tokens=config.rollout.max_new_tokens,
+            buffer=config.reward.overlong_buffer,
+        )
+    advantages = group_advantages(rewards, is_valid=outcome.is_graded, scale=config.advantage.scale)
+    if mixes_scores:
+        assert ref_logprob is not None
+        advantages = mix_advantages(
+            advantages,
+            self_reward_score(
+                outcome.score_logprobs, beta=config.score.beta, ref_logprob=ref_logprob
+            ),
+            outcome.is_finished,
+            tau=config.advantage.score_coef,
+            min_std=config.advantage.score_min_std,
+            is_valid=outcome.is_graded,
+        )
+    return advantages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Loss weights of all completions, [P, G] float32, each with its global denominator."""
+
+    token: Tensor
+    score: Tensor
+
+
+def step_weights(outcome: Outcome, config: Config) -> Weights:
+    """Weights of each completion in the update that its prompt belongs to.
+
+    With several minibatches, prompt p goes to update p mod minibatches, whatever the world size;
+    denominators and class balance are those of the update.
+    """
+    token, score = torch.zeros_like(outcome.rewards), torch.zeros_like(outcome.rewards)
+    is_trained = outcome.is_graded
+    if config.reward.overlong == "mask":
+        is_trained = is_trained & outcome.is_finished
+    for first in range(config.optim.minibatches):
+        part = slice(first, None, config.optim.minibatches)
+        token[part] = token_weights(
+            outcome.lengths[part].flatten(),
+            is_trained[part].flatten(),
+            aggregation=config.loss.aggregation,
+            max_new_tokens=config.rollout.max_new_tokens,
+        ).view_as(token[part])
+        has_target = outcome.has_score_target[part]
+        balance = class_weights(
+            outcome.rewards[part], has_target, max_weight=config.score.max_class_weight
+        )
+        score[part] = balance / has_target.sum().clamp(min=1)
+    return Weights(token=token, score=score)
+
+
+def training_sequences(
+    groups: Sequence[Group],
+    first_prompt: int,
+    outcome: Outcome,
+    advantages: Tensor,
+    weights: Weights,
+    *,
+    with_score_rows: bool,
+) -> list[TrainingSequence]:
+    """The sequences of this rank, whose groups are rows `first_prompt` onwards of the tables."""
+    return [
+        TrainingSequence(
+            prompt_ids=group.prompt.prompt_ids,
+            completion_ids=completion.completion_ids,
+            rollout_logprobs=completion.rollout_logprobs,
+            has_score_row=with_score_rows and bool(outcome.has_score_target[p, g]),
+            advantage=float(advantages[p, g]),
+            token_weight=float(weights.token[p, g]),
+            reward=float(outcome.rewards[p, g]),
+            score_weight=float(weights.score[p, g]),
+        )
+        for p, group in enumerate(groups, start=first_prompt)
+        for g, completion in enumerate(group.completions)
+    ]

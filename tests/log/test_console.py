@@ -1,0 +1,49 @@
+"""The step line, on a terminal and elsewhere."""
+
+import io
+import logging
+
+from rich.console import Console
+
+from laser_fast.log.console import StepConsole, step_line
+
+METRICS = {
+    "reward/mean": 0.5312,
+    "score/mean_correct": 0.62,
+    "score/mean_incorrect": None,
+    "score/f1": 0.744,
+    "step/grad_norm": 0.518,
+    "time/rollout": 1.25,
+    "time/loss": 0.62,
+    "advantage/zero_std_groups": 0.1,
+}
+
+
+def test_line_has_what_the_step_has():
+    assert step_line(12, 120, METRICS) == (
+        "step  12/120  reward 0.531  score +0.62/-  F1 0.74  grad 0.52  1.9 s"
+    )
+    assert step_line(0, 5, {}) == "step 0/5"
+
+
+def test_plain_lines_without_a_terminal(caplog):
+    caplog.set_level(logging.INFO)
+    stream = io.StringIO()
+    console = StepConsole(120, console=Console(file=stream))
+    console.show_step(12, METRICS)
+    console.show("saved")
+    console.close()
+    assert [record.message for record in caplog.records] == [step_line(12, 120, METRICS), "saved"]
+    assert stream.getvalue() == ""
+
+
+def test_bar_below_the_lines_on_a_terminal():
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=60, color_system=None)
+    console = StepConsole(120, first_step=7, console=terminal)
+    console.show_step(12, METRICS)
+    console.close()
+    shown = stream.getvalue()
+    # The line is longer than the terminal and keeps its brackets and its one line.
+    assert step_line(12, 120, METRICS) + "\n" in shown
+    assert "7/120" in shown and "13/120" in shown

@@ -1,0 +1,121 @@
+"""Who may write into a run folder, and with which configuration a run goes on."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from laser_fast.config import Config, ConfigError, all_keys, dump_config, parse_config
+from laser_fast.log.run_folder import (
+    _FREE_KEYS,
+    _FREE_SECTIONS,
+    RunFolder,
+    config_differences,
+    open_run_folder,
+)
+
+
+def _config(folder, **sections) -> Config:
+    data = {
+        "output_dir": str(folder),
+        "model": {"path": "sandbox"},
+        "data": {"train": "sandbox"},
+        "optim": {"steps": 10},
+    }
+    for name, values in sections.items():
+        data[name] = {**data.get(name, {}), **values}
+    return parse_config(data, source="test")
+
+
+def _start(folder, **sections) -> None:
+    folder.mkdir()
+    (folder / "config.toml").write_text(dump_config(_config(folder, **sections)))
+
+
+def test_new_folder_is_only_looked_at(tmp_path):
+    folder = open_run_folder(_config(tmp_path / "run"), resume=False)
+    assert folder.path == tmp_path / "run" and not folder.path.exists()
+
+
+def test_folder_with_other_things_is_free(tmp_path):
+    (tmp_path / "launcher.log").write_text("")
+    assert open_run_folder(_config(tmp_path), resume=False).path == tmp_path
+
+
+@pytest.mark.parametrize("taken", RunFolder(Path()).contents(), ids=lambda path: path.name)
+def test_folder_in_use_is_refused(tmp_path, taken):
+    (tmp_path / taken.name).write_text("precious")
+    with pytest.raises(ConfigError, match=f"in use: it holds {taken.name}; .* --resume"):
+        open_run_folder(_config(tmp_path), resume=False)
+    assert (tmp_path / taken.name).read_text() == "precious"
+
+
+def test_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="run is a file"):
+        open_run_folder(_config(tmp_path / "run"), resume=False)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run to resume \(config.toml is missing\)"):
+        open_run_folder(_config(tmp_path), resume=True)
+
+
+def test_resume_names_every_difference_with_both_values(tmp_path):
+    _start(tmp_path / "run", loss={"kind": "gspo"})
+    changed = _config(tmp_path / "run", optim={"lr": 2e-6}, score={"ref_logprob": -20.0})
+    with pytest.raises(ConfigError) as error:
+        open_run_folder(changed, resume=True)
+    text = str(error.value)
+    assert "loss.kind was 'gspo' and is now 'grpo'" in text
+    assert "optim.lr was 1e-06 and is now 2e-06" in text
+    assert "score.ref_logprob was 'auto' and is now -20.0" in text
+    assert text.count(" was ") == 3
+
+
+def test_resume_with_what_may_change(tmp_path):
+    _start(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    changed = _config(
+        tmp_path / "moved",
+        optim={"steps": 20, "tokens_per_microbatch": 8192},
+        log={"tensorboard": False},
+        checkpoint={"keep": 5},
+        model={"gradient_checkpointing": True},
+    )
+    assert open_run_folder(changed, resume=True).path == tmp_path / "moved"
+
+
+def test_differences_are_pure_and_complete(tmp_path):
+    old = _config(tmp_path)
+    assert config_differences(old, old) == {}
+    new = _config(tmp_path, data={"eval": "sandbox"}, optim={"steps": 11, "betas": [0.9, 0.99]})
+    assert config_differences(old, new) == {
+        "data.eval": ("", "sandbox"),
+        "optim.betas": ((0.9, 0.999), (0.9, 0.99)),
+    }
+    assert list(config_differences(new, old)) == ["data.eval", "optim.betas"]
+
+
+def test_with_steps_ahead_the_schedule_of_checkpoints_stays(tmp_path):
+    ahead = {"engine": "vllm_server", "server_url": "http://h", "steps_ahead": 1}
+    for rollout, differences in (({}, {}), (ahead, {"checkpoint.every": (10, 5)})):
+        old, new = (
+            _config(tmp_path, rollout=rollout, checkpoint={"every": every, "keep": every})
+            for every in (10, 5)
+        )
+        assert config_differences(old, new) == differences
+
+
+def test_keys_that_may_change_exist():
+    assert all_keys().keys() >= _FREE_KEYS
+    for section in _FREE_SECTIONS:
+        assert any(key.startswith(section) for key in all_keys())
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_missing_dashboard_names_the_extra(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    config = _config(tmp_path / "run", log={name: "project"})
+    with pytest.raises(ConfigError, match=rf'pip install "laser-fast\[{name}\]"'):
+        open_run_folder(config, resume=False)

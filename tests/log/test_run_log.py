@@ -1,0 +1,232 @@
+"""A run's files: what is in them, what a resumed run keeps, and what is never overwritten."""
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from laser_fast.config import ConfigError, dump_config, load_config, parse_config
+from laser_fast.log.jsonl import read_lines
+from laser_fast.log.run_log import NullLog, RunLog, spread_indices
+from laser_fast.records import Completion, Group, Prompt
+
+
+def _config(folder, *, steps=4, **log):
+    data = {
+        "output_dir": str(folder),
+        "model": {"path": "sandbox"},
+        "data": {"train": "sandbox"},
+        "score": {"beta": 0.1},
+        "optim": {"steps": steps},
+        "log": {"tensorboard": False, "samples_per_step": 2} | log,
+    }
+    return parse_config(data, source="test")
+
+
+def _report(accuracy: float) -> dict:
+    return {"samples_per_prompt": 8, "accuracy": accuracy, "f1": float("nan"), "majority": 0.9}
+
+
+def _groups() -> tuple[list[Group], list[float | None]]:
+    """Two prompts with two completions each; the last one is truncated."""
+    groups = []
+    for p in range(2):
+        completions = tuple(
+            Completion(
+                completion_ids=(p, g),
+                rollout_logprobs=(-1.0, -1.0),
+                finish_reason="length" if (p, g) == (1, 1) else "stop",
+                score_logprob=None if (p, g) == (1, 1) else -15.0 + p,
+            )
+            for g in range(2)
+        )
+        prompt = Prompt(prompt_id=f"id-{p}", text=f"question {p}", prompt_ids=(1,), answer="1")
+        groups.append(Group(prompt=prompt, completions=completions))
+    return groups, [1.0, 0.0, None, 0.0]
+
+
+def _log_samples(log: RunLog, step: int) -> None:
+    groups, rewards = _groups()
+    log.log_samples(step, groups, rewards, decode=str, ref_logprob=-20.0)
+
+
+def test_files_of_a_run(tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "runs" / "a"
+    config = _config(folder, steps=2)
+    with RunLog(folder, config) as log:
+        log.log_evaluation(0, _report(0.5))
+        for step in range(2):
+            log.log_step(step, {"reward/mean": torch.tensor(0.5 + step), "score/f1": float("nan")})
+            _log_samples(log, step)
+            # On disk at once: a killed run keeps what it had.
+            assert len(read_lines(folder / "metrics.jsonl")) == step + 1
+            assert len(read_lines(folder / "samples.jsonl")) == 2 * (step + 1)
+        log.log_evaluation(2, _report(0.8))
+        summary = log.finish(wall_seconds=12.0)
+    assert load_config(folder / "config.toml") == config
+    assert read_lines(folder / "metrics.jsonl") == [
+        {"step": 0, "reward/mean": 0.5, "score/f1": None},
+        {"step": 1, "reward/mean": 1.5, "score/f1": None},
+    ]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["accuracy_before"] == 0.5 and summary["accuracy_after"] == 0.8
+    assert summary["wall_seconds"] == 12.0 and summary["self_verification_f1_after"] is None
+    assert (folder / "curves.png").stat().st_size > 1000
+    assert "curves.png" in capsys.readouterr().out.replace("\n", "")
+    assert [record.message for record in caplog.records if "laser_fast" in record.name] == [
+        "evaluation after 0 steps: accuracy 0.500",
+        "step 0/2  reward 0.500",
+        "step 1/2  reward 1.500",
+        "evaluation after 2 steps: accuracy 0.800",
+    ]
+
+
+def test_samples_have_reward_and_score(tmp_path):
+    with RunLog(tmp_path, _config(tmp_path, samples_per_step=4)) as log:
+        _log_samples(log, 7)
+    samples = read_lines(tmp_path / "samples.jsonl")
+    assert samples[0] == {
+        "step": 7,
+        "prompt_id": "id-0",
+        "prompt": "question 0",
+        "completion": "(0, 0)",
+        "reward": 1.0,
+        "score": pytest.approx(0.5),
+        "finish_reason": "stop",
+    }
+    assert [line["score"] for line in samples[1:]] == [pytest.approx(0.5), pytest.approx(0.6), None]
+    assert [line["reward"] for line in samples] == [1.0, 0.0, None, 0.0]
+
+
+def test_samples_are_spread_over_the_groups(tmp_path):
+    with RunLog(tmp_path, _config(tmp_path, samples_per_step=2)) as log:
+        _log_samples(log, 0)
+    assert [line["prompt_id"] for line in read_lines(tmp_path / "samples.jsonl")] == [
+        "id-0",
+        "id-1",
+    ]
+    assert spread_indices(10, 3) == [0, 3, 6]
+    assert spread_indices(2, 5) == [0, 1]
+    assert spread_indices(5, 0) == spread_indices(0, 5) == []
+
+
+def test_second_new_run_overwrites_nothing(tmp_path):
+    with RunLog(tmp_path, _config(tmp_path)) as log:
+        log.log_step(0, {"reward/mean": 0.5})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match="in use by another run"):
+        RunLog(tmp_path, _config(tmp_path, steps=9))
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+def test_resume_counts_nothing_twice(tmp_path):
+    with RunLog(tmp_path, _config(tmp_path)) as log:
+        log.log_evaluation(0, _report(0.5))
+        for step in range(4):
+            log.log_step(step, {"reward/mean": float(step)})
+            _log_samples(log, step)
+            log.log_evaluation(step + 1, _report(0.6 + step / 10))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed in the middle of a line
+    longer = _config(tmp_path, steps=5)
+    with RunLog(tmp_path, longer, resume_step=2) as log:
+        assert list(log.evaluations()) == [0, 1, 2]
+        assert log.evaluations()[0]["accuracy"] == 0.5
+        log.log_step(2, {"reward/mean": 2.0})
+        _log_samples(log, 2)
+        log.log_evaluation(2, _report(0.75))
+        assert log.evaluations()[2]["accuracy"] == 0.75
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2]
+    assert (tmp_path / "config.toml").read_text() == dump_config(longer)
+
+
+def test_failed_run_closes_its_files_and_draws(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"), RunLog(tmp_path, _config(tmp_path)) as log:
+        log.log_step(0, {"reward/mean": 0.5})
+        raise RuntimeError("boom")
+    assert (tmp_path / "curves.png").exists() and not (tmp_path / "summary.json").exists()
+    log.close()
+
+
+def _events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def test_tensorboard_hides_what_comes_again(tmp_path):
+    config = _config(tmp_path, tensorboard=True)
+    with RunLog(tmp_path, config) as log:
+        log.log_evaluation(0, _report(0.5))
+        for step in range(3):
+            log.log_step(step, {"reward/mean": float(step), "score/f1": None})
+    with RunLog(tmp_path, config, resume_step=1) as log:
+        log.log_step(1, {"reward/mean": 1.5})
+    events = _events(tmp_path)
+    assert set(events.Tags()["scalars"]) == {
+        "reward/mean",
+        "eval/accuracy",
+        "eval/majority",
+        "eval/samples_per_prompt",
+    }
+    found = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert found == [(0, 0.0), (1, 1.5)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_dashboard_gets_finite_numbers_and_no_step_twice(tmp_path, monkeypatch, name):
+    runs = []
+
+    class Run:
+        def __init__(self, **settings):
+            self.settings, self.sent, self.is_finished = settings, [], False
+            runs.append(self)
+
+        def log(self, metrics, step):
+            self.sent.append((step, metrics))
+
+        def finish(self):
+            self.is_finished = True
+
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=Run))
+    config = _config(tmp_path, **{name: "my-project"})
+    with RunLog(tmp_path, config) as log:
+        log.log_evaluation(0, _report(0.5))
+        for step in range(3):
+            log.log_step(step, {"reward/mean": float(step), "score/f1": float("nan")})
+    with RunLog(tmp_path, config, resume_step=1) as log:
+        for step in range(1, 4):
+            log.log_step(step, {"reward/mean": float(step)})
+    first, second = runs
+    assert first.is_finished and second.is_finished
+    assert first.settings["project"] == "my-project" and first.settings["resume"] == "allow"
+    # The resumed run is the same run to the dashboard.
+    assert first.settings == second.settings
+    assert first.sent[0] == (
+        0,
+        {"eval/samples_per_prompt": 8, "eval/accuracy": 0.5, "eval/majority": 0.9},
+    )
+    assert first.sent[1:] == [(step, {"reward/mean": step}) for step in range(3)]
+    assert second.sent == [(3, {"reward/mean": 3.0})]
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    groups, rewards = _groups()
+    with NullLog() as log:
+        log.log_step(0, {"reward/mean": 0.5})
+        log.log_samples(0, groups, rewards, decode=str, ref_logprob=-20.0)
+        log.log_evaluation(0, _report(0.5))
+        assert log.finish(wall_seconds=1.0) == {}
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_null_log_has_every_method_of_the_log():
+    public = {
+        name for name in vars(RunLog) if name.startswith("log_") or name in ("finish", "close")
+    }
+    assert public <= vars(NullLog).keys()

@@ -1,0 +1,178 @@
+"""The sharded policy equals plain transformers on 1, 2 and 4 gloo ranks."""
+
+import policy_ranks
+import pytest
+import torch
+from policy_ranks import LARGEST, MODEL_CASES, OBJECTIVE, PROMPTS, SAMPLING, SEQUENCES, TEMPERATURE
+from tiny_models import make_model, naive_loss
+
+from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.model.distributed import World
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy, build_policy, load_model_config, shard
+
+SIZES = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: f"{size} ranks")
+def ranks(request):
+    return request.getfixturevalue(SIZES[request.param])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Loss and gradients of every model from plain float64 logits, in one process."""
+    found = {}
+    for name, (family, tied) in MODEL_CASES.items():
+        model = make_model(family, tied=tied).double()
+        loss = naive_loss(model, SEQUENCES, OBJECTIVE, temperature=TEMPERATURE)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        found[name] = {"loss": loss.detach(), "norm": norm, "gradients": gradients}
+    return found
+
+
+def assert_same_step(actual, expected, *, tolerance=1e-5):
+    """Loss, norm and every gradient agree, relative to their sizes."""
+    for name in ("loss", "norm"):
+        torch.testing.assert_close(
+            actual[name].double(), expected[name].double(), rtol=tolerance, atol=0
+        )
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for name, want in expected["gradients"].items():
+        error = (actual["gradients"][name].double() - want.double()).norm() / want.norm()
+        assert error < tolerance, (name, error)
+
+
+def test_gradients_equal_plain_logits(ranks, exact):
+    assert ranks["gradients"].keys() >= {"qwen2-tied", "qwen2-untied"}
+    for name, found in ranks["gradients"].items():
+        assert_same_step(found, exact[name])
+
+
+def test_every_family_is_tested(two_ranks):
+    assert two_ranks["gradients"].keys() == MODEL_CASES.keys()
+    tied = two_ranks["gradients"]["qwen2-tied"]["gradients"]
+    assert "lm_head.weight" not in tied
+    assert (tied["model.embed_tokens.weight"].norm(dim=1) > 0).sum() > 90  # rows of the head too
+
+
+def test_world_size_changes_nothing(one_rank, two_ranks, four_ranks):
+    for name in ("qwen2-tied", "qwen2-untied"):
+        for other in (two_ranks, four_ranks):
+            found, expected = other["gradients"][name], one_rank["gradients"][name]
+            assert_same_step(found, expected)
+
+
+def test_budget_and_packing_order_change_nothing(ranks):
+    expected = ranks["gradients"]["qwen2-tied"]
+    small = ranks["variants"]["small budget"]
+    assert small["num_batches"] > expected["num_batches"]
+    for name in ("small budget", "reversed"):
+        assert_same_step(ranks["variants"][name], expected)
+
+
+@pytest.mark.parametrize("variant", ["gradient_checkpointing", "cpu_offload"])
+def test_memory_savers_change_nothing(two_ranks, variant):
+    assert_same_step(two_ranks["variants"][variant], two_ranks["gradients"]["qwen2-tied"])
+
+
+def test_checkpointed_blocks_run_again_in_the_backward(two_ranks):
+    num_batches = two_ranks["variants"]["gradient_checkpointing"]["num_batches"]
+    assert two_ranks["recomputed_calls"] == 2 * num_batches
+
+
+def test_replicas_change_nothing(four_ranks):
+    assert four_ranks["mesh"] == (2, 2)
+    assert_same_step(four_ranks["variants"]["replicas"], four_ranks["gradients"]["qwen2-tied"])
+
+
+def test_half_precision_compute_has_float32_masters(two_ranks, exact):
+    found = two_ranks["bfloat16"]
+    assert two_ranks["bfloat16_masters"] == {torch.float32}
+    assert {g.dtype for g in found["gradients"].values()} == {torch.float32}
+    error = abs(found["loss"] / exact["qwen2-untied"]["loss"] - 1)
+    assert 1e-5 < error < 0.05  # it did compute in bfloat16
+    for name, want in exact["qwen2-untied"]["gradients"].items():
+        got = found["gradients"][name].double()
+        assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.99, name
+
+
+def test_streamed_weights_are_the_whole_state_dict(ranks):
+    expected = make_model("qwen2", tied=True).state_dict()
+    assert "lm_head.weight" in expected  # tied, and still sent under both names
+    for stream in (ranks["stream"], ranks.get("replicas_stream", ranks["stream"])):
+        assert stream.keys() == expected.keys()
+        for name, want in expected.items():
+            assert type(stream[name]) is torch.Tensor
+            assert torch.equal(stream[name], want), name
+
+
+def test_streamed_weights_come_in_the_compute_dtype(two_ranks):
+    expected = make_model("qwen2", tied=False).state_dict()
+    assert two_ranks["bfloat16_stream"].keys() == expected.keys()
+    for name, want in expected.items():
+        assert torch.equal(two_ranks["bfloat16_stream"][name], want.bfloat16()), name
+
+
+def test_generation_from_shards_is_generation_from_the_model(ranks):
+    engine = policy_ranks.make_engine(make_model("qwen2", tied=True))
+    everything = engine.generate(PROMPTS, SAMPLING)
+    assert {c.is_finished for g in everything for c in g.completions} == {True, False}
+    for rank, groups in enumerate(ranks["rollout"]["groups"]):
+        assert len(groups) == rank + 1  # ranks were out of step
+        for group, expected in zip(groups, everything, strict=False):
+            assert group.prompt == expected.prompt
+            for got, want in zip(group.completions, expected.completions, strict=True):
+                assert got.completion_ids == want.completion_ids
+                assert got.rollout_logprobs == pytest.approx(want.rollout_logprobs, abs=1e-5)
+                assert got.score_logprob == pytest.approx(want.score_logprob, abs=1e-5)
+
+
+def test_training_goes_on_after_generation(ranks):
+    rollout = ranks["rollout"]
+    assert all(rollout["is_sharded"])
+    assert_same_step(rollout["after"], rollout["before"], tolerance=1e-7)
+
+
+def test_unsharded_gives_full_parameters_back_as_shards(world, model_folders):
+    policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-tied")), world)
+    with pytest.raises(RuntimeError, match="generation failed"), policy.unsharded():
+        assert type(policy.hf.lm_head.weight) is torch.nn.Parameter
+        raise RuntimeError("generation failed")
+    assert all(hasattr(p, "full_tensor") for p in policy.parameters())
+
+
+def test_only_labelled_rows_reach_the_head(world, model_folders):
+    policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-untied")), world)
+    packer = Packer(
+        budget=9 * LARGEST, score_token_id=5, temperature=1.0, device=torch.device("cpu")
+    )
+    batch = packer.pack(SEQUENCES[:3])
+    num_scored = sum(s.has_score_row for s in SEQUENCES[:3])
+    num_rows = sum(len(s.completion_ids) for s in SEQUENCES[:3]) + num_scored
+    shapes = policy(batch, lambda hidden_states, weight: (hidden_states.shape, weight.shape))
+    assert shapes == ((num_rows, 32), (97, 32))
+
+
+def test_replicas_must_divide_the_world():
+    world = World(rank=0, size=4, device=torch.device("cpu"))
+    policy = Policy(make_model(), attention="sdpa", compute_dtype=torch.float32)
+    with pytest.raises(ConfigError, match="model.replicas = 3 does not divide the world size 4"):
+        shard(policy, ModelConfig(path="m", replicas=3), world)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "gpt2"}', "is a gpt2 model; expected one of llama, qwen2, qwen3"),
+        ('{"model_type": "qwen2", "use_sliding_window": true}', "uses sliding windows"),
+        (None, "model.path: cannot load"),
+    ],
+)
+def test_models_that_the_policy_cannot_train_are_refused(tmp_path, config, message):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        load_model_config(ModelConfig(path=str(tmp_path)))

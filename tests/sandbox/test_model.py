@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from laser_fast.sandbox import model as warm_start
+from laser_fast.sandbox.model import make_sandbox_model
+from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS
+
+ROWS = [("7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}"), ("1a+1b+1c+1=", r"\boxed{4}")]
+
+
+@pytest.fixture(scope="module")
+def hardly_trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_sandbox_model(folder, seed=0, steps=1)
+    return folder
+
+
+def load(folder):
+    """The model, with the attention that reads packed rows, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="laser_sdpa")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_folder_is_a_small_tied_qwen2_with_its_tokenizer(hardly_trained):
+    model, tokenizer = load(hardly_trained)
+    assert model.config.model_type == "qwen2"
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == 529_920
+    assert model.dtype == torch.float32
+    assert len(tokenizer) == model.config.vocab_size == len(TOKENS)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    defaults = GenerationConfig.from_pretrained(hardly_trained)
+    assert (defaults.eos_token_id, model.config.eos_token_id) == (eos, eos)
+    assert defaults.pad_token_id == pad != eos
+    # The tokenizer is still the character-level one with a Qwen2 config beside it.
+    assert [TOKENS[i] for i in tokenizer(ROWS[1][1])["input_ids"]] == ["\\boxed{", "4", "}"]
+
+
+def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
+    torch.manual_seed(5)
+    expected_draw = torch.rand(())
+    weights = []
+    for folder, outer_seed, seed in (("a", 5, 0), ("b", 6, 0), ("c", 5, 1)):
+        torch.manual_seed(outer_seed)
+        make_sandbox_model(tmp_path / folder, seed=seed, steps=1)
+        if outer_seed == 5:
+            assert torch.rand(()) == expected_draw
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(
+        weights[0]["model.embed_tokens.weight"], weights[2]["model.embed_tokens.weight"]
+    )
+
+
+def test_the_seed_names_the_problems_too(hardly_trained):
+    tokenizer = AutoTokenizer.from_pretrained(hardly_trained)
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        model = warm_start._new_model()
+        warm_start._train(model, tokenizer, seed=seed, steps=1)
+        weights.append(model.lm_head.weight.detach())
+    assert not torch.equal(*weights)
+
+
+def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
+    model, tokenizer = load(hardly_trained)
+    logits, labels = [], []
+    for problem, response in ROWS:
+        prompt_ids = tokenizer(problem)["input_ids"]
+        after = [TOKENS.index(EOS_TOKEN), TOKENS.index(PAD_TOKEN)]
+        answer_ids = tokenizer(response)["input_ids"] + after
+        with torch.no_grad():
+            row = model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[0]
+        logits.append(row[len(prompt_ids) - 1 : -1])
+        labels += answer_ids
+    expected = cross_entropy(torch.cat(logits), torch.tensor(labels), reduction="sum")
+    with torch.no_grad():
+        actual = warm_start._loss(model, warm_start._encode(tokenizer, ROWS))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path):
+    """Forty steps in, the loss of fixed rows has fallen and EOS is followed by <pad>."""
+    make_sandbox_model(tmp_path, seed=0, steps=40)
+    losses, pads = [], []
+    for folder in (hardly_trained, tmp_path):
+        model, tokenizer = load(folder)
+        rows = warm_start._encode(tokenizer, ROWS)
+        with torch.no_grad():
+            losses.append(warm_start._loss(model, rows).item())
+            ids = torch.tensor([rows[1][0][:-1]])  # ends with EOS
+            pads.append(model(input_ids=ids).logits[0, -1].softmax(0)[0].item())
+    assert losses[1] < 0.5 * losses[0]
+    assert pads[1] > 0.5 > pads[0]
+
+
+def test_learning_rate_ramps_up_and_falls_to_a_twentieth():
+    factors = [warm_start._lr_factor(step, 350) for step in range(351)]
+    assert factors[0] == 1 / 20
+    assert max(factors) == max(factors[15:25]) > 0.99
+    assert abs(factors[350] - 0.05) < 1e-12
+    assert abs(factors[175] - 0.525) < 1e-12
