@@ -251,9 +251,14 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Positions of the longest sequence: prompt, completion and the score token."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens + 1
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        longest = self.max_sequence_tokens - 1
         if self.optim.tokens_per_microbatch < longest:
             raise ValueError(
                 f"optim.tokens_per_microbatch = {self.optim.tokens_per_microbatch} cannot hold one "

@@ -6,12 +6,40 @@ Shapes: P prompts, G completions of a prompt, B = P * G, T packed tokens, N head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """The token ids that the algorithm depends on.
+
+    `vocab_size` is the tokenizer's: rows of the head from there on are padding and never sampled.
+    """
+
+    score_token_id: int  # z_c: never sampled, read at the EOS position
+    eos_token_ids: tuple[int, ...]  # every id that ends a completion
+    pad_token_id: int  # may equal an EOS id
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not self.eos_token_ids:
+            raise ValueError("eos_token_ids: expected at least one id, got none")
+        for token_id in (self.score_token_id, *self.eos_token_ids):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"expected score and EOS ids below the vocabulary of {self.vocab_size}, "
+                    f"got {token_id}; check that tokenizer and model belong together"
+                )
+        if self.score_token_id in self.eos_token_ids:
+            raise ValueError(
+                f"score_token_id {self.score_token_id} is an EOS id; choose a token that ends "
+                "nothing"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +100,18 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """A prompt and its G completions; rewards and advantages are relative to the group."""
+    """A prompt and its G completions; rewards and advantages are relative to the group.
+
+    `rewards` holds one number per completion, None where grading failed; it is empty before the
+    group is graded.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
+    rewards: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.rewards or len(self.rewards) == len(self.completions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,15 +130,56 @@ class TrainingSequence:
     completion_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     has_score_row: bool
-    advantage: float
-    token_weight: float
-    reward: float
-    score_weight: float
+    advantage: float = 0.0
+    token_weight: float = 0.0
+    reward: float = 0.0
+    score_weight: float = 0.0
 
     @property
     def num_tokens(self) -> int:
         """Packed length: the score row needs the EOS itself as an input token."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+
+class _Rows:
+    """Columns of equal length that are sliced together; a column may be absent."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __getitem__(self, rows: slice) -> Self:
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return type(self)(**{k: None if c is None else c[rows] for k, c in columns.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyRows(_Rows):
+    """What the policy loss needs of the N_p rows that predict completion tokens.
+
+    `old_logprobs` are those of the policy that the ratios refer to; None means the current one,
+    as in the first update of a rollout. `ref_logprobs` are there for a KL penalty.
+    """
+
+    sequence_ids: Tensor  # [N_p] int64, in packing order
+    rollout_logprobs: Tensor  # [N_p] float32
+    advantages: Tensor  # [N_p] float32
+    weights: Tensor  # [N_p] float32
+    old_logprobs: Tensor | None = None  # [N_p] float32
+    ref_logprobs: Tensor | None = None  # [N_p] float32
+
+    def __len__(self) -> int:
+        return len(self.advantages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRows(_Rows):
+    """What the score's MSE needs of the N_s rows that lie at an EOS."""
+
+    rewards: Tensor  # [N_s] float32
+    weights: Tensor  # [N_s] float32
+
+    def __len__(self) -> int:
+        return len(self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,24 +188,14 @@ class Microbatch:
 
     `rows` selects the N = N_p + N_s of T positions that carry a label: first the N_p rows that
     predict completion tokens, then the N_s score rows (the EOS positions); prompt rows never reach
-    the head. `labels` is the score token and `temperature` 1 on score rows. Sequences of S are
-    numbered in packing order.
+    the head. `labels` is the score token and `temperature` 1 on score rows.
     """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, restarting at 0 with every sequence
-    lengths: tuple[int, ...]  # S packed lengths, their sum is T
+    lengths: tuple[int, ...]  # of the packed sequences, their sum is T
     rows: Tensor  # [N] int64
     labels: Tensor  # [N] int64
     temperature: Tensor  # [N] float32
-    sequence_ids: Tensor  # [N_p] int64
-    rollout_logprobs: Tensor  # [N_p] float32
-    advantages: Tensor  # [N_p] float32
-    token_weight: Tensor  # [N_p] float32
-    rewards: Tensor  # [N_s] float32
-    score_weight: Tensor  # [N_s] float32
-
-    @property
-    def num_policy_rows(self) -> int:
-        """N_p, where the score rows begin."""
-        return len(self.advantages)
+    policy: PolicyRows
+    score: ScoreRows

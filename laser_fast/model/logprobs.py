@@ -1,8 +1,14 @@
-"""Log-probs that the policy gives to held completions, without gradients."""
+"""What the policy says of given tokens: the one reader of log-probs, without gradients.
+
+    log pi(z | ids) = h . w_z - logsumexp(W h),   h the hidden state of the last id
+
+Everything is read from packed rows through the fused head, so that [tokens, vocabulary] logits
+never exist. Each function is collective: every rank calls it, with any number of sequences.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,34 +16,40 @@ from torch import Tensor
 
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
-from laser_fast.records import Completion, Group, Microbatch, TrainingSequence
-from laser_fast.training.objective import linear_logprobs
+from laser_fast.records import Group, Microbatch, TrainingSequence
+from laser_kernels import linear_logprob
 
 
-@torch.no_grad()
-def read_rows(policy: Policy, batches: Sequence[Microbatch]) -> list[Tensor]:
-    """Log-probs [N] of the labels of each microbatch; score rows last. Collective."""
-    logprobs = [policy(batch, linear_logprobs(batch)) for batch in batches]
-    # Without a backward nothing else would give the root's gathered parameters back.
-    policy.reshard()
-    return logprobs
+def label_logprobs(policy: Policy, batches: Sequence[Microbatch]) -> list[Tensor]:
+    """Log-probs [N] of the labels of each microbatch; score rows last."""
+    return list(_read(policy, batches, _labels_head))
 
 
-def read_completions(
+def policy_logprobs(
     policy: Policy, groups: Sequence[Group], packer: Packer
 ) -> list[tuple[list[float], float | None]]:
     """Token log-probs and score log-prob of every completion, flattened over `groups`.
 
     Token log-probs are at the packer's temperature, the score is at 1 and None for unfinished
-    completions. Collective: every rank calls it, with any number of groups.
+    completions.
     """
-    sequences = [_held(group, c) for group in groups for c in group.completions]
+    sequences = [
+        TrainingSequence(
+            prompt_ids=group.prompt.prompt_ids,
+            completion_ids=completion.completion_ids,
+            rollout_logprobs=completion.rollout_logprobs,
+            has_score_row=completion.is_finished,
+        )
+        for group in groups
+        for completion in group.completions
+    ]
     results: list[tuple[list[float], float | None]] = [([], None)] * len(sequences)
     bins = packer.bins(sequences)
     batches = [packer.pack([sequences[index] for index in members]) for members in bins]
-    for members, batch, logprobs in zip(bins, batches, read_rows(policy, batches), strict=True):
-        tokens, scores = logprobs.split([batch.num_policy_rows, len(batch.rewards)])
-        scores = iter(scores.tolist())
+    found = label_logprobs(policy, batches)
+    for members, batch, logprobs in zip(bins, batches, found, strict=True):
+        tokens, score_rows = logprobs.split([len(batch.policy), len(batch.score)])
+        scores = iter(score_rows.tolist())
         lengths = [len(sequences[index].completion_ids) for index in members]
         for index, own in zip(members, tokens.split(lengths), strict=True):
             score = next(scores) if sequences[index].has_score_row else None
@@ -46,8 +58,8 @@ def read_completions(
 
 
 def with_scores(policy: Policy, groups: Sequence[Group], packer: Packer) -> list[Group]:
-    """The same groups with the score log-probs of a policy forward. Collective."""
-    scores = iter(score for _, score in read_completions(policy, groups, packer))
+    """The same groups with the score log-probs of a policy forward."""
+    scores = iter(score for _, score in policy_logprobs(policy, groups, packer))
     return [
         replace(
             group,
@@ -57,15 +69,65 @@ def with_scores(policy: Policy, groups: Sequence[Group], packer: Packer) -> list
     ]
 
 
-def _held(group: Group, completion: Completion) -> TrainingSequence:
-    """A completion as a sequence that trains nothing."""
-    return TrainingSequence(
-        prompt_ids=group.prompt.prompt_ids,
-        completion_ids=completion.completion_ids,
-        rollout_logprobs=completion.rollout_logprobs,
-        has_score_row=completion.is_finished,
-        advantage=0.0,
-        token_weight=0.0,
-        reward=0.0,
-        score_weight=0.0,
-    )
+def last_token_logprobs(
+    policy: Policy,
+    sequences: Sequence[tuple[int, ...]],
+    packer: Packer,
+    token_ids: Sequence[int],
+    *,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """Log-probs of each of C tokens after each of N sequences, [N, C] float32 on the CPU.
+
+    One row per sequence gives the first token, and the others by their logit differences:
+    log pi(z) = log pi(z_0) + h . (w_z - w_{z_0}). So a scan of all reserved tokens costs one
+    forward.
+
+    Args:
+        policy: the model.
+        sequences: ids of prompt, completion and EOS; none empty or above the packer's budget.
+        packer: its budget bounds one forward; its own score token is not read.
+        token_ids: the C tokens.
+        on_progress: told the number of sequences of every finished forward.
+    """
+    rows = [
+        TrainingSequence(prompt_ids=ids, completion_ids=(), rollout_logprobs=(), has_score_row=True)
+        for ids in sequences
+    ]
+    result = torch.empty(len(rows), len(token_ids))
+
+    def head_of(batch: Microbatch) -> Callable[[Tensor, Tensor], Tensor]:
+        def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
+            labels = torch.full((len(hidden_states),), token_ids[0], device=hidden_states.device)
+            first = linear_logprob(hidden_states, weight, labels)
+            logits = hidden_states.float() @ weight[list(token_ids)].float().T
+            return first[:, None] + logits - logits[:, :1]
+
+        return head
+
+    bins = packer.bins(rows)
+    batches = (packer.pack([rows[index] for index in members]) for members in bins)
+    for members, found in zip(bins, _read(policy, batches, head_of), strict=True):
+        result[members] = found.cpu()
+        on_progress(len(members))
+    return result
+
+
+def _labels_head(batch: Microbatch) -> Callable[[Tensor, Tensor], Tensor]:
+    def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
+        return linear_logprob(hidden_states, weight, batch.labels, temperature=batch.temperature)
+
+    return head
+
+
+def _read(
+    policy: Policy,
+    batches: Iterable[Microbatch],
+    head_of: Callable[[Microbatch], Callable[[Tensor, Tensor], Tensor]],
+) -> Iterator[Tensor]:
+    """What the head function says of each microbatch."""
+    for batch in batches:
+        with torch.no_grad():
+            yield policy(batch, head_of(batch))
+    # Without a backward nothing else would give the root's gathered parameters back.
+    policy.reshard()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from laser_fast.records import Microbatch, TrainingSequence
+from laser_fast.records import Microbatch, PolicyRows, ScoreRows, TrainingSequence
 
 
 def _alone(count: int) -> int:
@@ -119,14 +119,18 @@ class Packer:
             rows=self._ids(policy_rows + score_rows),
             labels=self._ids(labels),
             temperature=self._floats(temperature),
-            sequence_ids=self._ids([i for i, s in enumerate(sequences) for _ in s.completion_ids]),
-            rollout_logprobs=self._floats([x for s in sequences for x in s.rollout_logprobs]),
-            advantages=self._floats([s.advantage for s in sequences for _ in s.completion_ids]),
-            token_weight=self._floats(
-                [s.token_weight for s in sequences for _ in s.completion_ids]
+            policy=PolicyRows(
+                sequence_ids=self._ids(
+                    [i for i, s in enumerate(sequences) for _ in s.completion_ids]
+                ),
+                rollout_logprobs=self._floats([x for s in sequences for x in s.rollout_logprobs]),
+                advantages=self._floats([s.advantage for s in sequences for _ in s.completion_ids]),
+                weights=self._floats([s.token_weight for s in sequences for _ in s.completion_ids]),
             ),
-            rewards=self._floats([s.reward for s in scored]),
-            score_weight=self._floats([s.score_weight for s in scored]),
+            score=ScoreRows(
+                rewards=self._floats([s.reward for s in scored]),
+                weights=self._floats([s.score_weight for s in scored]),
+            ),
         )
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from laser_fast.config import ConfigError
+from laser_fast.config_errors import ConfigError
+from laser_fast.records import SpecialTokens
 
 # Some tokenizers keep their reserved tokens among the ordinary added ones.
 _UNUSED = re.compile(r"reserved|unused", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer with its score token and every id that ends a completion.
-
-    `size` is the tokenizer's: model rows beyond it are padding and never sampled.
-    """
+    """A tokenizer and the special ids of its model."""
 
     tokenizer: PreTrainedTokenizerBase
-    score_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    size: int
+    special: SpecialTokens
 
-    def decode(self, completion_ids: tuple[int, ...]) -> str:
+    def decode(self, completion_ids: Sequence[int]) -> str:
         """The completion's text, without special tokens."""
-        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(list(completion_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
 
 def load_vocabulary(
@@ -47,8 +45,9 @@ def load_vocabulary(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
-    eos_token_ids = _eos_token_ids(path, tokenizer, model_config)
-    size = max(tokenizer.get_vocab().values()) + 1
+    # Ids beyond the head, as of tokens that were added later, cannot be sampled.
+    vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size)
+    eos_token_ids = _eos_token_ids(path, tokenizer, model_config, vocab_size)
     if score_token is None:
         reserved = reserved_tokens(tokenizer, eos_token_ids, num_rows=model_config.vocab_size)
         if not reserved:
@@ -75,17 +74,20 @@ def load_vocabulary(
             f"another token{_suggest(tokenizer, eos_token_ids)}"
         )
     pad = tokenizer.pad_token_id
-    return Vocabulary(
-        tokenizer=tokenizer,
+    special = SpecialTokens(
         score_token_id=score_token_id,
         eos_token_ids=eos_token_ids,
         pad_token_id=eos_token_ids[0] if pad is None else pad,
-        size=size,
+        vocab_size=vocab_size,
     )
+    return Vocabulary(tokenizer, special)
 
 
 def _eos_token_ids(
-    path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    vocab_size: int,
 ) -> tuple[int, ...]:
     """Every id that the model, its generation defaults or its tokenizer call an end.
 
@@ -98,7 +100,7 @@ def _eos_token_ids(
         default = None
     for ids in (default, model_config.eos_token_id, tokenizer.eos_token_id):
         for token_id in ids if isinstance(ids, list) else [ids]:
-            is_there = token_id is not None and token_id < model_config.vocab_size
+            is_there = token_id is not None and token_id < vocab_size
             if is_there and token_id not in found:
                 found.append(token_id)
     if not found:

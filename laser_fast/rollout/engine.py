@@ -1,4 +1,4 @@
-"""The engine protocol: what the trainer and the evaluation ask of a sampler.
+"""The engine protocol: what the trainer and the evaluation ask of a sampler, and who answers.
 
 One call order per step: `sync` (new weights in), `generate` (any number of times), `sleep` (give
 the device memory back to training). Engines take token ids and return token ids; text never
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from laser_fast.config import Config
+    from laser_fast.model.policy import Policy
+
 
 class Engine(Protocol):
-    """A sampler of completions with proven weights."""
+    """A sampler of completions."""
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Take the policy's weights, every state_dict name, and get ready to generate.
@@ -34,18 +37,47 @@ class Engine(Protocol):
         is finished iff its last id is one of the model's EOS ids.
         """
 
-    def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
-        """Log-probs of held completion ids under the engine's current weights.
-
-        Returns one list per completion, flattened over `groups`. The agreement check compares
-        them with the policy's own.
-        """
-
     def sleep(self) -> None:
         """Release device memory until the next `sync`."""
 
     def close(self) -> None:
         """Stop the engine for good."""
+
+
+@runtime_checkable
+class CopyingEngine(Engine, Protocol):
+    """A sampler that holds a copy of the weights, so that every sync has to be proved."""
+
+    def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
+        """Log-probs of given completion ids under the engine's current weights.
+
+        Returns one list per completion, flattened over `groups`. The agreement check compares
+        them with the policy's own.
+        """
+
+
+def make_engine(config: Config, policy: Policy | None, tokens: SpecialTokens) -> Engine:
+    """The engine that `rollout.engine` names; only "hf" samples with the policy itself."""
+    if config.rollout.engine == "vllm":
+        from laser_fast.rollout.vllm import VllmEngine
+
+        return VllmEngine(
+            config.model.path,
+            config.rollout,
+            tokens,
+            max_model_len=config.max_sequence_tokens,
+            dtype=config.model.compute_dtype,
+        )
+    if config.rollout.engine == "vllm_server":
+        from laser_fast.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine(config.rollout, tokens, max_model_len=config.max_sequence_tokens)
+    from laser_fast.rollout.hf import HfEngine
+
+    assert policy is not None
+    return HfEngine(
+        policy.hf, tokens, max_num_seqs=config.rollout.max_num_seqs, unsharded=policy.unsharded
+    )
 
 
 def draw_seed(*parts: int | str) -> int:

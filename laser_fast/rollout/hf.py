@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from laser_fast.records import Completion, Group, Prompt, Sampling
+from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 _NOISE_BLOCK = 1024
 # Rows leave the batch when at most this share of it is still open: each time copies the cache.
 _SHRINK_BELOW = 0.75
-# Positions that go through the head at once in `token_logprobs`.
-_HEAD_ROWS = 1024
 
 
 class HfEngine:
@@ -45,50 +43,29 @@ class HfEngine:
 
     Args:
         model: the causal LM inside the policy.
-        score_token_id: z_c, read at the EOS position and never sampled.
-        eos_token_ids: every id that ends a completion.
-        vocab_size: the tokenizer's; ids from here on are padding of the head and never sampled.
-        pad_token_id: fills short prompts; may equal an EOS id.
+        tokens: the ids that end, are banned, or carry the score.
         max_num_seqs: completions decoded at once.
         unsharded: context in which the model's parameters are plain full tensors.
-
-    Raises:
-        ValueError: no EOS id, or ids outside the tokenizer's vocabulary.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        tokens: SpecialTokens,
         *,
-        score_token_id: int,
-        eos_token_ids: Sequence[int],
-        vocab_size: int,
-        pad_token_id: int,
         max_num_seqs: int,
-        unsharded: Callable[[], AbstractContextManager] = nullcontext,
+        unsharded: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        if not eos_token_ids:
-            raise ValueError("eos_token_ids: expected at least one id, got none")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs: expected at least 1, got {max_num_seqs}")
-        rows = model.config.vocab_size
-        for token_id in (score_token_id, *eos_token_ids):
-            if not 0 <= token_id < min(vocab_size, rows):
-                raise ValueError(
-                    f"expected score and EOS ids below the vocabulary of {min(vocab_size, rows)}, "
-                    f"got {token_id}; check that tokenizer and model belong together"
-                )
-        if score_token_id in eos_token_ids:
-            raise ValueError(
-                f"score_token_id {score_token_id} is an EOS id; choose a token that ends nothing"
-            )
         self.model = model
-        self.score_token_id = score_token_id
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.banned_ids = (score_token_id, *range(vocab_size, rows))
-        self.pad_token_id = pad_token_id
+        self.tokens = tokens
         self.max_num_seqs = max_num_seqs
         self.unsharded = unsharded
+        self._banned_ids = (
+            tokens.score_token_id,
+            *range(tokens.vocab_size, model.config.vocab_size),
+        )
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Do nothing: the parameters are the policy's own, so `weights` is left untouched."""
@@ -119,23 +96,6 @@ class HfEngine:
             for p, prompt in enumerate(prompts)
         ]
 
-    def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
-        """Teacher-forced log-probs of held completions, one list each, flattened over `groups`."""
-        held = [
-            (group.prompt.prompt_ids, completion.completion_ids)
-            for group in groups
-            for completion in group.completions
-        ]
-        order = sorted(range(len(held)), key=lambda i: sum(map(len, held[i])))
-        logprobs: list[list[float]] = [[] for _ in held]
-        with self._ready():
-            for start in range(0, len(order), self.max_num_seqs):
-                batch = order[start : start + self.max_num_seqs]
-                found = self._force([held[i] for i in batch], temperature)
-                for i, values in zip(batch, found, strict=True):
-                    logprobs[i] = values
-        return logprobs
-
     def sleep(self) -> None:
         """Do nothing: nothing is held between calls."""
 
@@ -158,8 +118,8 @@ class HfEngine:
         device = self.model.device
         context = self._read_prompts([prompt for prompt, _ in rows])
         noise = _Noise([_generator(sampling.seed, prompt, g, device) for prompt, g in rows])
-        eos_token_ids = torch.tensor(self.eos_token_ids, device=device)
-        banned_ids = torch.tensor(self.banned_ids, device=device)
+        eos_token_ids = torch.tensor(self.tokens.eos_token_ids, device=device)
+        banned_ids = torch.tensor(self._banned_ids, device=device)
         num_steps = sampling.max_new_tokens + sampling.needs_score
         completion_ids = torch.zeros(len(rows), num_steps, dtype=torch.int64, device=device)
         logprobs, scores = torch.zeros(2, len(rows), num_steps, device=device)
@@ -168,7 +128,7 @@ class HfEngine:
         for step in range(num_steps):
             logits = context.logits
             if sampling.needs_score:
-                scores[row, step] = logits[:, self.score_token_id] - logits.logsumexp(1)
+                scores[row, step] = logits[:, self.tokens.score_token_id] - logits.logsumexp(1)
             tempered = logits / sampling.temperature
             noisy = tempered - noise.step(row, tempered)
             noisy[:, banned_ids] = -torch.inf
@@ -193,7 +153,7 @@ class HfEngine:
         distinct = list(dict.fromkeys(prompt.prompt_ids for prompt in prompts))
         place = {prompt_ids: i for i, prompt_ids in enumerate(distinct)}
         width = max(map(len, distinct))
-        ids = [[self.pad_token_id] * (width - len(p)) + list(p) for p in distinct]
+        ids = [[self.tokens.pad_token_id] * (width - len(p)) + list(p) for p in distinct]
         padding = torch.tensor([width - len(p) for p in distinct], device=device)
         context = _Context(self.model)
         context.read(
@@ -218,7 +178,7 @@ class HfEngine:
             scores.tolist(),
             strict=True,
         ):
-            end = next((t for t, i in enumerate(ids) if i in self.eos_token_ids), None)
+            end = next((t for t, i in enumerate(ids) if i in self.tokens.eos_token_ids), None)
             length = len(ids) if end is None else end + 1
             has_score = sampling.needs_score and end is not None
             completions.append(
@@ -230,32 +190,6 @@ class HfEngine:
                 )
             )
         return completions
-
-    def _force(
-        self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float
-    ) -> list[list[float]]:
-        """Log-probs of the completion in each (prompt_ids, completion_ids)."""
-        device = self.model.device
-        width = max(len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in rows)
-        # Padding on the right is seen by no earlier token, so it needs no mask.
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        is_read = torch.zeros(len(rows), width, dtype=torch.bool)
-        for b, (prompt_ids, completion_ids) in enumerate(rows):
-            length = len(prompt_ids) + len(completion_ids)
-            input_ids[b, :length] = torch.tensor(prompt_ids + completion_ids)
-            is_read[b, len(prompt_ids) - 1 : length - 1] = True
-        labels = torch.cat([torch.tensor(completion_ids) for _, completion_ids in rows]).to(device)
-        body, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        hidden_states = body(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
-        hidden_states = hidden_states[is_read.to(device)]  # [N, D]
-        pieces = []
-        for start in range(0, len(labels), _HEAD_ROWS):
-            piece = slice(start, start + _HEAD_ROWS)
-            logits = head(hidden_states[piece]).float() / temperature
-            chosen = logits.gather(1, labels[piece, None])[:, 0]
-            pieces.append(chosen - logits.logsumexp(1))
-        lengths = [len(completion_ids) for _, completion_ids in rows]
-        return [part.tolist() for part in torch.cat(pieces).split(lengths)]
 
 
 class _Context:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from laser_fast.config import ConfigError, RolloutConfig
-from laser_fast.records import Completion, Group, Prompt, Sampling
+from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import draw_seed
 from laser_fast.rollout.score_request import (
     EOS_TOKEN_IDS,
@@ -55,9 +55,7 @@ class VllmEngine:
     Args:
         model_path: Hugging Face id or folder; only its config.json is read.
         config: the `rollout` section.
-        score_token_id: z_c, read after the EOS and never sampled.
-        eos_token_ids: every id that ends a completion.
-        vocab_size: the tokenizer's; ids from here on are padding of the head and never sampled.
+        tokens: the ids that end, are banned, or carry the score.
         max_model_len: longest prompt + `config.max_new_tokens` + 1 for the score.
         dtype: of the engine's weights and cache; "auto" is bfloat16 on a GPU, else float32.
         enforce_eager: compile nothing on a GPU: starts sooner, generates more slowly.
@@ -71,10 +69,8 @@ class VllmEngine:
         self,
         model_path: str,
         config: RolloutConfig,
+        tokens: SpecialTokens,
         *,
-        score_token_id: int,
-        eos_token_ids: Sequence[int],
-        vocab_size: int,
         max_model_len: int,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         enforce_eager: bool = False,
@@ -86,9 +82,9 @@ class VllmEngine:
                 f"to at least {config.max_new_tokens + 2}"
             )
         self._config = config
-        self._score_token_id = score_token_id
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._vocab_size = vocab_size
+        self._score_token_id = tokens.score_token_id
+        self._eos_token_ids = tokens.eos_token_ids
+        self._vocab_size = tokens.vocab_size
         self._max_model_len = max_model_len
         self._group = _tensor_parallel_group(config.tensor_parallel)
         self._on_gpu = self._can_sleep = torch.cuda.is_available()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
-from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.score_request import (
     EOS_TOKEN_IDS,
     SCORE_TOKEN_ID,
@@ -52,9 +52,7 @@ class VllmServerEngine:
 
     Args:
         config: the `rollout` section; `server_url` is where the server listens.
-        score_token_id: z_c, read after the EOS and never sampled.
-        eos_token_ids: every id that ends a completion.
-        vocab_size: the tokenizer's; ids from here on are padding of the head and never sampled.
+        tokens: the ids that end, are banned, or carry the score.
         max_model_len: longest prompt + `config.max_new_tokens` + 1 for the score.
         timeout_s: longest wait for one answer, a group of completions or a piece of weights.
 
@@ -66,17 +64,15 @@ class VllmServerEngine:
     def __init__(
         self,
         config: RolloutConfig,
+        tokens: SpecialTokens,
         *,
-        score_token_id: int,
-        eos_token_ids: Sequence[int],
-        vocab_size: int,
         max_model_len: int,
         timeout_s: float = 1800.0,
     ) -> None:
         self._config = config
-        self._score_token_id = score_token_id
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._vocab_size = vocab_size
+        self._score_token_id = tokens.score_token_id
+        self._eos_token_ids = tokens.eos_token_ids
+        self._vocab_size = tokens.vocab_size
         self._http = Http(config.server_url, timeout_s)
         self._model = self._check_server(max_model_len)
         self._is_sender = not dist.is_initialized() or dist.get_rank() == 0
