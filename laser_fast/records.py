@@ -199,3 +199,11 @@ class Microbatch:
     temperature: Tensor  # [N] float32
     policy: PolicyRows
     score: ScoreRows
+
+    def labelled(self, rows: slice) -> tuple[PolicyRows, ScoreRows]:
+        """Those of the N head rows, by what they are for."""
+        boundary = len(self.policy)
+        return (
+            self.policy[min(rows.start, boundary) : min(rows.stop, boundary)],
+            self.score[max(rows.start - boundary, 0) : max(rows.stop - boundary, 0)],
+        )

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,15 +24,27 @@ class StageTimer:
         timer.pop()  # {"time/rollout": 3.1}
     """
 
-    def __init__(self, device: torch.device | None = None):
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        after_stage: Callable[[], None] = lambda: None,
+    ) -> None:
         """On a CUDA device each stage waits for its kernels, so that their time is its own."""
         self._device = device
+        self._after_stage = after_stage
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._stages: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Time the body of a `with` statement, then call `after_stage`."""
+        with self.only(stage):
+            yield
+        self._after_stage()
+
+    @contextmanager
+    def only(self, stage: str) -> Iterator[None]:
         """Time the body of a `with` statement."""
         self._charge()
         self._stages.append(stage)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from laser_fast.rewards.user import RewardError
 
 if TYPE_CHECKING:
     from laser_fast.config import RewardConfig
+    from laser_fast.records import Group
 
 _BUILT_IN = {name: f"laser_fast.rewards.{name}:reward" for name in ("math", "gsm8k", "exact")}
 _USER = "laser_fast.rewards.user:call"
@@ -205,3 +207,19 @@ def _log_failures(outcomes: Sequence[Any]) -> None:
     for reason, count in Counter(failure.reason for failure in failures).items():
         example = next(failure.summary for failure in failures if failure.reason == reason)
         _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)
+
+
+def grade_groups(
+    grader: Grader, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
+) -> list[Group]:
+    """The groups with their rewards; `decode` turns completion ids into text."""
+    rewards = iter(
+        grader.grade(
+            [decode(c.completion_ids) for group in groups for c in group.completions],
+            [group.prompt.answer for group in groups for _ in group.completions],
+            prompts=[group.prompt.text for group in groups for _ in group.completions],
+        )
+    )
+    return [
+        replace(group, rewards=tuple(next(rewards) for _ in group.completions)) for group in groups
+    ]

@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
 from laser_fast.evaluation.settings import write_score_settings
-from laser_fast.log.run_folder import RunFolder
+from laser_fast.log.run_folder import RunFolder, moved_config
 from laser_fast.model.distributed import open_world
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.training.checkpoint import latest_checkpoint
-from laser_fast.training.run import resolve_model
 
 
 def export(run: Path, out: Path) -> Path:
@@ -40,9 +39,8 @@ def export(run: Path, out: Path) -> Path:
     if not folder.config.is_file():
         raise ConfigError(f"{run} is no run folder ({folder.config.name} is missing)")
     checkpoint = latest_checkpoint(run)
-    # The run may have moved since its configuration was written.
-    config = load_config(folder.config).model_copy(update={"output_dir": str(run)})
-    model = resolve_model(config).model
+    config = moved_config(load_config(folder.config), run)
+    model = config.model
     with open_world() as world:
         policy = build_policy(model, world)
         state = {"model": get_model_state_dict(policy)}

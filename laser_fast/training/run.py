@@ -1,84 +1,64 @@
 """A run from its configuration to its summary: build, evaluate, step, save, evaluate.
 
-Everything that can be wrong with the input is found before the model is loaded and before
-anything but the sandbox's own base model is written.
+Everything that can be wrong with the input is found before the model is loaded.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from laser_fast.algorithm.score import check_score_target
-from laser_fast.config import Config, ConfigError, dump_config
+from torch.optim import AdamW
+
+from laser_fast.algorithm.score import SelfScore, check_score_target
+from laser_fast.config import Config, dump_config
+from laser_fast.config_errors import ConfigError
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.samples import to_records
+from laser_fast.evaluation.grading import answer_of
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.run_folder import RunFolder, open_run_folder
-from laser_fast.log.run_log import NullLog, RunLog
+from laser_fast.log.run_folder import open_run_folder
+from laser_fast.log.run_log import Log, NullLog, RunLog, spread_indices
+from laser_fast.log.samples import SampleRecord, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
-from laser_fast.model.distributed import StopRun, StopSignal, World, open_world
+from laser_fast.model.distributed import StopRun, StopSignal, World
 from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
-from laser_fast.records import Prompt
-from laser_fast.rewards import Grader
-from laser_fast.rollout.engine import Engine
-from laser_fast.rollout.hf import HfEngine
-from laser_fast.rollout.vllm_setup import import_vllm
-from laser_fast.sandbox.model import make_sandbox_model
-from laser_fast.training.checkpoint import (
-    checkpoint_step,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from laser_fast.model.policy import build_policy, load_model_config
+from laser_fast.model.vocabulary import load_vocabulary
+from laser_fast.records import Group, Prompt
+from laser_fast.rewards.grader import Grader
+from laser_fast.rollout.engine import make_engine
+from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from laser_fast.training.grad_cap import GradientCap
-from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.sampler import Sampler
-from laser_fast.training.stages import Stages, is_due
+from laser_fast.training.schedule import is_due
 from laser_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, *, resume: bool = False) -> None:
-    """Train as configured; with `resume`, continue the run in `output_dir`.
+def train(config: Config, *, world: World, resume: bool = False) -> None:
+    """Train as configured; with `resume`, continue the run in `output_dir`. Collective.
 
     Raises:
         ConfigError: the configuration or its inputs cannot run; nothing was overwritten.
     """
     started = time.monotonic()
     folder = open_run_folder(config, resume=resume)
-    with open_world() as world, ExitStack() as stack:
-        if config.data.prompts_per_step % world.size:
-            raise ConfigError(
-                f"data.prompts_per_step = {config.data.prompts_per_step} does not divide over "
-                f"{world.size} ranks; choose a multiple of {world.size}"
-            )
-        if world.size % config.rollout.tensor_parallel:
-            raise ConfigError(
-                f"rollout.tensor_parallel = {config.rollout.tensor_parallel} does not divide the "
-                f"{world.size} ranks of the run; set it to 1 or start another number of ranks"
-            )
-        checkpoint = latest_checkpoint(folder.path) if resume else None
-        world.barrier()  # every rank has seen the folder as it was
-        trainer, held_out = _build(config, folder, world, resume=resume, stack=stack)
-        first_step = 0
-        if checkpoint is not None:
-            first_step = checkpoint_step(checkpoint)
-            trainer.load_state_dict(
-                load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
-            )
-            logger.info("resumed from %s", checkpoint)
-        _settle_ref_logprob(trainer)
-        log = stack.enter_context(
-            RunLog(config.output_dir, config, resume_step=first_step if resume else None)
-            if world.is_main
-            else NullLog()
-        )
+    check_world(config, world.size)
+    checkpoint = latest_checkpoint(folder.path) if resume else None
+    world.barrier()  # every rank has seen the folder as it was
+    with ExitStack() as stack:
+        sampler, held_out = _build_sampler(config, world, stack)
+        trainer, first_step = _build_trainer(sampler, checkpoint)
+        log: Log = NullLog()
+        if world.is_main:
+            resume_step = first_step if resume else None
+            log = RunLog(config.output_dir, config, resume_step=resume_step)
+        stack.enter_context(log)
         completed = first_step
         try:
             if first_step == 0:
@@ -91,63 +71,46 @@ def train(config: Config, *, resume: bool = False) -> None:
                 if is_last or is_due(completed, config.data.eval_every):
                     _evaluate(trainer, held_out, log, step=completed)
                 if is_last or is_due(completed, config.checkpoint.every):
-                    _save(trainer, folder, completed)
+                    _save(trainer, folder.path, completed)
         except StopRun:
-            path = _save(trainer, folder, completed)
+            path = _save(trainer, folder.path, completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return
         log.finish(wall_seconds=time.monotonic() - started)
 
 
-def resolve_model(config: Config) -> Config:
-    """The configuration with the sandbox's name replaced by the model folder it stands for."""
-    if config.model.path != "sandbox":
-        return config
-    path = str(Path(config.output_dir) / "base_model")
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-
-
-def _build(
-    config: Config, folder: RunFolder, world: World, *, resume: bool, stack: ExitStack
-) -> tuple[Trainer, list[Prompt]]:
+def _build_sampler(
+    config: Config, world: World, stack: ExitStack
+) -> tuple[Sampler, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
+        from laser_fast.rollout.vllm_setup import import_vllm
+
         import_vllm()  # missing or unsupported, it is named before minutes of loading
-    if config.model.path == "sandbox" and not resume:
-        base = folder.path / "base_model"
-        logger.info("warm-starting the sandbox model in %s", base)
-        make_sandbox_model(base, seed=config.seed, world=world)
-    config = resolve_model(config)
     model_config = load_model_config(config.model)
+    check_lengths(config, model_config.max_position_embeddings)
     vocabulary = load_vocabulary(
         config.model.path, score_token=config.score.token, model_config=model_config
     )
-    check_lengths(config, model_config.max_position_embeddings)
-    tokenizer = vocabulary.tokenizer
-    prompts = PromptSource(config.data, tokenizer, seed=config.seed, split="train")
+    prompts = PromptSource(config.data, vocabulary.tokenizer, seed=config.seed, split="train")
     held_out: list[Prompt] = []
     if config.data.eval:
-        source = PromptSource(config.data, tokenizer, seed=config.seed, split="eval")
+        source = PromptSource(config.data, vocabulary.tokenizer, seed=config.seed, split="eval")
         held_out = source.all()[world.rank :: world.size]
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward))
-
     # A server that does not fit is found before the model is loaded.
-    engine = make_engine(config, None, vocabulary) if uses_server else None
+    engine = make_engine(config, None, vocabulary.special) if uses_server else None
     policy = build_policy(config.model, world)
-    reference = None
-    if config.loss.kl_coef > 0:
-        reference = build_policy(config.model, world).requires_grad_(False)
-    engine = engine or make_engine(config, policy, vocabulary)
+    engine = engine or make_engine(config, policy, vocabulary.special)
     stack.callback(engine.close)
     stop = StopSignal(world)
     stack.callback(stop.restore)
-    stages = Stages(StageTimer(world.device), stop)
     packer = Packer(
         budget=config.optim.tokens_per_microbatch,
-        score_token_id=vocabulary.score_token_id,
+        score_token_id=vocabulary.special.score_token_id,
         temperature=config.rollout.temperature,
         device=world.device,
         agree=world.max,
@@ -155,7 +118,7 @@ def _build(
     sampler = Sampler(
         config=config,
         world=world,
-        stages=stages,
+        stage=StageTimer(world.device, after_stage=stop.check),
         vocabulary=vocabulary,
         prompts=prompts,
         engine=engine,
@@ -163,127 +126,124 @@ def _build(
         policy=policy,
         packer=packer,
     )
+    return sampler, held_out
+
+
+def _build_trainer(sampler: Sampler, checkpoint: Path | None) -> tuple[Trainer, int]:
+    """The trainer as it was at the checkpoint, and the step that comes next."""
+    config, policy, world = sampler.config, sampler.policy, sampler.world
+    reference = None
+    if config.loss.kl_coef > 0:
+        reference = build_policy(config.model, world).requires_grad_(False)
+    optimizer = AdamW(
+        policy.parameters(),
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+    )
+    cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
+    first_step, ref_logprob = 0, None
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
+        first_step, ref_logprob = state["step"], state["ref_logprob"]
+        cap.load_state_dict(state["cap"])
+        logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         config=config,
         world=world,
-        stages=stages,
+        stage=sampler.stage,
         sampler=sampler,
-        packer=packer,
+        packer=sampler.packer,
         policy=policy,
         reference=reference,
-        optimizer=build_optimizer(policy, config.optim),
-        cap=GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio),
+        optimizer=optimizer,
+        score=_settle_score(sampler, ref_logprob),
+        cap=cap,
     )
-    return trainer, held_out
+    return trainer, first_step
 
 
-def make_engine(config: Config, policy: Policy | None, vocabulary: Vocabulary) -> Engine:
-    """The engine that the configuration names; "hf" alone samples with the policy itself."""
-    ids = {
-        "score_token_id": vocabulary.score_token_id,
-        "eos_token_ids": vocabulary.eos_token_ids,
-        "vocab_size": vocabulary.size,
-    }
-    if config.rollout.engine == "vllm":
-        from laser_fast.rollout.vllm import VllmEngine
-
-        return VllmEngine(
-            config.model.path,
-            config.rollout,
-            **ids,
-            max_model_len=max_positions(config),
-            dtype=config.model.compute_dtype,
-        )
-    if config.rollout.engine == "vllm_server":
-        from laser_fast.rollout.vllm_server import VllmServerEngine
-
-        return VllmServerEngine(config.rollout, **ids, max_model_len=max_positions(config))
-    assert policy is not None
-    return HfEngine(
-        policy.hf,
-        **ids,
-        pad_token_id=vocabulary.pad_token_id,
-        max_num_seqs=config.rollout.max_num_seqs,
-        unsharded=policy.unsharded,
-    )
-
-
-def max_positions(config: Config) -> int:
-    """Longest sequence that an engine meets: prompt, completion and the score token."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
-
-
-def check_lengths(config: Config, available: int) -> None:
-    """Refuse lengths that the model's `available` positions cannot hold."""
-    needed = max_positions(config)
-    if needed > available:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens + 1 score position = {needed} "
-            f"exceeds the {available} positions of the model; lower one of them"
-        )
-
-
-def _settle_ref_logprob(trainer: Trainer) -> None:
-    """Take c_ref from the checkpoint, the configuration, or a measurement, in this order."""
-    score = trainer.config.score
-    trains_score = score.loss_coef > 0
-    if trainer.ref_logprob is None and score.ref_logprob != "auto":
-        trainer.ref_logprob = score.ref_logprob
-    if trainer.ref_logprob is None and (trains_score or trainer.config.data.eval):
-        trainer.ref_logprob = trainer.sampler.measure_ref_logprob()
-        logger.info("measured score.ref_logprob = %.3f", trainer.ref_logprob)
+def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
+    """The score with c_ref from the checkpoint, the configuration, or a measurement. Collective."""
+    config = sampler.config.score
+    trains_score = config.loss_coef > 0
+    if saved is not None:
+        ref_logprob = saved
+    elif config.ref_logprob != "auto":
+        ref_logprob = config.ref_logprob
+    elif trains_score or sampler.config.data.eval:
+        ref_logprob = sampler.measure_ref_logprob()
+        logger.info("measured score.ref_logprob = %.3f", ref_logprob)
+    else:
+        ref_logprob = float("nan")  # nobody reads a score
     if trains_score:
         try:
-            check_score_target(beta=score.beta, ref_logprob=trainer.ref_logprob)
+            check_score_target(beta=config.beta, ref_logprob=ref_logprob)
         except ValueError as error:
-            raise ConfigError(f"score.beta = {score.beta:g}: {error}") from None
+            raise ConfigError(f"score.beta = {config.beta:g}: {error}") from None
+    token_id = sampler.vocabulary.special.score_token_id
+    return SelfScore(token_id=token_id, beta=config.beta, ref_logprob=ref_logprob)
 
 
-def _run_step(trainer: Trainer, log: RunLog | NullLog, step: int) -> None:
-    metrics, groups, rewards = trainer.step(step)
-    times = trainer.stages.timer.pop()
+def _run_step(trainer: Trainer, log: Log, step: int) -> None:
+    metrics, groups = trainer.step(step)
+    times = trainer.stage.pop()
     metrics |= times
     metrics["memory/peak_gb"] = peak_memory_gb(trainer.world.device)
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
     log.log_step(step, metrics)
-    log.log_samples(
-        step,
+    if trainer.world.is_main:
+        log.log_samples(_some_samples(trainer, groups, step))
+
+
+def _some_samples(trainer: Trainer, groups: Sequence[Group], step: int) -> list[SampleRecord]:
+    """`log.samples_per_step` completions, evenly spread over the groups."""
+    size = trainer.config.rollout.group_size
+    total, count = len(groups) * size, trainer.config.log.samples_per_step
+    places = [divmod(index, size) for index in spread_indices(total, count)]
+    chosen = [
+        replace(
+            groups[p],
+            completions=groups[p].completions[g : g + 1],
+            rewards=groups[p].rewards[g : g + 1],
+        )
+        for p, g in places
+    ]
+    records = _records(trainer, chosen)
+    return [
+        replace(record, sample=g, step=step) for record, (_, g) in zip(records, places, strict=True)
+    ]
+
+
+def _records(trainer: Trainer, groups: Sequence[Group]) -> list[SampleRecord]:
+    return to_records(
         groups,
-        [reward for group in rewards for reward in group],
         decode=trainer.sampler.vocabulary.decode,
-        ref_logprob=trainer.ref_logprob,
+        score=trainer.score,
+        extract=answer_of(trainer.config.reward.kind),
     )
 
 
-def _evaluate(
-    trainer: Trainer, held_out: list[Prompt], log: RunLog | NullLog, *, step: int
-) -> None:
+def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: int) -> None:
     """Evaluate on the held-out prompts; the draws are the same at every step. Collective."""
     config, sampler = trainer.config, trainer.sampler
     if not config.data.eval:
         return
     sampler.sync(held_out)
-    records = to_records(
-        sampler.sample_scored(held_out, "eval", group_size=config.data.eval_samples),
-        decode=sampler.vocabulary.decode,
-        grader=sampler.grader,
-        beta=config.score.beta,
-        ref_logprob=0.0 if trainer.ref_logprob is None else trainer.ref_logprob,
-    )
-    records = trainer.world.gather(records)
+    groups = sampler.sample_scored(held_out, "eval", group_size=config.data.eval_samples)
+    records = trainer.world.gather(_records(trainer, sampler.grade(groups)))
     if trainer.world.is_main:
-        report = summarize(records, same_answer=sampler.grader.same_answer)
-        log.log_evaluation(step, report)
-    trainer.stages.timer.pop()  # evaluation is not part of any step
+        log.log_evaluation(step, summarize(records, same_answer=sampler.grader.same_answer))
+    trainer.stage.pop()  # evaluation is not part of any step
 
 
-def _save(trainer: Trainer, folder: RunFolder, completed: int) -> Path:
+def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
     return save_checkpoint(
-        folder.path,
+        folder,
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        trainer_state=trainer.state_dict(),
+        trainer_state={"ref_logprob": trainer.score.ref_logprob, "cap": trainer.cap.state_dict()},
         config_toml=dump_config(trainer.config),
         keep=trainer.config.checkpoint.keep,
         world=trainer.world,

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from laser_fast.algorithm.loss import is_clipped, kl_penalty
-from laser_fast.algorithm.score import is_correct, self_reward_score
+from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
 from laser_fast.model.distributed import World
 from laser_fast.records import Microbatch
-from laser_fast.training.batch import Outcome
 from laser_fast.training.objective import HeadResult
+from laser_fast.training.tables import StepTables
 
 
-def outcome_metrics(outcome: Outcome, advantages: Tensor) -> dict[str, float]:
+def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
-    num_graded = outcome.is_graded.sum().clamp(min=1)
+    num_graded = tables.is_graded.sum().clamp(min=1)
     return {
-        "rollout/mean_length": float(outcome.lengths.float().mean()),
-        "rollout/truncated": float((~outcome.is_finished).float().mean()),
-        "reward/mean": float(outcome.rewards.sum() / num_graded),
-        "reward/failed": float((~outcome.is_graded).sum()),
-        "advantage/zero_std_groups": float((~outcome.has_spread).float().mean()),
+        "rollout/mean_length": float(tables.lengths.float().mean()),
+        "rollout/truncated": float((~tables.is_finished).float().mean()),
+        "reward/mean": float(tables.rewards.sum() / num_graded),
+        "reward/failed": float((~tables.is_graded).sum()),
+        "advantage/zero_std_groups": float((~tables.has_spread).float().mean()),
         "advantage/mean_abs": float(advantages.abs().mean()),
     }
 
@@ -40,38 +40,32 @@ class RowMetrics:
         self._score_logprobs: list[Tensor] = []
         self._rewards: list[Tensor] = []
 
-    def add(
-        self,
-        batch: Microbatch,
-        result: HeadResult,
-        old_logprobs: Tensor | None,  # [N_p]
-        ref_logprobs: Tensor | None,  # [N_p]
-    ) -> None:
+    def add(self, batch: Microbatch, result: HeadResult) -> None:
         """Add one microbatch after its forward; nothing here waits for the device."""
-        boundary = batch.num_policy_rows
-        logprobs = result.logprobs[:boundary]
-        old = logprobs if old_logprobs is None else old_logprobs
+        policy = batch.policy
+        logprobs, score_logprobs = result.logprobs.split([len(policy), len(batch.score)])
+        old = logprobs if policy.old_logprobs is None else policy.old_logprobs
         clipped = is_clipped(
             logprobs,
             old,
-            batch.advantages,
+            policy.advantages,
             kind=self._config.kind,
             clip_low=self._config.clip_low,
             clip_high=self._config.clip_high,
-            sequence_ids=batch.sequence_ids,
+            sequence_ids=policy.sequence_ids,
         )
         sums = self._sums
-        sums["tokens"] += boundary
+        sums["tokens"] += len(policy)
         sums["policy"] += result.policy_loss
         sums["score"] += result.score_loss
-        sums["disagreement"] += (old - batch.rollout_logprobs).abs().sum()
+        sums["disagreement"] += (old - policy.rollout_logprobs).abs().sum()
         sums["clipped"] += clipped.sum()
         # -log pi of the sampled token estimates the entropy without bias, and without the logits.
-        sums["entropy"] -= batch.rollout_logprobs.sum()
-        if ref_logprobs is not None:
-            sums["kl"] += kl_penalty(logprobs, ref_logprobs).sum()
-        self._score_logprobs.append(result.logprobs[boundary:])
-        self._rewards.append(batch.rewards)
+        sums["entropy"] -= policy.rollout_logprobs.sum()
+        if policy.ref_logprobs is not None:
+            sums["kl"] += kl_penalty(logprobs, policy.ref_logprobs).sum()
+        self._score_logprobs.append(score_logprobs)
+        self._rewards.append(batch.score.rewards)
 
     def disagreement(self, world: World) -> float:
         """Mean |policy - engine| log-prob so far, in nats. Collective."""
@@ -96,17 +90,15 @@ class RowMetrics:
             metrics["loss/kl"] = sums["kl"] / tokens
         return metrics
 
-    def score_metrics(
-        self, world: World, outcome: Outcome, *, beta: float, ref_logprob: float
-    ) -> dict[str, float]:
+    def score_metrics(self, world: World, tables: StepTables, score: SelfScore) -> dict[str, float]:
         """Self-verification of this step's completions, from the training forward. Collective.
 
         Truncated completions have no score row and count as predicted incorrect.
         """
         local = torch.stack([torch.cat(self._score_logprobs), torch.cat(self._rewards)], dim=1)
         rows = torch.tensor(world.gather(local.tolist())).reshape(-1, 2)
-        truncated = outcome.rewards[outcome.is_graded & ~outcome.is_finished]
-        scores = self_reward_score(rows[:, 0], beta=beta, ref_logprob=ref_logprob)
+        truncated = tables.rewards[tables.is_graded & ~tables.is_finished]
+        scores = score.of(rows[:, 0])
         found = verify(
             torch.cat([scores, torch.zeros_like(truncated)]),
             is_correct(torch.cat([rows[:, 1], truncated])),

@@ -1,15 +1,15 @@
 """One training step, as the nouns it passes through.
 
-    prompt -> rollout -> reward -> score -> advantage -> pack -> loss -> step
+    prompt -> sync -> rollout -> reward -> score -> advantage -> pack -> loss -> step
 
-The first three are the sampler's (laser_fast/training/sampler.py). `Trainer` holds what lives
-from step to step; laser_fast/training/run.py builds it, evaluates and saves.
+The first four are the sampler's (laser_fast/training/sampler.py). `Trainer` holds what lives from
+step to step; laser_fast/training/run.py builds it, evaluates and saves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,92 +17,78 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
+from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
-from laser_fast.model.logprobs import read_rows, with_scores
+from laser_fast.model.logprobs import label_logprobs, with_scores
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rollout.agreement import DisagreementError
-from laser_fast.training.batch import (
-    gather_outcome,
+from laser_fast.training.grad_cap import GradientCap
+from laser_fast.training.objective import Objective, joint_loss
+from laser_fast.training.sampler import Sampler
+from laser_fast.training.schedule import learning_rate, mixes_scores
+from laser_fast.training.step_metrics import RowMetrics, table_metrics
+from laser_fast.training.tables import (
+    gather_tables,
     step_advantages,
     step_weights,
     training_sequences,
 )
-from laser_fast.training.grad_cap import GradientCap
-from laser_fast.training.objective import Objective, joint_loss
-from laser_fast.training.optimizer import learning_rate
-from laser_fast.training.sampler import Rewards, Sampler
-from laser_fast.training.stages import Stages
-from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
-
-# A microbatch with the old and the reference log-probs of its policy rows, where they are needed.
-Batch = tuple[Microbatch, Tensor | None, Tensor | None]
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """The parts of a run, and the little state that a checkpoint holds besides them."""
+    """The parts of a run that a step needs."""
 
     config: Config
     world: World
-    stages: Stages
+    stage: StageTimer
     sampler: Sampler
     packer: Packer
     policy: Policy
     reference: Policy | None  # frozen initial policy of the KL penalty
     optimizer: Optimizer
+    score: SelfScore
     cap: GradientCap
-    ref_logprob: float | None = None  # c_ref; None until measured
 
-    def step(self, step: int) -> tuple[dict[str, float], list[Group], Rewards]:
-        """Run step 0, 1, ...: metrics over all ranks, this rank's groups and their rewards."""
-        config, scoring = self.config, self.config.score
-        groups, rewards = self.sampler.collect(step)
-
-        mixes_scores = config.advantage.score_coef > 0 and step >= (
-            scoring.warmup_steps + config.advantage.score_warmup_steps
-        )
-        with self.stages("score"):
-            if mixes_scores and config.rollout.score == "off":
+    def step(self, step: int) -> tuple[dict[str, float], list[Group]]:
+        """Run step 0, 1, ...: metrics over all ranks, and this rank's graded groups."""
+        config, trains_score = self.config, self.config.score.loss_coef > 0
+        groups = self.sampler.sample(step)
+        mixes = mixes_scores(step, config)
+        with self.stage("score"):
+            if mixes and config.rollout.score == "off":
                 groups = with_scores(self.policy, groups, self.packer)
-        with self.stages("advantage"):
-            outcome = gather_outcome(groups, rewards, self.world)
-            advantages = step_advantages(
-                outcome, config, ref_logprob=self.ref_logprob, mixes_scores=mixes_scores
-            )
-        with self.stages("pack"):
+        with self.stage("advantage"):
+            tables = gather_tables(groups, self.world)
+            advantages = step_advantages(tables, config, self.score if mixes else None)
+        with self.stage("pack"):
+            weights = step_weights(tables, config)
             sequences = training_sequences(
-                groups,
-                self.world.rank * len(groups),
-                outcome,
-                advantages,
-                step_weights(outcome, config),
-                with_score_rows=scoring.loss_coef > 0,
+                groups, self.world, tables, advantages, weights, with_score_rows=trains_score
             )
             updates = [self.packer.microbatches(part) for part in self._minibatches(sequences)]
-        with self.stages("loss"):
-            # One update per rollout: the old log-probs are the current ones, detached.
-            old = self._read(self.policy if len(updates) > 1 else None, updates)
-            ref = self._read(self.reference, updates)
+        with self.stage("loss"):
+            updates = self._with_logprobs(updates)
 
+        score_step = step - config.score.warmup_steps
         objective = Objective(
             loss=config.loss,
-            beta=scoring.beta,
-            ref_logprob=self.ref_logprob,
-            score_coef=self.cap.coef() if step >= scoring.warmup_steps else 0.0,
+            score=self.score,
+            score_coef=self.cap.coef() if score_step >= 0 else 0.0,
         )
-        measures = objective.score_coef > 0 and self.cap.is_due(step - scoring.warmup_steps)
+        measures = objective.score_coef > 0 and self.cap.is_due(score_step)
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         rows = RowMetrics(config.loss, self.world.device)
-        grad_norms = []
-        for microbatches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
-            with self.stages.timer("loss"):
-                batches = list(zip(microbatches, old_logprobs, ref_logprobs, strict=True))
+        grad_norms: list[float] = []
+        for batches in updates:
+            with self.stage.only("loss"):
                 if measures and not grad_norms:
                     norms = self._backward_apart(objective, batches, rows)
                     objective = replace(objective, score_coef=self.cap.coef())
@@ -110,31 +96,20 @@ class Trainer:
                     self._backward(objective, batches, rows)
             if self.sampler.staleness == 0:  # else an update lies between, which TIS corrects
                 self._check_rollout(step, rows.disagreement(self.world))
-            with self.stages.timer("step"):
+            with self.stage.only("step"):
                 grad_norms.append(self._update(step))
 
-        metrics = outcome_metrics(outcome, advantages)
+        metrics = table_metrics(tables, advantages)
         metrics |= rows.finish(self.world, has_reference=self.reference is not None)
-        if scoring.loss_coef > 0:
-            metrics |= rows.score_metrics(
-                self.world, outcome, beta=scoring.beta, ref_logprob=self.ref_logprob
-            )
+        if trains_score:
+            metrics |= rows.score_metrics(self.world, tables, self.score)
         metrics |= norms
         metrics["score/coef"] = objective.score_coef
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
         metrics["rollout/staleness"] = self.sampler.staleness
-        return metrics, groups, rewards
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides model and optimizer."""
-        return {"ref_logprob": self.ref_logprob, "cap": self.cap.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.ref_logprob = state["ref_logprob"]
-        self.cap.load_state_dict(state["cap"])
+        return metrics, groups
 
     def _minibatches(self, sequences: list[TrainingSequence]) -> list[list[TrainingSequence]]:
         """Local sequences by optimizer update: prompt p of the step belongs to p mod count."""
@@ -146,46 +121,34 @@ class Trainer:
             parts[(first + index // size) % count].append(sequence)
         return parts
 
-    def _read(
-        self, policy: Policy | None, updates: list[list[Microbatch]]
-    ) -> list[list[Tensor | None]]:
-        """Log-probs [N_p] of the policy rows of every microbatch; None without a policy."""
-        if policy is None:
-            return [[None] * len(microbatches) for microbatches in updates]
-        return [
-            [
-                logprobs[: batch.num_policy_rows]
-                for batch, logprobs in zip(
-                    microbatches, read_rows(policy, microbatches), strict=True
-                )
-            ]
-            for microbatches in updates
-        ]
+    def _with_logprobs(self, updates: list[list[Microbatch]]) -> list[list[Microbatch]]:
+        """The microbatches with the old and the reference log-probs that their loss needs.
+
+        With one update per rollout the old log-probs are the current ones, detached.
+        """
+        if len(updates) > 1:
+            updates = [_read(self.policy, batches, "old_logprobs") for batches in updates]
+        if self.reference is not None:
+            updates = [_read(self.reference, batches, "ref_logprobs") for batches in updates]
+        return updates
 
     def _backward(
-        self,
-        objective: Objective,
-        batches: list[Batch],
-        rows: RowMetrics | None,
+        self, objective: Objective, batches: Sequence[Microbatch], rows: RowMetrics | None
     ) -> None:
         """Accumulate the gradients of one update; `rows` takes its metrics."""
-        for batch, old_logprobs, ref_logprobs in batches:
-            head = joint_loss(
-                objective, batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs
-            )
-            result = self.policy(batch, head)
+        for batch in batches:
+            result = self.policy(batch, joint_loss(objective, batch))
             # FSDP2 averages gradients over ranks, but the denominators are already global.
             (result.loss * self.world.size).backward()
             if rows is not None:
-                rows.add(batch, result, old_logprobs, ref_logprobs)
+                rows.add(batch, result)
 
     def _backward_apart(
-        self, objective: Objective, batches: list[Batch], rows: RowMetrics
+        self, objective: Objective, batches: Sequence[Microbatch], rows: RowMetrics
     ) -> dict[str, float]:
         """The same with the gradients of both terms formed apart, measured and joined.
 
-        Returns:
-            Both norms for the log; the score's at the coefficient that now acts.
+        Returns both norms for the log; the score's at the coefficient that now acts.
         """
         parameters = list(self.policy.parameters())
         self._backward(replace(objective, score_coef=0.0), batches, rows)
@@ -193,20 +156,25 @@ class Trainer:
         policy_grads = [parameter.grad for parameter in parameters]
         self.optimizer.zero_grad(set_to_none=True)
         score_only = [
-            (replace(batch, token_weight=torch.zeros_like(batch.token_weight)), *rest)
-            for batch, *rest in batches
+            replace(
+                batch,
+                policy=replace(batch.policy, weights=torch.zeros_like(batch.policy.weights)),
+            )
+            for batch in batches
         ]
         self._backward(replace(objective, score_coef=self.cap.loss_coef), score_only, None)
         score_norm = self._grad_norm()
         self.cap.measure(policy_norm=policy_norm, score_norm=score_norm)
         share = self.cap.coef() / self.cap.loss_coef
         for parameter, grad in zip(parameters, policy_grads, strict=True):
+            assert parameter.grad is not None and grad is not None
             parameter.grad.mul_(share).add_(grad)
         return {"loss/grad_norm": policy_norm, "score/grad_norm": share * score_norm}
 
     def _grad_norm(self) -> float:
         """Norm of the accumulated gradients over all parameters. Collective."""
-        norm = get_total_norm([parameter.grad for parameter in self.policy.parameters()])
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = get_total_norm(grads)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _update(self, step: int) -> float:
@@ -233,3 +201,12 @@ class Trainer:
                 f"token, more than rollout.max_disagreement = {limit:g}; the engine's weights are "
                 "stale or its numerics differ"
             )
+
+
+def _read(policy: Policy, batches: Sequence[Microbatch], name: str) -> list[Microbatch]:
+    """The microbatches with a policy's log-probs of their policy rows under `name`."""
+    found: list[Tensor] = label_logprobs(policy, batches)
+    return [
+        replace(batch, policy=replace(batch.policy, **{name: logprobs[: len(batch.policy)]}))
+        for batch, logprobs in zip(batches, found, strict=True)
+    ]

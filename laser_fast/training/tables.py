@@ -19,15 +19,15 @@ from laser_fast.algorithm.advantage import (
     overlong_penalty,
 )
 from laser_fast.algorithm.loss import token_weights
-from laser_fast.algorithm.score import class_weights, self_reward_score
+from laser_fast.algorithm.score import SelfScore, class_weights
 from laser_fast.config import Config
 from laser_fast.model.distributed import World
 from laser_fast.records import Group, TrainingSequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of the rollout, [P, G] on the CPU; P counts the prompts of all ranks."""
+class StepTables:
+    """What rollout and grader gave, [P, G] on the CPU; P counts the prompts of all ranks."""
 
     rewards: Tensor  # float32, the verifier's; 0 where grading failed
     is_graded: Tensor  # bool
@@ -46,32 +46,26 @@ class Outcome:
         return has_reward_spread(self.rewards, self.is_graded)
 
 
-def gather_outcome(
-    groups: Sequence[Group], rewards: Sequence[Sequence[float | None]], world: World
-) -> Outcome:
-    """Join all ranks' groups, in rank order, which is the order of the step's prompts."""
+def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
+    """Join all ranks' graded groups, in rank order, which is the order of the step's prompts."""
     group_size = len(groups[0].completions)
-    graded = [
-        (completion, reward)
-        for group, own in zip(groups, rewards, strict=True)
-        for completion, reward in zip(group.completions, own, strict=True)
-    ]
     rows = [
         (
-            0.0 if reward is None else reward,
+            reward or 0.0,
             reward is not None,
             completion.is_finished,
             len(completion.completion_ids),
             completion.score_logprob or 0.0,
         )
-        for completion, reward in graded
+        for group in groups
+        for completion, reward in zip(group.completions, group.rewards, strict=True)
     ]
     columns = [
         torch.tensor(column).reshape(-1, group_size)
         for column in zip(*world.gather(rows), strict=True)
     ]
     reward, is_graded, is_finished, lengths, score_logprobs = columns
-    return Outcome(
+    return StepTables(
         rewards=reward.float(),
         is_graded=is_graded,
         is_finished=is_finished,
@@ -80,32 +74,24 @@ def gather_outcome(
     )
 
 
-def step_advantages(
-    outcome: Outcome, config: Config, *, ref_logprob: float | None, mixes_scores: bool
-) -> Tensor:
-    """Advantages of all completions, [P, G] float32; 0 where grading failed.
-
-    `ref_logprob` is needed where scores are mixed in.
-    """
-    rewards = outcome.rewards
+def step_advantages(tables: StepTables, config: Config, score: SelfScore | None) -> Tensor:
+    """Advantages of all completions, [P, G] float32; a `score` is mixed in. 0 for failed grades."""
+    rewards = tables.rewards
     if config.reward.overlong == "penalty":
         rewards = rewards + overlong_penalty(
-            outcome.lengths,
+            tables.lengths,
             max_new_tokens=config.rollout.max_new_tokens,
             buffer=config.reward.overlong_buffer,
         )
-    advantages = group_advantages(rewards, is_valid=outcome.is_graded, scale=config.advantage.scale)
-    if mixes_scores:
-        assert ref_logprob is not None
+    advantages = group_advantages(rewards, is_valid=tables.is_graded, scale=config.advantage.scale)
+    if score is not None:
         advantages = mix_advantages(
             advantages,
-            self_reward_score(
-                outcome.score_logprobs, beta=config.score.beta, ref_logprob=ref_logprob
-            ),
-            outcome.is_finished,
+            score.of(tables.score_logprobs),
+            tables.is_finished,
             tau=config.advantage.score_coef,
             min_std=config.advantage.score_min_std,
-            is_valid=outcome.is_graded,
+            is_valid=tables.is_graded,
         )
     return advantages
 
@@ -118,27 +104,27 @@ class Weights:
     score: Tensor
 
 
-def step_weights(outcome: Outcome, config: Config) -> Weights:
+def step_weights(tables: StepTables, config: Config) -> Weights:
     """Weights of each completion in the update that its prompt belongs to.
 
     With several minibatches, prompt p goes to update p mod minibatches, whatever the world size;
     denominators and class balance are those of the update.
     """
-    token, score = torch.zeros_like(outcome.rewards), torch.zeros_like(outcome.rewards)
-    is_trained = outcome.is_graded
+    token, score = torch.zeros_like(tables.rewards), torch.zeros_like(tables.rewards)
+    is_trained = tables.is_graded
     if config.reward.overlong == "mask":
-        is_trained = is_trained & outcome.is_finished
+        is_trained = is_trained & tables.is_finished
     for first in range(config.optim.minibatches):
         part = slice(first, None, config.optim.minibatches)
         token[part] = token_weights(
-            outcome.lengths[part].flatten(),
+            tables.lengths[part].flatten(),
             is_trained[part].flatten(),
             aggregation=config.loss.aggregation,
             max_new_tokens=config.rollout.max_new_tokens,
         ).view_as(token[part])
-        has_target = outcome.has_score_target[part]
+        has_target = tables.has_score_target[part]
         balance = class_weights(
-            outcome.rewards[part], has_target, max_weight=config.score.max_class_weight
+            tables.rewards[part], has_target, max_weight=config.score.max_class_weight
         )
         score[part] = balance / has_target.sum().clamp(min=1)
     return Weights(token=token, score=score)
@@ -146,25 +132,25 @@ def step_weights(outcome: Outcome, config: Config) -> Weights:
 
 def training_sequences(
     groups: Sequence[Group],
-    first_prompt: int,
-    outcome: Outcome,
+    world: World,
+    tables: StepTables,
     advantages: Tensor,
     weights: Weights,
     *,
     with_score_rows: bool,
 ) -> list[TrainingSequence]:
-    """The sequences of this rank, whose groups are rows `first_prompt` onwards of the tables."""
+    """The sequences of this rank, whose groups are its share of the rows of the tables."""
     return [
         TrainingSequence(
             prompt_ids=group.prompt.prompt_ids,
             completion_ids=completion.completion_ids,
             rollout_logprobs=completion.rollout_logprobs,
-            has_score_row=with_score_rows and bool(outcome.has_score_target[p, g]),
+            has_score_row=with_score_rows and bool(tables.has_score_target[p, g]),
             advantage=float(advantages[p, g]),
             token_weight=float(weights.token[p, g]),
-            reward=float(outcome.rewards[p, g]),
+            reward=float(tables.rewards[p, g]),
             score_weight=float(weights.score[p, g]),
         )
-        for p, group in enumerate(groups, start=first_prompt)
+        for p, group in enumerate(groups, start=world.rank * len(groups))
         for g, completion in enumerate(group.completions)
     ]
