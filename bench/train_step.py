@@ -27,7 +27,7 @@ from bench.exact import Exact
 from bench.guard import guarded
 from bench.harness import Case, Entry, Error, Run, measure
 from bench.shapes import Inputs
-from bench.workload import QUICKSTART, QWEN_1_5B, make_microbatches, make_model
+from bench.workload import QUICKSTART, QWEN_1_5B, SCORE_TOKEN, make_microbatches, make_model
 from laser_fast.algorithm.loss import policy_loss, tis_weights
 from laser_fast.algorithm.score import score_loss
 from laser_fast.model.attention import attention_kwargs
@@ -45,23 +45,17 @@ Forward = Callable[[PreTrainedModel, Microbatch], Tensor]  # -> loss
 
 def joint_loss(batch: Microbatch) -> LossOfRows:
     """The loss of laser_fast.training.objective, from the same public functions."""
-    boundary = batch.num_policy_rows
 
     def loss_fn(logprobs: Tensor, rows: slice) -> Tensor:
-        split = max(min(rows.stop, boundary) - rows.start, 0)
-        policy = slice(rows.start, rows.start + split)
-        score = slice(max(rows.start, boundary) - boundary, max(rows.stop, boundary) - boundary)
-        old = logprobs[:split].detach()
-        terms = policy_loss(logprobs[:split], old, batch.advantages[policy])
-        terms = terms * tis_weights(old, batch.rollout_logprobs[policy], cap=2.0)
+        policy, score = batch.labelled(rows)
+        policy_logprobs, score_logprobs = logprobs.split([len(policy), len(score)])
+        old = policy_logprobs.detach()
+        terms = policy_loss(policy_logprobs, old, policy.advantages)
+        terms = terms * tis_weights(old, policy.rollout_logprobs, cap=2.0)
         score_terms = score_loss(
-            logprobs[split:],
-            batch.rewards[score],
-            batch.score_weight[score],
-            beta=BETA,
-            ref_logprob=REF_LOGPROB,
+            score_logprobs, score.rewards, score.weights, beta=BETA, ref_logprob=REF_LOGPROB
         )
-        return (batch.token_weight[policy] * terms).sum() + SCORE_COEF * score_terms.sum()
+        return (policy.weights * terms).sum() + SCORE_COEF * score_terms.sum()
 
     return loss_fn
 
@@ -114,13 +108,13 @@ def body_and_kernel() -> tuple[Head, Forward]:
 
 def trainer() -> tuple[Head, Forward]:
     """What the trainer runs, on one unsharded device."""
+    from laser_fast.algorithm.score import SelfScore
     from laser_fast.config import LossConfig
     from laser_fast.model.policy import Policy
     from laser_fast.training import objective
 
-    settings = objective.Objective(
-        loss=LossConfig(), beta=BETA, ref_logprob=REF_LOGPROB, score_coef=SCORE_COEF
-    )
+    score = SelfScore(token_id=SCORE_TOKEN, beta=BETA, ref_logprob=REF_LOGPROB)
+    settings = objective.Objective(loss=LossConfig(), score=score, score_coef=SCORE_COEF)
 
     def head(hidden_states: Tensor, weight: Tensor, batch: Microbatch) -> Tensor:
         return objective.joint_loss(settings, batch)(hidden_states[batch.rows], weight).loss

@@ -15,8 +15,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from torch.optim import AdamW
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import parse_config
 from laser_fast.data.prompts import PromptSource
 from laser_fast.log.timer import StageTimer
@@ -28,9 +30,7 @@ from laser_fast.records import Completion, Group
 from laser_fast.rewards import Grader
 from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, write_tokenizer
 from laser_fast.training.grad_cap import GradientCap
-from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.sampler import Sampler
-from laser_fast.training.stages import Stages
 from laser_fast.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -147,17 +147,17 @@ def run(case):
         policy = build_policy(config.model, world)
         stop = StopSignal(world)
         stack.callback(stop.restore)
-        stages = Stages(StageTimer(), stop)
+        stage = StageTimer(after_stage=stop.check)
         packer = Packer(
             budget=config.optim.tokens_per_microbatch,
-            score_token_id=vocabulary.score_token_id,
+            score_token_id=vocabulary.special.score_token_id,
             temperature=config.rollout.temperature,
             device=world.device,
         )
         sampler = Sampler(
             config=config,
             world=world,
-            stages=stages,
+            stage=stage,
             vocabulary=vocabulary,
             prompts=PromptSource(config.data, vocabulary.tokenizer, seed=0, split="train"),
             engine=WrittenRollout(vocabulary.tokenizer),
@@ -168,16 +168,20 @@ def run(case):
         trainer = Trainer(
             config=config,
             world=world,
-            stages=stages,
+            stage=stage,
             sampler=sampler,
             packer=packer,
             policy=policy,
             reference=None,
-            optimizer=build_optimizer(policy, config.optim),
+            optimizer=AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=0.01),
             cap=GradientCap(
                 loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio
             ),
-            ref_logprob=config.score.ref_logprob,
+            score=SelfScore(
+                token_id=vocabulary.special.score_token_id,
+                beta=config.score.beta,
+                ref_logprob=config.score.ref_logprob,
+            ),
         )
         metrics = [trainer.step(step)[0] for step in range(STEPS)]
     return [{key: line[key] for key in PINNED} for line in metrics]

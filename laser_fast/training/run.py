@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore, check_score_target
-from laser_fast.config import Config, dump_config
+from laser_fast.config import Config, OptimConfig, dump_config
 from laser_fast.config_errors import ConfigError
 from laser_fast.data.prompts import PromptSource
 from laser_fast.evaluation.grading import answer_of
@@ -26,7 +26,7 @@ from laser_fast.log.samples import SampleRecord, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
 from laser_fast.model.distributed import StopRun, StopSignal, World
 from laser_fast.model.packing import Packer
-from laser_fast.model.policy import build_policy, load_model_config
+from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
@@ -79,9 +79,7 @@ def train(config: Config, *, world: World, resume: bool = False) -> None:
         log.finish(wall_seconds=time.monotonic() - started)
 
 
-def _build_sampler(
-    config: Config, world: World, stack: ExitStack
-) -> tuple[Sampler, list[Prompt]]:
+def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Sampler, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
@@ -135,12 +133,7 @@ def _build_trainer(sampler: Sampler, checkpoint: Path | None) -> tuple[Trainer, 
     reference = None
     if config.loss.kl_coef > 0:
         reference = build_policy(config.model, world).requires_grad_(False)
-    optimizer = AdamW(
-        policy.parameters(),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
-    )
+    optimizer = build_optimizer(policy, config.optim)
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
     first_step, ref_logprob = 0, None
     if checkpoint is not None:
@@ -161,6 +154,13 @@ def _build_trainer(sampler: Sampler, checkpoint: Path | None) -> tuple[Trainer, 
         cap=cap,
     )
     return trainer, first_step
+
+
+def build_optimizer(policy: Policy, config: OptimConfig) -> AdamW:
+    """AdamW over the sharded float32 masters."""
+    return AdamW(
+        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
 
 
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:

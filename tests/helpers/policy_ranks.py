@@ -15,20 +15,21 @@ from fork_ranks import run_ranks
 from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 
-from laser_fast.config import LossConfig, ModelConfig, OptimConfig
+from laser_fast.algorithm.score import SelfScore
+from laser_fast.config import LossConfig, ModelConfig
 from laser_fast.model.distributed import open_world
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
-from laser_fast.records import Prompt, Sampling
+from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.objective import Objective, joint_loss
-from laser_fast.training.optimizer import build_optimizer
 
 TEMPERATURE = 0.7
-OBJECTIVE = Objective(loss=LossConfig(), beta=0.2, ref_logprob=-7.5, score_coef=0.8)
-OPTIM = OptimConfig(steps=9, lr=0.05, weight_decay=0.1)
+SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
+OBJECTIVE = Objective(loss=LossConfig(), score=SCORE, score_coef=0.8)
 SAMPLING = Sampling(group_size=2, temperature=0.9, max_new_tokens=6, seed=3)
 PROMPTS = [
     Prompt(prompt_id=f"p{n}", text="", prompt_ids=tuple(range(10, 11 + n)), answer="")
@@ -50,6 +51,10 @@ def save_models(folder):
     """Write the model folder of every case."""
     for name, (family, tied) in MODEL_CASES.items():
         make_model(family, tied=tied).save_pretrained(folder / name)
+
+
+def make_optimizer(policy):
+    return AdamW(policy.parameters(), lr=0.05, weight_decay=0.1)
 
 
 def full(tensor):
@@ -103,15 +108,13 @@ def update(policy, world, optimizer):
 
 
 def make_engine(model, **options):
-    return HfEngine(
-        model,
+    tokens = SpecialTokens(
         score_token_id=SCORE_TOKEN,
         eos_token_ids=(EOS, *range(75, VOCAB)),  # many, so that random models come to an end
-        vocab_size=VOCAB,
         pad_token_id=EOS,
-        max_num_seqs=3,
-        **options,
+        vocab_size=VOCAB,
     )
+    return HfEngine(model, tokens, max_num_seqs=3, **options)
 
 
 @contextmanager
@@ -140,7 +143,7 @@ def measure_rollout(policy, world):
 def measure_checkpoint(config, world, run):
     """Updates before and after a checkpoint, undisturbed and resumed."""
     policy = build_policy(config, world)
-    optimizer = build_optimizer(policy, OPTIM)
+    optimizer = make_optimizer(policy)
     first = update(policy, world, optimizer)
     save_checkpoint(
         run,
@@ -155,7 +158,7 @@ def measure_checkpoint(config, world, run):
     second = update(policy, world, optimizer)
 
     policy = build_policy(config, world)
-    optimizer = build_optimizer(policy, OPTIM)
+    optimizer = make_optimizer(policy)
     state = load_checkpoint(run / "checkpoints" / "step-000001", policy=policy, optimizer=optimizer)
     loaded = full_parameters(policy)
     return {

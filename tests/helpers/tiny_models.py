@@ -1,4 +1,4 @@
-"""Tiny models, sequences and the naive loss that the tests of laser_fast.training compare with."""
+"""Tiny models, sequences and the naive loss that the tests compare with."""
 
 import random
 
@@ -66,8 +66,8 @@ def make_config(**sections):
     return parse_config({"output_dir": "run", **required}, source="test")
 
 
-def make_group(name, members):
-    """A group of completions (length, is_finished, score log-prob)."""
+def make_group(name, members, rewards=()):
+    """A group of completions (length, is_finished, score log-prob) and their rewards."""
     completions = tuple(
         Completion(
             completion_ids=(*range(10, 9 + length), EOS if is_finished else 90),
@@ -78,7 +78,7 @@ def make_group(name, members):
         for length, is_finished, score in members
     )
     prompt = Prompt(prompt_id=name, text=name, prompt_ids=(7, 8, 9), answer="1")
-    return Group(prompt=prompt, completions=completions)
+    return Group(prompt=prompt, completions=completions, rewards=tuple(rewards))
 
 
 def make_sequences(count=12, *, seed=0, longest=12):
@@ -136,7 +136,7 @@ def naive_loss(model, sequences, objective, *, temperature=1.0, old=None, ref=No
         terms = terms + config.entropy_coef * (rows.exp() * rows).sum(-1)
         total = total + sequence.token_weight * terms.sum()
         if sequence.has_score_row:
-            score = objective.beta * (last[SCORE_TOKEN] - objective.ref_logprob)
+            score = objective.score.of(last[SCORE_TOKEN])
             error = sequence.score_weight * (score - sequence.reward) ** 2
             total = total + objective.score_coef * error
     return total

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny_models import make_group, make_model
 
 from laser_fast.config import ModelConfig
-from laser_fast.evaluation.model import read_last_token
-from laser_fast.model.distributed import open_world
+from laser_fast.model.logprobs import last_token_logprobs, policy_logprobs, with_scores
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 
@@ -15,25 +14,50 @@ TOKENS = [3, 2, 6, 5]
 
 
 @pytest.fixture(scope="module")
-def policy(sandbox_model):
-    with open_world() as world:
-        yield build_policy(ModelConfig(path=str(sandbox_model)), world)
+def policy(world, model_folders):
+    return build_policy(ModelConfig(path=str(model_folders / "qwen2-tied")), world)
 
 
-def _packer(budget):
+@pytest.fixture(scope="module")
+def exact():
+    return make_model("qwen2", tied=True).double()
+
+
+def make_packer(budget):
     return Packer(budget=budget, score_token_id=4, temperature=0.5, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("budget", [7, 10, 64])  # alone, in pairs, together
-def test_every_token_after_every_sequence(policy, sandbox_model, budget):
+@pytest.mark.parametrize("budget", [7, 10, 64])  # one by one, in pairs, together
+def test_every_token_after_every_sequence(policy, exact, budget):
     moves = []
-    found = read_last_token(policy, SEQUENCES, _packer(budget), TOKENS, on_progress=moves.append)
+    packer = make_packer(budget)
+    found = last_token_logprobs(policy, SEQUENCES, packer, TOKENS, on_progress=moves.append)
     assert sum(moves) == len(SEQUENCES) and (len(moves) == 1) == (budget == 64)
-    model = AutoModelForCausalLM.from_pretrained(sandbox_model).double()
     for ids, row in zip(SEQUENCES, found, strict=True):
-        exact = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
-        torch.testing.assert_close(row.double(), exact, atol=2e-5, rtol=0)
+        expected = exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
+        torch.testing.assert_close(row.double(), expected, atol=2e-5, rtol=0)
 
 
 def test_no_sequence_at_all(policy):
-    assert read_last_token(policy, [], _packer(8), TOKENS).shape == (0, 4)
+    assert last_token_logprobs(policy, [], make_packer(8), TOKENS).shape == (0, 4)
+
+
+@pytest.mark.parametrize("budget", [13, 64])
+def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(policy, exact, budget):
+    groups = [
+        make_group("a", [(3, True, None), (10, False, None)]),
+        make_group("b", [(1, True, None)]),
+    ]
+    completions = [(g.prompt, c) for g in groups for c in g.completions]
+    found = policy_logprobs(policy, groups, make_packer(budget))
+    for (prompt, completion), (tokens, score) in zip(completions, found, strict=True):
+        ids = torch.tensor(completion.completion_ids)
+        logits = exact(torch.tensor([prompt.prompt_ids + completion.completion_ids])).logits[0]
+        rows = (logits[len(prompt.prompt_ids) - 1 : -1] / 0.5).log_softmax(-1)
+        expected = rows.gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(tokens).double(), expected, atol=5e-5, rtol=0)
+        assert (score is not None) == completion.is_finished
+        if score is not None:
+            assert score == pytest.approx(logits[-1].log_softmax(-1)[4].item(), abs=2e-5)
+    scored = [c for g in with_scores(policy, groups, make_packer(budget)) for c in g.completions]
+    assert [c.score_logprob for c in scored] == [score for _, score in found]

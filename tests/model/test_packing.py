@@ -77,8 +77,8 @@ def test_rows_and_labels_of_the_docstring():
     assert batch.rows.tolist() == [1, 2, 3]
     assert batch.labels.tolist() == [5, 2, 9]
     torch.testing.assert_close(batch.temperature, torch.tensor([0.7, 0.7, 1.0]))
-    assert batch.num_policy_rows == 2
-    assert batch.advantages.tolist() == [1.5, 1.5]
+    assert len(batch.policy) == 2
+    assert batch.policy.advantages.tolist() == [1.5, 1.5]
 
 
 def test_unpacking_gives_the_sequences_back():
@@ -88,7 +88,7 @@ def test_unpacking_gives_the_sequences_back():
     bins = packer.bins(sequences)
     for members, batch in zip(bins, packer.microbatches(sequences), strict=True):
         assert sum(batch.lengths) == len(batch.input_ids) == len(batch.position_ids) <= 40
-        boundary, start, score = batch.num_policy_rows, 0, 0
+        boundary, start, score = len(batch.policy), 0, 0
         for place, (index, length) in enumerate(zip(members, batch.lengths, strict=True)):
             sequence = sequences[index]
             num_prompt = len(sequence.prompt_ids)
@@ -96,35 +96,37 @@ def test_unpacking_gives_the_sequences_back():
             assert ids == sequence.prompt_ids + sequence.completion_ids
             assert batch.position_ids[start : start + length].tolist() == list(range(length))
 
-            own = batch.sequence_ids == place
+            own = batch.policy.sequence_ids == place
             rows, labels = batch.rows[:boundary][own], batch.labels[:boundary][own]
             assert rows.tolist() == list(range(start + num_prompt - 1, start + length - 1))
             assert tuple(labels.tolist()) == sequence.completion_ids
             assert torch.equal(batch.input_ids[rows + 1], labels)  # row p predicts token p + 1
             torch.testing.assert_close(
-                batch.rollout_logprobs[own], torch.tensor(sequence.rollout_logprobs)
+                batch.policy.rollout_logprobs[own], torch.tensor(sequence.rollout_logprobs)
             )
-            assert set(batch.advantages[own].tolist()) == {torch.tensor(sequence.advantage).item()}
-            assert set(batch.token_weight[own].tolist()) == {
+            assert set(batch.policy.advantages[own].tolist()) == {
+                torch.tensor(sequence.advantage).item()
+            }
+            assert set(batch.policy.weights[own].tolist()) == {
                 torch.tensor(sequence.token_weight).item()
             }
             if sequence.has_score_row:
                 row = boundary + score
                 assert batch.rows[row] == start + length - 1
                 assert batch.input_ids[batch.rows[row]] == EOS
-                assert batch.rewards[score] == sequence.reward
-                assert batch.score_weight[score] == torch.tensor(sequence.score_weight)
+                assert batch.score.rewards[score] == sequence.reward
+                assert batch.score.weights[score] == torch.tensor(sequence.score_weight)
                 score += 1
             seen.append(index)
             start += length
-        assert score == len(batch.rewards) == len(batch.rows) - boundary
+        assert score == len(batch.score.rewards) == len(batch.rows) - boundary
     assert sorted(seen) == list(range(20))
 
 
 def test_score_rows_come_last_with_the_score_token_at_temperature_one():
     for batch in make_packer().microbatches(make_sequences(20)):
-        boundary = batch.num_policy_rows
-        assert len(batch.rewards) > 0
+        boundary = len(batch.policy)
+        assert len(batch.score.rewards) > 0
         assert (batch.labels[boundary:] == SCORE_TOKEN).all()
         assert (batch.labels[:boundary] != SCORE_TOKEN).all()
         assert (batch.temperature[boundary:] == 1.0).all()
@@ -135,7 +137,7 @@ def test_an_empty_bin_is_one_token_without_rows():
     batch = make_packer().pack([])
     assert batch.lengths == (1,)
     assert len(batch.input_ids) == len(batch.position_ids) == 1
-    for name in ("rows", "labels", "temperature", "advantages", "rewards", "score_weight"):
+    for name in ("rows", "labels", "temperature", "policy", "score"):
         assert len(getattr(batch, name)) == 0, name
 
 

@@ -47,35 +47,35 @@ def load(path, *, score_token="<spare_0>"):
 
 def test_ids(folder):
     vocabulary = load(folder())
-    assert vocabulary.score_token_id == SPARE
-    assert vocabulary.eos_token_ids == (END,)
-    assert vocabulary.pad_token_id == 10
-    assert vocabulary.size == 15  # the tokenizer's, not the model's 97
+    assert vocabulary.special.score_token_id == SPARE
+    assert vocabulary.special.eos_token_ids == (END,)
+    assert vocabulary.special.pad_token_id == 10
+    assert vocabulary.special.vocab_size == 15  # the tokenizer's, not the model's 97
     assert vocabulary.decode((3, 4, END)) == "3 4"
 
 
 def test_several_eos_ids(folder):
     # The model's own defaults and the tokenizer name different ends; both end a completion.
     vocabulary = load(folder(generation_eos=[STOP, 9], model_eos=[STOP, 9]))
-    assert vocabulary.eos_token_ids == (STOP, 9, END)
+    assert vocabulary.special.eos_token_ids == (STOP, 9, END)
 
 
 def test_eos_of_the_tokenizer_alone(folder):
-    assert load(folder(model_eos=None)).eos_token_ids == (END,)
+    assert load(folder(model_eos=None)).special.eos_token_ids == (END,)
 
 
 def test_eos_of_the_model_alone(folder):
-    assert load(folder(eos=None, model_eos=STOP)).eos_token_ids == (STOP,)
+    assert load(folder(eos=None, model_eos=STOP)).special.eos_token_ids == (STOP,)
 
 
 def test_eos_of_the_model_beside_silent_generation_defaults(folder, tmp_path):
     path = folder(eos=None, model_eos=STOP)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
-    assert load(path).eos_token_ids == (STOP,)
+    assert load(path).special.eos_token_ids == (STOP,)
 
 
 def test_without_padding_an_end_pads(folder):
-    assert load(folder(pad=None)).pad_token_id == END
+    assert load(folder(pad=None)).special.pad_token_id == END
 
 
 def test_no_eos_at_all(folder):
@@ -85,7 +85,7 @@ def test_no_eos_at_all(folder):
 
 def test_an_eos_beyond_the_head_ends_nothing(folder, config):
     beyond = config.vocab_size
-    assert load(folder(model_eos=beyond)).eos_token_ids == (END,)
+    assert load(folder(model_eos=beyond)).special.eos_token_ids == (END,)
     with pytest.raises(ConfigError, match="declares no EOS token"):
         load(folder(eos=None, model_eos=beyond))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from policy_ranks import OPTIM, full, full_parameters, update
+from policy_ranks import full, full_parameters, make_optimizer, update
 
 from laser_fast.config import ConfigError, ModelConfig
 from laser_fast.model.policy import build_policy
@@ -16,7 +16,6 @@ from laser_fast.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from laser_fast.training.optimizer import build_optimizer
 
 
 def assert_equal(actual, expected):
@@ -29,7 +28,7 @@ def assert_equal(actual, expected):
 def fresh(world, model_folders):
     """A policy of the base model and an optimizer without history."""
     policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-tied")), world)
-    return policy, build_optimizer(policy, OPTIM)
+    return policy, make_optimizer(policy)
 
 
 def save(run, step, fresh, world, *, keep=2, **state):
@@ -119,7 +118,7 @@ def test_a_checkpoint_before_the_first_update(tmp_path, world, model_folders):
     found = {}
     for name in ("undisturbed", "saved", "resumed"):
         policy = build_policy(config, world)
-        optimizer = build_optimizer(policy, OPTIM)
+        optimizer = make_optimizer(policy)
         if name == "saved":
             save(tmp_path, 0, (policy, optimizer), world)
         if name == "resumed":

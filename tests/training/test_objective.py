@@ -12,8 +12,9 @@ from tiny_models import (
     naive_loss,
 )
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
-from laser_fast.model.logprobs import read_rows
+from laser_fast.model.logprobs import label_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.training.objective import Objective, joint_loss
@@ -47,10 +48,10 @@ def sequences(request):
     """Sequences whose policy rows, or whose score rows, lie in both chunks."""
     if request.param == "policy rows":
         sequences = make_sequences(32)
-        first, last = 0, pack(sequences).num_policy_rows
+        first, last = 0, len(pack(sequences).policy)
     else:
         sequences = make_sequences(30, longest=6)
-        first, last = pack(sequences).num_policy_rows, len(pack(sequences).rows)
+        first, last = len(pack(sequences).policy), len(pack(sequences).rows)
     assert first < 128 - 3 < 128 + 3 < last <= 256
     return sequences
 
@@ -58,8 +59,7 @@ def sequences(request):
 def make_objective(*, score_coef=0.8, **loss):
     return Objective(
         loss=LossConfig(**{"tis_cap": 0.0, **loss}),
-        beta=0.2,
-        ref_logprob=-7.5,
+        score=SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5),
         score_coef=score_coef,
     )
 
@@ -113,13 +113,14 @@ def test_joint_loss_equals_its_definition(policy, exact, sequences, loss, first_
     old = None if first_update else perturbed_logprobs(exact, sequences, spread=0.4, seed=1)
     ref = perturbed_logprobs(exact, sequences, spread=0.5, seed=2) if "kl_coef" in loss else None
     expected = naive_loss(exact, sequences, objective, temperature=TEMPERATURE, old=old, ref=ref)
-    head = joint_loss(
-        objective,
-        pack(sequences),
+    batch = pack(sequences)
+    rows = replace(
+        batch.policy,
         old_logprobs=None if old is None else torch.cat(old).float(),
         ref_logprobs=None if ref is None else torch.cat(ref).float(),
     )
-    result = policy(pack(sequences), head)
+    batch = replace(batch, policy=rows)
+    result = policy(batch, joint_loss(objective, batch))
     torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=1e-6)
 
     names, parameters = zip(*policy.hf.named_parameters(), strict=True)
@@ -168,8 +169,8 @@ def test_parts_of_the_loss_and_logprobs_are_reported(policy, exact, sequences):
 @pytest.mark.parametrize("loss", [{}, {"kind": "gspo"}, {"entropy_coef": 0.05}], ids=str)
 def test_score_rows_change_no_policy_row(policy, sequences, loss):
     without = [replace(sequence, has_score_row=False) for sequence in sequences]
-    boundary = pack(sequences).num_policy_rows
-    [with_rows], [without_rows] = (read_rows(policy, [pack(s)]) for s in (sequences, without))
+    boundary = len(pack(sequences).policy)
+    [with_rows], [without_rows] = (label_logprobs(policy, [pack(s)]) for s in (sequences, without))
     assert len(with_rows) > boundary == len(without_rows)
     torch.testing.assert_close(with_rows[:boundary], without_rows, rtol=0, atol=1e-6)
 
@@ -188,8 +189,10 @@ def test_score_rows_change_no_policy_row(policy, sequences, loss):
 
 def test_plain_grpo_needs_no_reference_logprob(policy, sequences):
     without = pack([replace(sequence, has_score_row=False) for sequence in sequences])
-    objective = replace(make_objective(), ref_logprob=None, score_coef=0.0)
-    assert policy(without, joint_loss(objective, without)).score_loss == 0
+    unread = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=float("nan"))
+    result = policy(without, joint_loss(replace(make_objective(), score=unread), without))
+    assert result.score_loss == 0
+    assert result.loss.isfinite()
 
 
 def test_an_empty_microbatch_gives_a_zero_loss_with_zero_gradients(policy):

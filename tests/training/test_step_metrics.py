@@ -1,17 +1,19 @@
 """Metrics of a step, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import SCORE_TOKEN, make_group
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
 from laser_fast.model.packing import Packer
 from laser_fast.records import TrainingSequence
-from laser_fast.training.batch import gather_outcome
 from laser_fast.training.objective import HeadResult
-from laser_fast.training.step_metrics import RowMetrics, outcome_metrics
+from laser_fast.training.step_metrics import RowMetrics, table_metrics
+from laser_fast.training.tables import gather_tables
 
 CPU = torch.device("cpu")
 
@@ -44,6 +46,11 @@ def make_result(logprobs, *, policy_loss, score_loss):
     )
 
 
+def with_logprobs(batch, old, ref):
+    return replace(batch, policy=replace(batch.policy, old_logprobs=old, ref_logprobs=ref))
+
+
+SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.1, ref_logprob=-10.0)
 FIRST = make_batch([((-1.0, -2.0), 1.0, 1.0), ((-3.0,), -1.0, 0.0)])
 SECOND = make_batch([((-2.0, -4.0), -1.0, None)])
 FIRST_RESULT = make_result([-1.1, -2.0, -3.5, -2.0, -6.0], policy_loss=0.25, score_loss=0.5)
@@ -52,9 +59,9 @@ SECOND_RESULT = make_result([-2.0, -4.2], policy_loss=-0.75, score_loss=0.0)
 
 def test_sums_over_microbatches(world):
     rows = RowMetrics(LossConfig(), CPU)
-    rows.add(FIRST, FIRST_RESULT, None, None)
+    rows.add(FIRST, FIRST_RESULT)
     assert rows.disagreement(world) == pytest.approx((0.1 + 0.0 + 0.5) / 3)
-    rows.add(SECOND, SECOND_RESULT, None, None)
+    rows.add(SECOND, SECOND_RESULT)
     assert rows.disagreement(world) == pytest.approx(0.8 / 5)
     metrics = rows.finish(world, has_reference=False)
     assert metrics == {
@@ -72,9 +79,10 @@ def test_clipped_share_and_kl(world):
     # Ratios e^.4 and 1 at A > 0, e^-.5 at A < 0: the first and the third are clipped.
     old = torch.tensor([-1.5, -2.0, -3.0])
     ref = torch.tensor([-1.1, -1.0, -3.5])
-    rows.add(FIRST, FIRST_RESULT, old, ref)
+    rows.add(with_logprobs(FIRST, old, ref), FIRST_RESULT)
     # Ratio e^.1 at A < 0 passes, and so does e^-.2 = 0.82.
-    rows.add(SECOND, SECOND_RESULT, torch.tensor([-2.1, -4.0]), torch.tensor([-2.0, -4.2]))
+    old, ref = torch.tensor([-2.1, -4.0]), torch.tensor([-2.0, -4.2])
+    rows.add(with_logprobs(SECOND, old, ref), SECOND_RESULT)
     metrics = rows.finish(world, has_reference=True)
     assert metrics["loss/clip_frac"] == pytest.approx(2 / 5)
     # One token differs by 1: k3 = e - 1 - 1.
@@ -85,13 +93,16 @@ def test_clipped_share_and_kl(world):
 
 def test_scores_count_truncated_completions_as_rejected(world):
     rows = RowMetrics(LossConfig(), CPU)
-    rows.add(FIRST, FIRST_RESULT, None, None)
-    rows.add(SECOND, SECOND_RESULT, None, None)
+    rows.add(FIRST, FIRST_RESULT)
+    rows.add(SECOND, SECOND_RESULT)
     # Scores 0.1 (logprob + 10): 0.8 of a correct answer, 0.4 of an incorrect one. A third
     # completion was truncated though right, the fourth was truncated and could not be graded.
-    group = make_group("a", [(2, True, None), (1, True, None), (2, False, None), (2, False, None)])
-    outcome = gather_outcome([group], [[1.0, 0.0, 1.0, None]], world)
-    metrics = rows.score_metrics(world, outcome, beta=0.1, ref_logprob=-10.0)
+    group = make_group(
+        "a",
+        [(2, True, None), (1, True, None), (2, False, None), (2, False, None)],
+        [1.0, 0.0, 1.0, None],
+    )
+    metrics = rows.score_metrics(world, gather_tables([group], world), SCORE)
     assert metrics == {
         "score/mean_correct": pytest.approx(0.8),
         "score/mean_incorrect": pytest.approx(0.4),
@@ -104,21 +115,20 @@ def test_scores_count_truncated_completions_as_rejected(world):
 
 def test_scores_of_a_step_without_score_rows(world):
     rows = RowMetrics(LossConfig(), CPU)
-    rows.add(SECOND, SECOND_RESULT, None, None)
-    group = make_group("a", [(2, False, None), (2, False, None)])
-    outcome = gather_outcome([group], [[None, None]], world)
-    metrics = rows.score_metrics(world, outcome, beta=0.1, ref_logprob=-10.0)
+    rows.add(SECOND, SECOND_RESULT)
+    group = make_group("a", [(2, False, None), (2, False, None)], [None, None])
+    metrics = rows.score_metrics(world, gather_tables([group], world), SCORE)
     assert all(math.isnan(value) for value in metrics.values())
 
 
 def test_metrics_of_the_tables(world):
     groups = [
-        make_group("a", [(2, True, -1.0), (3, True, -2.0)]),
-        make_group("b", [(10, False, None), (1, True, -2.0)]),
+        make_group("a", [(2, True, -1.0), (3, True, -2.0)], [1.0, None]),
+        make_group("b", [(10, False, None), (1, True, -2.0)], [0.5, 0.0]),
     ]
-    outcome = gather_outcome(groups, [[1.0, None], [0.5, 0.0]], world)
+    tables = gather_tables(groups, world)
     advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5]])
-    assert outcome_metrics(outcome, advantages) == {
+    assert table_metrics(tables, advantages) == {
         "rollout/mean_length": pytest.approx(4.0),
         "rollout/truncated": pytest.approx(1 / 4),
         "reward/mean": pytest.approx(1.5 / 3),

@@ -1,30 +1,34 @@
 """The [P, G] tables of a step, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import make_config, make_group
 
-from laser_fast.training.batch import (
-    gather_outcome,
+from laser_fast.algorithm.score import SelfScore
+from laser_fast.model.distributed import World
+from laser_fast.training.tables import (
+    gather_tables,
     step_advantages,
     step_weights,
     training_sequences,
 )
 
-# Per completion: (length, is_finished, score log-prob), and its reward.
+CPU = torch.device("cpu")
+# Per completion: (length, is_finished, score log-prob); then the rewards.
 GROUPS = [
     # The last grade failed.
-    make_group("a", [(2, True, -1.0), (3, True, -9.0), (4, True, -5.0)]),
+    make_group("a", [(2, True, -1.0), (3, True, -9.0), (4, True, -5.0)], [1.0, 0.0, None]),
     # The second was truncated, so it has no score.
-    make_group("b", [(5, True, -4.5), (10, False, None), (1, True, -5.5)]),
+    make_group("b", [(5, True, -4.5), (10, False, None), (1, True, -5.5)], [1.0, 1.0, 0.0]),
     # All rewards are equal.
-    make_group("c", [(2, True, -2.0), (2, True, -2.0), (3, True, -3.0)]),
+    make_group("c", [(2, True, -2.0), (2, True, -2.0), (3, True, -3.0)], [0.0] * 3),
     # All scores are nearly equal.
-    make_group("d", [(1, True, -5.0), (9, True, -5.1), (2, True, -5.2)]),
+    make_group("d", [(1, True, -5.0), (9, True, -5.1), (2, True, -5.2)], [0.0, 1.0, 0.0]),
 ]
-REWARDS = [[1.0, 0.0, None], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+SCORE = SelfScore(token_id=5, beta=0.1, ref_logprob=-10.0)
 
 HALF = math.sqrt(0.5)  # (1 - 1/2) / std of (1, 0)
 THIRD = 1 / math.sqrt(3)  # (1 - 2/3) / std of (1, 1, 0), and (0 - 1/3) / std of (0, 1, 0)
@@ -32,44 +36,44 @@ A_REWARD = [[HALF, -HALF, 0.0], [THIRD, THIRD, -2 * THIRD], [0.0] * 3, [-THIRD, 
 
 
 @pytest.fixture
-def outcome(world):
-    return gather_outcome(GROUPS, REWARDS, world)
+def tables(world):
+    return gather_tables(GROUPS, world)
 
 
 def close(actual, expected):
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_gathered_tables(outcome):
-    assert outcome.rewards.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]]
-    assert outcome.is_graded.tolist() == [[True, True, False]] + [[True] * 3] * 3
-    assert outcome.is_finished.tolist() == [[True] * 3, [True, False, True], [True] * 3, [True] * 3]
-    assert outcome.lengths.tolist() == [[2, 3, 4], [5, 10, 1], [2, 2, 3], [1, 9, 2]]
-    close(outcome.score_logprobs[:2], [[-1.0, -9.0, -5.0], [-4.5, 0.0, -5.5]])
-    assert outcome.has_score_target.tolist() == [
+def test_gathered_tables(tables):
+    assert tables.rewards.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert tables.is_graded.tolist() == [[True, True, False]] + [[True] * 3] * 3
+    assert tables.is_finished.tolist() == [[True] * 3, [True, False, True], [True] * 3, [True] * 3]
+    assert tables.lengths.tolist() == [[2, 3, 4], [5, 10, 1], [2, 2, 3], [1, 9, 2]]
+    close(tables.score_logprobs[:2], [[-1.0, -9.0, -5.0], [-4.5, 0.0, -5.5]])
+    assert tables.has_score_target.tolist() == [
         [True, True, False],
         [True, False, True],
         [True] * 3,
         [True] * 3,
     ]
-    assert outcome.has_spread.tolist() == [True, True, False, True]
+    assert tables.has_spread.tolist() == [True, True, False, True]
 
 
-def test_reward_advantages_leave_failed_grades_out(outcome):
+def test_reward_advantages_leave_failed_grades_out(tables):
     config = make_config()
-    advantages = step_advantages(outcome, config, ref_logprob=None, mixes_scores=False)
+    advantages = step_advantages(tables, config, None)
     close(advantages, A_REWARD)
 
 
-def test_unscaled_advantages(outcome):
+def test_unscaled_advantages(tables):
     config = make_config(advantage={"scale": "none"})
-    advantages = step_advantages(outcome, config, ref_logprob=None, mixes_scores=False)
+    advantages = step_advantages(tables, config, None)
     close(advantages[:2], [[0.5, -0.5, 0.0], [1 / 3, 1 / 3, -2 / 3]])
 
 
-def test_mixed_advantages(outcome):
-    config = make_config(score={"beta": 0.1}, advantage={"score_coef": 0.25, "score_min_std": 0.02})
-    advantages = step_advantages(outcome, config, ref_logprob=-10.0, mixes_scores=True)
+def test_mixed_advantages(tables):
+    config = make_config(advantage={"score_coef": 0.25, "score_min_std": 0.02})
+    advantages = step_advantages(tables, config, SCORE)
     # Scores 0.1 (logprob + 10): 0.9, 0.1 beside a failed grade, like the rewards 1, 0.
     first = [HALF, -HALF, 0.0]
     # 0.55, 0 (truncated), 0.45 have mean 1/3 and std 0.2929733.
@@ -81,17 +85,17 @@ def test_mixed_advantages(outcome):
     close(advantages, [first, second, third, A_REWARD[3]])
 
 
-def test_soft_penalty_of_long_completions(outcome):
+def test_soft_penalty_of_long_completions(tables):
     config = make_config(reward={"overlong": "penalty", "overlong_buffer": 4})
-    advantages = step_advantages(outcome, config, ref_logprob=None, mixes_scores=False)
+    advantages = step_advantages(tables, config, None)
     # Lengths 1, 9, 2 of at most 10: the penalties are 0, -3/4, 0, so the rewards 0, 1/4, 0.
     close(advantages[3], A_REWARD[3])
     # Lengths 5, 10, 1: the rewards are 1, 0, 0, mean 1/3, std 1/sqrt(3).
     close(advantages[1], [2 * THIRD, -THIRD, -THIRD])
 
 
-def test_weights_of_a_single_update(outcome):
-    weights = step_weights(outcome, make_config())
+def test_weights_of_a_single_update(tables):
+    weights = step_weights(tables, make_config())
     # Graded tokens: 2 + 3, 5 + 10 + 1, 2 + 2 + 3, 1 + 9 + 2.
     token = [[1.0] * 3 for _ in range(4)]
     token[0][2] = 0.0
@@ -110,15 +114,15 @@ def test_weights_of_a_single_update(outcome):
     assert weights.score.sum() == pytest.approx(1.0)
 
 
-def test_class_weights_are_capped(outcome):
-    weights = step_weights(outcome, make_config(score={"max_class_weight": 1.25}))
+def test_class_weights_are_capped(tables):
+    weights = step_weights(tables, make_config(score={"max_class_weight": 1.25}))
     assert weights.score[0, 0].item() == pytest.approx(0.125)
     assert weights.score[0, 1].item() == pytest.approx(1 / 14)
 
 
-def test_masked_truncated_completions_leave_the_denominator(outcome):
+def test_masked_truncated_completions_leave_the_denominator(tables):
     config = make_config(reward={"overlong": "mask"})
-    close(step_weights(outcome, config).token[1] * 30, [1.0, 0.0, 1.0])
+    close(step_weights(tables, config).token[1] * 30, [1.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -128,14 +132,14 @@ def test_masked_truncated_completions_leave_the_denominator(outcome):
         ("seq-mean-token-sum-norm", 1 / (11 * 10)),
     ],
 )
-def test_other_aggregations(outcome, aggregation, expected):
-    weights = step_weights(outcome, make_config(loss={"aggregation": aggregation}))
+def test_other_aggregations(tables, aggregation, expected):
+    weights = step_weights(tables, make_config(loss={"aggregation": aggregation}))
     assert weights.token[1, 0].item() == pytest.approx(expected)  # 11 trained, its length is 5
     assert weights.token[0, 2] == 0
 
 
-def test_minibatches_take_every_second_prompt(outcome):
-    weights = step_weights(outcome, make_config(optim={"minibatches": 2}))
+def test_minibatches_take_every_second_prompt(tables):
+    weights = step_weights(tables, make_config(optim={"minibatches": 2}))
     # Prompts 0 and 2: 2 + 3 + 7 tokens, and 1 correct, 4 incorrect of 5.
     # Prompts 1 and 3: 16 + 12 tokens, and 2 correct, 3 incorrect of 5.
     even, odd = 1 / 12, 1 / 28
@@ -152,43 +156,41 @@ def test_minibatches_take_every_second_prompt(outcome):
 
 
 @pytest.mark.parametrize("with_score_rows", [True, False])
-def test_sequences_take_their_rows_of_the_tables(outcome, with_score_rows):
+def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
     config = make_config()
     advantages = torch.arange(12.0).reshape(4, 3)
-    weights = step_weights(outcome, config)
+    weights = step_weights(tables, config)
     sequences = training_sequences(
-        GROUPS[1:3], 1, outcome, advantages, weights, with_score_rows=with_score_rows
+        GROUPS[1:2], World(1, 4, CPU), tables, advantages, weights, with_score_rows=with_score_rows
     )
-    assert [s.advantage for s in sequences] == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
-    assert [s.reward for s in sequences] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [s.advantage for s in sequences] == [3.0, 4.0, 5.0]
+    assert [s.reward for s in sequences] == [1.0, 1.0, 0.0]
     # A truncated completion has no EOS to read a score at.
-    is_scored = [True, False, True, True, True, True]
+    is_scored = [True, False, True]
     assert [s.has_score_row for s in sequences] == [with_score_rows and x for x in is_scored]
-    assert [s.token_weight for s in sequences] == weights.token[1:3].flatten().tolist()
-    assert [s.score_weight for s in sequences] == weights.score[1:3].flatten().tolist()
-    for sequence, completion in zip(
-        sequences, [c for g in GROUPS[1:3] for c in g.completions], strict=True
-    ):
+    assert [s.token_weight for s in sequences] == weights.token[1].tolist()
+    assert [s.score_weight for s in sequences] == weights.score[1].tolist()
+    for sequence, completion in zip(sequences, GROUPS[1].completions, strict=True):
         assert sequence.prompt_ids == (7, 8, 9)
         assert sequence.completion_ids == completion.completion_ids
         assert sequence.rollout_logprobs == completion.rollout_logprobs
 
 
-def test_a_failed_grade_has_no_score_row(outcome):
+def test_a_failed_grade_has_no_score_row(tables):
     config = make_config()
-    weights = step_weights(outcome, config)
+    weights = step_weights(tables, config)
     sequences = training_sequences(
-        GROUPS[:1], 0, outcome, torch.ones(4, 3), weights, with_score_rows=True
+        GROUPS[:1], World(0, 4, CPU), tables, torch.ones(4, 3), weights, with_score_rows=True
     )
     assert [s.has_score_row for s in sequences] == [True, True, False]
     assert sequences[2].token_weight == sequences[2].score_weight == 0
 
 
 def test_everything_failed(world):
-    outcome = gather_outcome(GROUPS[:1], [[None, None, None]], world)
+    tables = gather_tables([replace(GROUPS[0], rewards=(None, None, None))], world)
     config = make_config()
-    advantages = step_advantages(outcome, config, ref_logprob=-10.0, mixes_scores=True)
-    weights = step_weights(outcome, config)
+    advantages = step_advantages(tables, config, SCORE)
+    weights = step_weights(tables, config)
     assert (advantages == 0).all()
     assert (weights.token == 0).all()
     assert (weights.score == 0).all()

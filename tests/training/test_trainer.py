@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import SCORE_TOKEN, make_config, make_sequences
+from torch.optim import AdamW
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig, ModelConfig
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective
-from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
+
+SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
 
 
 def make_trainer(model, world, *, max_ratio):
@@ -22,12 +25,13 @@ def make_trainer(model, world, *, max_ratio):
     return Trainer(
         config=config,
         world=world,
-        stages=None,
+        stage=None,
         sampler=None,
         packer=Packer(budget=48, score_token_id=SCORE_TOKEN, temperature=0.7, device=world.device),
         policy=policy,
         reference=None,
-        optimizer=build_optimizer(policy, config.optim),
+        optimizer=AdamW(policy.parameters()),
+        score=SCORE,
         cap=GradientCap(loss_coef=0.8, max_ratio=max_ratio),
     )
 
@@ -41,8 +45,8 @@ def gradients(trainer):
 @pytest.mark.parametrize("max_ratio", [0.05, 1e6])
 def test_gradients_formed_apart_join_to_the_capped_ones(world, model_folders, max_ratio):
     trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=max_ratio)
-    objective = Objective(loss=LossConfig(), beta=0.2, ref_logprob=-7.5, score_coef=0.8)
-    batches = [(b, None, None) for b in trainer.packer.microbatches(make_sequences(9, seed=5))]
+    objective = Objective(loss=LossConfig(), score=SCORE, score_coef=0.8)
+    batches = trainer.packer.microbatches(make_sequences(9, seed=5))
     assert len(batches) > 1
 
     rows = RowMetrics(LossConfig(), world.device)
