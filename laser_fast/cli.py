@@ -52,9 +52,21 @@ def train(
     if print_config:
         typer.echo(dump_config(resolved), nl=False)
         return
+    train_run(resolved, resume=resume)
+
+
+def train_run(config: Config, *, resume: bool = False) -> None:
+    """Make the sandbox's files if the configuration asks for them, train, draw the run. Collective."""
+    from laser_fast.model.distributed import open_world
+    from laser_fast.report.page import write_run_files
+    from laser_fast.sandbox.files import write_sandbox
+    from laser_fast.training.run import check_start
     from laser_fast.training.run import train as run_training
 
-    run_training(resolved, resume=resume)
+    with open_world() as world:
+        check_start(config, world, resume=resume)
+        config = write_sandbox(config, world)
+        run_training(config, world=world, resume=resume, on_end=write_run_files)
 
 
 @app.command()

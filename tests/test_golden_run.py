@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import parse_config
 from laser_fast.data.prompts import PromptSource
+from laser_fast.log.jsonl import write_lines
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import StopSignal, open_world
 from laser_fast.model.packing import Packer
@@ -28,7 +29,7 @@ from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Completion, Group
 from laser_fast.rewards import Grader
-from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, write_tokenizer
+from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, rows, write_tokenizer
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.trainer import Trainer
@@ -57,13 +58,13 @@ def make_config(folder, case):
         "output_dir": "run",
         "model": {"path": str(folder)},
         "data": {
-            "train": "sandbox",
+            "train": str(folder / "train.jsonl"),
             "template": "{prompt}",
             "max_prompt_tokens": 24,
             "prompts_per_step": 4,
         },
         "rollout": {"max_new_tokens": 16, "group_size": 4, "max_disagreement": 100.0},
-        "reward": {"kind": "laser_fast.sandbox.task:reward", "workers": 1},
+        "reward": {"kind": "sandbox", "workers": 1},
         "score": {"token": RESERVED_TOKENS[0], "beta": 0.2, "ref_logprob": -9.0},
         "optim": {"steps": STEPS, "lr": 2e-3, "schedule": "linear", "tokens_per_microbatch": 100},
     }
@@ -94,6 +95,7 @@ def write_model(folder):
             parameter.copy_(values.view_as(parameter) + float("norm" in name))
     model.save_pretrained(folder)
     write_tokenizer(folder)
+    write_lines(folder / "train.jsonl", rows("train", seed=0))
 
 
 class WrittenRollout:
@@ -138,11 +140,12 @@ class WrittenRollout:
 
 def run(case):
     """The pinned metrics of every step."""
-    with TemporaryDirectory() as folder, open_world() as world, ExitStack() as stack:
+    with TemporaryDirectory() as name, open_world() as world, ExitStack() as stack:
+        folder = Path(name)
         write_model(folder)
         config = make_config(folder, case)
         vocabulary = load_vocabulary(
-            folder, score_token=config.score.token, model_config=load_model_config(config.model)
+            name, score_token=config.score.token, model_config=load_model_config(config.model)
         )
         policy = build_policy(config.model, world)
         stop = StopSignal(world)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
+from laser_fast.rollout.vllm_setup import import_vllm
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.sampler import Sampler
@@ -40,17 +41,44 @@ from laser_fast.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, *, world: World, resume: bool = False) -> None:
+def check_start(config: Config, world: World, *, resume: bool) -> None:
+    """Refuse what needs no look at the model or the data; writes nothing. Collective.
+
+    Raises:
+        ConfigError: the run folder, the number of ranks or the installed vLLM does not fit.
+    """
+    folder = open_run_folder(config, resume=resume)
+    check_world(config, world.size)
+    if resume:
+        latest_checkpoint(folder.path)
+    uses_server = config.rollout.engine == "vllm_server"
+    if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
+        import_vllm()  # missing or unsupported, it is named before minutes of loading
+    world.barrier()  # every rank has seen the folder as it was
+
+
+def train(
+    config: Config,
+    *,
+    world: World,
+    resume: bool = False,
+    on_end: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Train as configured; with `resume`, continue the run in `output_dir`. Collective.
+
+    Args:
+        config: the run; its model and data are files or on the hub.
+        world: the ranks that train.
+        resume: continue from the newest checkpoint.
+        on_end: called with the run folder on rank 0 when a run that has begun ends in any way.
 
     Raises:
         ConfigError: the configuration or its inputs cannot run; nothing was overwritten.
     """
     started = time.monotonic()
-    folder = open_run_folder(config, resume=resume)
-    check_world(config, world.size)
-    checkpoint = latest_checkpoint(folder.path) if resume else None
-    world.barrier()  # every rank has seen the folder as it was
+    check_start(config, world, resume=resume)
+    folder = Path(config.output_dir)
+    checkpoint = latest_checkpoint(folder) if resume else None
     with ExitStack() as stack:
         sampler, held_out = _build_sampler(config, world, stack)
         trainer, first_step = _build_trainer(sampler, checkpoint)
@@ -58,6 +86,7 @@ def train(config: Config, *, world: World, resume: bool = False) -> None:
         if world.is_main:
             resume_step = first_step if resume else None
             log = RunLog(config.output_dir, config, resume_step=resume_step)
+            stack.callback(on_end, folder)
         stack.enter_context(log)
         completed = first_step
         try:
@@ -71,9 +100,9 @@ def train(config: Config, *, world: World, resume: bool = False) -> None:
                 if is_last or is_due(completed, config.data.eval_every):
                     _evaluate(trainer, held_out, log, step=completed)
                 if is_last or is_due(completed, config.checkpoint.every):
-                    _save(trainer, folder.path, completed)
+                    _save(trainer, folder, completed)
         except StopRun:
-            path = _save(trainer, folder.path, completed)
+            path = _save(trainer, folder, completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return
         log.finish(wall_seconds=time.monotonic() - started)
@@ -81,11 +110,6 @@ def train(config: Config, *, world: World, resume: bool = False) -> None:
 
 def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Sampler, list[Prompt]]:
     """Check every input, then load the model; also the held-out prompts of this rank."""
-    uses_server = config.rollout.engine == "vllm_server"
-    if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
-        from laser_fast.rollout.vllm_setup import import_vllm
-
-        import_vllm()  # missing or unsupported, it is named before minutes of loading
     model_config = load_model_config(config.model)
     check_lengths(config, model_config.max_position_embeddings)
     vocabulary = load_vocabulary(
@@ -99,6 +123,7 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward))
+    uses_server = config.rollout.engine == "vllm_server"
     # A server that does not fit is found before the model is loaded.
     engine = make_engine(config, None, vocabulary.special) if uses_server else None
     policy = build_policy(config.model, world)

@@ -16,12 +16,12 @@ def reward(completions, answers):
 def main():
     from fork_ranks import run_ranks
 
+    from laser_fast.cli import train_run
     from laser_fast.config import ConfigError, load_config
-    from laser_fast.training.run import train
 
     def run(path):
         try:
-            train(load_config(path))
+            train_run(load_config(path))
         except ConfigError as error:
             print(f"refused: {error}")
 

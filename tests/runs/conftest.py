@@ -11,11 +11,15 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A sandbox model after a short warm start: it ends what it writes, and little more."""
+    """A sandbox model after a short warm start, which only ends what it writes; its problems."""
+    from laser_fast.log.jsonl import write_lines
     from laser_fast.sandbox.model import make_sandbox_model
+    from laser_fast.sandbox.task import rows
 
     folder = tmp_path_factory.mktemp("sandbox") / "model"
     make_sandbox_model(folder, seed=0, steps=8)
+    for split in ("train", "eval"):
+        write_lines(folder / f"{split}.jsonl", rows(split, seed=0))
     return folder
 
 
@@ -32,8 +36,8 @@ def write_config(model):
             "output_dir": str(folder / "run"),
             "model": {"path": str(model)},
             "data": {
-                "train": "sandbox",
-                "eval": "sandbox",
+                "train": str(model / "train.jsonl"),
+                "eval": str(model / "eval.jsonl"),
                 "eval_limit": 4,
                 "eval_samples": 2,
                 "template": "{prompt}",
@@ -69,12 +73,12 @@ def one_rank(tmp_path_factory, write_config):
     """Folder of the plain run and of the one with every extra, on one rank."""
     from small_runs import EXTRAS
 
+    from laser_fast.cli import train_run
     from laser_fast.config import load_config
-    from laser_fast.training.run import train
 
     folder = tmp_path_factory.mktemp("one-rank")
-    train(load_config(write_config(folder / "plain")))
-    train(load_config(write_config(folder / "extras", **EXTRAS)))
+    train_run(load_config(write_config(folder / "plain")))
+    train_run(load_config(write_config(folder / "extras", **EXTRAS)))
     return folder
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
+from laser_fast.cli import train_run
 from laser_fast.config import ConfigError, load_config
 from laser_fast.rollout.agreement import DisagreementError
 from laser_fast.rollout.ahead import RolloutAhead
@@ -22,11 +23,10 @@ from laser_fast.rollout.engine import draw_seed
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.server_http import ServerError
 from laser_fast.training import run as training_run
-from laser_fast.training.run import train
 from laser_fast.training.sampler import Sampler
 
 STEPS = 6
-EVERY = 4  # a checkpoint; step 4 is sampled anew
+EVERY = 4  # a checkpoint; step 4 is sampled again from new weights
 STALENESS = [0, 1, 1, 1, 0, 1]
 SAMPLED_FROM = [0, 0, 1, 2, 4, 4]  # updates that the weights had seen
 
@@ -34,16 +34,9 @@ SAMPLED_FROM = [0, 0, 1, 2, 4, 4]  # updates that the weights had seen
 class ServerLike:
     """An engine with its own copy of the weights; notes what it sampled, from which weights."""
 
-    def __init__(self, config, policy, vocabulary):
+    def __init__(self, config, policy, tokens):
         self.model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-        self.inner = HfEngine(
-            self.model,
-            score_token_id=vocabulary.score_token_id,
-            eos_token_ids=vocabulary.eos_token_ids,
-            vocab_size=vocabulary.size,
-            pad_token_id=vocabulary.pad_token_id,
-            max_num_seqs=64,
-        )
+        self.inner = HfEngine(self.model, tokens, max_num_seqs=64)
         self.synced = []  # a fingerprint of the weights at every sync
         self.sampled = {}  # by seed, the fingerprint of the weights that sampled it
         self.in_flight = 0
@@ -79,7 +72,16 @@ class ServerLike:
 
     def token_logprobs(self, groups, *, temperature):
         assert not self.in_flight
-        return self.inner.token_logprobs(groups, temperature=temperature)
+        found = []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor(group.prompt.prompt_ids + completion.completion_ids)
+                with torch.no_grad():
+                    logits = self.model(ids[None]).logits[0, len(group.prompt.prompt_ids) - 1 : -1]
+                logprobs = (logits / temperature).log_softmax(-1)
+                given = torch.tensor(completion.completion_ids)[:, None]
+                found.append(logprobs.gather(1, given)[:, 0].tolist())
+        return found
 
     def sleep(self):
         pass
@@ -131,7 +133,7 @@ def ahead(tmp_path_factory, write_ahead):
     """A run with steps ahead, whole; its engine."""
     path = write_ahead(tmp_path_factory.mktemp("ahead"))
     with engines_of(ServerLike) as made:
-        train(load_config(path))
+        train_run(load_config(path))
     return SimpleNamespace(path=path, folder=path.parent / "run", engine=made[0])
 
 
@@ -172,7 +174,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(ahead, tmp_path):
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:06d}")
     (copy / "summary.json").unlink()
     with engines_of(ServerLike):
-        train(load_config(ahead.path, [f"output_dir={copy}"]), resume=True)
+        train_run(load_config(ahead.path, [f"output_dir={copy}"]), resume=True)
     assert read_metrics(copy) == read_metrics(ahead.folder)
     for file in ("samples.jsonl", "evaluations.jsonl"):
         assert read_lines(copy / file) == read_lines(ahead.folder / file)
@@ -191,13 +193,13 @@ def test_a_server_that_dies_during_training_stops_the_run_with_its_own_error(
 ):
     path = write_ahead(tmp_path, data={"eval_every": eval_every}, checkpoint={"every": 2})
     with engines_of(DiesInStep3) as made, pytest.raises(ServerError, match="gone"):
-        train(load_config(path))
+        train_run(load_config(path))
     assert made[0].closed.is_set()
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     with engines_of(ServerLike):
-        train(load_config(path), resume=True)
+        train_run(load_config(path), resume=True)
     assert read_metrics(tmp_path / "run")[:3] == lines
 
 
@@ -216,7 +218,7 @@ def test_sigterm_does_not_wait_for_the_rollout_in_flight(write_ahead, tmp_path):
         tmp_path, data={"eval": "", "eval_every": 0}, optim={"minibatches": 2, "lr": 1e-4}
     )
     with engines_of(NeverAnswers) as made:
-        train(load_config(path))
+        train_run(load_config(path))
         made[0].background_ended.wait(60)
     assert made[0].was_closed
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
@@ -242,7 +244,7 @@ class Lies(ServerLike):
 def test_samples_of_the_current_weights_must_agree_with_the_policy(write_ahead, tmp_path):
     path = write_ahead(tmp_path)
     with engines_of(Lies), pytest.raises(DisagreementError, match=r"step 0.*disagree by 0\.5"):
-        train(load_config(path))
+        train_run(load_config(path))
 
 
 @pytest.mark.parametrize(
@@ -289,13 +291,13 @@ def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
     sampler = Sampler(
         config=load_config(ahead.path),
         world=SimpleNamespace(device="cpu", barrier=lambda: done.append("barrier")),
-        stages=None,
+        stage=None,
         vocabulary=None,
         prompts=None,
         engine=engine,
         grader=None,
         policy=SimpleNamespace(stream_weights=iter, reshard=lambda: None),
-        packer=SimpleNamespace(bins=lambda sequences: []),
+        packer=None,
     )
     sampler._ahead.start(1, [], None)
     sampler.sync([])

@@ -14,20 +14,20 @@ from small_runs import GROUP_SIZE, GROUPS, PLAIN_GRPO, STEPS
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from laser_fast.cli import train_run
 from laser_fast.config import ConfigError, load_config
 from laser_fast.data.prompts import PromptSource
 from laser_fast.model.distributed import open_world
-from laser_fast.model.logprobs import read_completions
+from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
-from laser_fast.records import Sampling
+from laser_fast.records import Sampling, SpecialTokens
 from laser_fast.rollout.engine import draw_seed
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from laser_fast.training.export import export
-from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.run import train
+from laser_fast.training.run import build_optimizer
 
 
 def read_lines(path):
@@ -91,7 +91,7 @@ def resume_copy(run, copy, *overrides):
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:06d}")
     (copy / "summary.json").unlink()
     config = load_config(run.parent / "config.toml", [f"output_dir={copy}", *overrides])
-    train(config, resume=True)
+    train_run(config, resume=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "extras"])
@@ -120,15 +120,13 @@ def test_a_run_continues_on_another_world_size(two_ranks, tmp_path):
 
 def make_engine(model, tokenizer, **options):
     eos, score_token = tokenizer.convert_tokens_to_ids([EOS_TOKEN, RESERVED_TOKENS[0]])
-    return HfEngine(
-        model,
+    tokens = SpecialTokens(
         score_token_id=score_token,
-        eos_token_ids=[eos],
-        vocab_size=len(tokenizer),
+        eos_token_ids=(eos,),
         pad_token_id=tokenizer.pad_token_id,
-        max_num_seqs=64,
-        **options,
+        vocab_size=len(tokenizer),
     )
+    return HfEngine(model, tokens, max_num_seqs=64, **options)
 
 
 def plain_grpo(config):
@@ -185,7 +183,7 @@ def plain_grpo(config):
 
 def test_without_the_score_it_is_plain_grpo(tmp_path, write_config):
     config = load_config(write_config(tmp_path, **PLAIN_GRPO))
-    train(config)
+    train_run(config)
     lines = read_metrics(tmp_path / "run")
     for got, want in zip(lines, plain_grpo(config), strict=True):
         for key, value in want.items():
@@ -196,7 +194,7 @@ def test_without_the_score_it_is_plain_grpo(tmp_path, write_config):
     watched = write_config(
         tmp_path / "watched", score={"warmup_steps": STEPS}, advantage={"score_coef": 0.0}
     )
-    train(load_config(watched))
+    train_run(load_config(watched))
     for got, want in zip(read_metrics(tmp_path / "watched" / "run"), lines, strict=True):
         assert got["score/auroc"] is not None
         assert got["loss/score"] > 0
@@ -243,7 +241,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((checkpoint / "trainer.json").read_text())["step"] == len(lines) >= 2
     assert not (tmp_path / "run" / "summary.json").exists()
-    train(load_config(path, [f"optim.steps={len(lines) + 1}"]), resume=True)
+    train_run(load_config(path, [f"optim.steps={len(lines) + 1}"]), resume=True)
     resumed = read_metrics(tmp_path / "run")
     assert resumed[:-1] == lines
     assert resumed[-1]["step"] == len(lines)
@@ -269,10 +267,10 @@ def test_an_exported_model_is_the_trained_one(one_rank, tmp_path):
         prompts = PromptSource(config.data, tokenizer, seed=1, split="eval").all()
         sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=30, seed=1)
         groups = engine.generate(prompts, sampling)
-        held = read_completions(policy, groups, packer)
+        given = policy_logprobs(policy, groups, packer)
     texts = []
     for (logprobs, score), (group, completion) in zip(
-        held, [(g, c) for g in groups for c in g.completions], strict=True
+        given, [(g, c) for g in groups for c in g.completions], strict=True
     ):
         prompt_ids = group.prompt.prompt_ids
         with torch.no_grad():
