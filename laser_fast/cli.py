@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from laser_fast.config import ConfigError, dump_config, load_config
+from laser_fast.config import Config, ConfigError, dump_config, load_config
 from laser_fast.rewards import RewardError
 from laser_fast.rollout.agreement import DisagreementError
 from laser_fast.rollout.server_http import ServerError
@@ -56,7 +56,7 @@ def train(
 
 
 def train_run(config: Config, *, resume: bool = False) -> None:
-    """Make the sandbox's files if the configuration asks for them, train, draw the run. Collective."""
+    """Make the files of a sandbox that the configuration asks for, train, and draw the run."""
     from laser_fast.model.distributed import open_world
     from laser_fast.report.page import write_run_files
     from laser_fast.sandbox.files import write_sandbox
