@@ -10,6 +10,7 @@ transformers' sdpa.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def packed_sdpa_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     layout: PackedLayout | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every token to its own sequence, [1, T, heads, head_dim]."""
     if layout is None:
@@ -90,7 +91,7 @@ def varlen_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     layout: PackedLayout | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same through torch's variable-length flash kernel (half precision, GPU)."""
     if layout is None:
@@ -107,14 +108,13 @@ def varlen_attention(
         q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length,
         scale=scaling, window_size=(-1, 0),
     )  # fmt: skip
+    assert isinstance(output, Tensor)
     return output[None], None
 
 
-def packed_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask for packed training input; transformers' sdpa mask for padded generation."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
 IMPLEMENTATIONS = {
@@ -129,7 +129,9 @@ for _name in ("laser_sdpa", "laser_varlen"):
     AttentionMaskInterface.register(_name, packed_mask)
 
 
-def attention_kwargs(implementation: str, lengths: tuple[int, ...], device: torch.device) -> dict:
+def attention_kwargs(
+    implementation: str, lengths: tuple[int, ...], device: torch.device
+) -> dict[str, Any]:
     """What the model's forward must be given so that packed sequences stay apart."""
     layout = packed_layout(lengths, device)
     if implementation == "flash_attention_2":

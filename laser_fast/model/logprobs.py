@@ -130,4 +130,4 @@ def _read(
         with torch.no_grad():
             yield policy(batch, head_of(batch))
     # Without a backward nothing else would give the root's gathered parameters back.
-    policy.reshard()
+    policy.release()

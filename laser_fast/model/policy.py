@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from laser_fast.config_errors import ConfigError
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
@@ -52,7 +53,7 @@ class Policy(nn.Module):
         self.attention = attention
         self.compute_dtype = compute_dtype
 
-    def forward(self, batch: Microbatch, head: Head) -> Output:
+    def forward(self, batch: Microbatch, head: Head[Output]) -> Output:
         """Hidden states of the labelled rows and the head's weight, through `head`."""
         device = batch.input_ids.device
         hidden_states = self.hf.model(
@@ -62,6 +63,11 @@ class Policy(nn.Module):
             **attention_kwargs(self.attention, batch.lengths, device),
         ).last_hidden_state[0]
         return head(hidden_states[batch.rows], self.hf.lm_head.weight)
+
+    def release(self) -> None:
+        """Give the root's gathered parameters back after a forward without a backward."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -92,7 +98,7 @@ class Policy(nn.Module):
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_model_config(config: ModelConfig) -> AutoConfig:
+def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     try:
         model_config = AutoConfig.from_pretrained(config.path)
@@ -164,22 +170,20 @@ def shard(policy: Policy, config: ModelConfig, world: World) -> None:
         )
     else:
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=policy.compute_dtype, reduce_dtype=torch.float32
-        ),
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-            if config.cpu_offload
-            else OffloadPolicy()
-        ),
-    }
-    for block in policy.hf.model.layers:
-        fully_shard(block, **options)
+    precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
+    offload = OffloadPolicy()
+    if config.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     # The root stays gathered until its backward: embedding, final norm and head are used at both
     # ends of the forward.
-    fully_shard(policy, reshard_after_forward=False, **options)
+    for module in (*policy.hf.model.layers, policy):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=module is not policy,
+            mp_policy=precision,
+            offload_policy=offload,
+        )
 
 
 @torch.no_grad()
@@ -190,16 +194,17 @@ def _settle_root(policy: Policy, world: World) -> None:
     """
     packer = Packer(budget=1, score_token_id=0, temperature=1.0, device=world.device)
     policy(packer.pack([]), lambda hidden_states, weight: None)
-    policy.reshard()  # the optimizer must find the shards
+    policy.release()  # the optimizer must find the shards
 
 
-def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
     attention = IMPLEMENTATIONS[config.attention]
     if world.is_main:
-        hf = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=attention
-        )
+        with _no_progress_bar():
+            hf = AutoModelForCausalLM.from_pretrained(
+                config.path, dtype=torch.float32, attn_implementation=attention
+            )
         return hf, hf.state_dict()
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
@@ -208,6 +213,18 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
     hf.to_empty(device="cpu")
     hf.tie_weights()
     return hf, {}
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar of loaded tensors off a screen that shows the run's own."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _apply_liger(hf: PreTrainedModel) -> None:

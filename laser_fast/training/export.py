@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,11 +47,13 @@ def export(run: Path, out: Path) -> Path:
         state = {"model": get_model_state_dict(policy)}
         dcp.load(state, checkpoint_id=checkpoint)
         set_model_state_dict(policy, state["model"])
-        weights = get_model_state_dict(
-            policy.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         dtype = load_model_config(model).dtype or torch.float32
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        weights = {
+            name: tensor.to(dtype)
+            for name, tensor in get_model_state_dict(policy.hf, options=full).items()
+            if isinstance(tensor, Tensor)
+        }
         policy.hf.config.dtype = dtype
         policy.hf.save_pretrained(out, state_dict=weights)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(out)

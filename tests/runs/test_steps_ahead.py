@@ -296,7 +296,7 @@ def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
         prompts=None,
         engine=engine,
         grader=None,
-        policy=SimpleNamespace(stream_weights=iter, reshard=lambda: None),
+        policy=SimpleNamespace(stream_weights=iter),
         packer=None,
     )
     sampler._ahead.start(1, [], None)

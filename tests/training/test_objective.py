@@ -32,9 +32,7 @@ def two_chunks(monkeypatch):
 def policy():
     hf = make_model()
     hf.set_attn_implementation("laser_sdpa")
-    policy = Policy(hf, attention="sdpa", compute_dtype=torch.float32)
-    policy.reshard = lambda: None  # a policy outside FSDP2 has nothing to give back
-    return policy
+    return Policy(hf, attention="sdpa", compute_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
