@@ -1,15 +1,16 @@
-"""What nvcc makes of csrc/: registers, spills and instructions of every kernel. Needs no GPU.
+"""Show what nvcc makes of csrc/: registers, spills and instructions of every kernel.
+
+It needs no GPU.
 
     python -m bench.csrc [--json FILE]
 
 Where impl="cuda" can run, the extension is built as its first use would build it, which later
 steps then find in the cache, and the kernels are those of the built library; elsewhere nvcc
-compiles the sources here. --smoke does nothing else than the latter.
+compiles the sources here. With --smoke it only compiles them.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 import triton
 
+from bench import runner
 from bench.harness import Unavailable
-from bench.markdown import document, table
+from bench.markdown import page
 from bench.provenance import ROOT, header, save
 from laser_kernels import _extension
 
@@ -114,10 +116,7 @@ def built() -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Compile, print and write; returns the rows."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--smoke", action="store_true", help="compile, but build no extension")
-    options.add_argument("--json", type=Path, metavar="FILE")
-    args = options.parse_args(argv)
+    args = runner.base_parser(__doc__, smoke="compile, but build no extension").parse_args(argv)
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     builds = is_hopper and not args.smoke
     facts = {"op": "csrc"} | header(torch.device("cuda" if builds else "cpu"))
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         rows, facts["failure"] = [], str(error)
     facts["built" if builds else "compiled"] = f"in {time.perf_counter() - start:.0f} s"
     cells = [[row[column] for column in COLUMNS] for row in rows]
-    text = document(facts, []) + "\n" + "\n".join(table(COLUMNS, cells)) + "\n"
+    text = page(facts, COLUMNS, cells)
     print(text)
     if args.json:
         save(args.json, facts, rows, text)

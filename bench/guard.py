@@ -30,7 +30,7 @@ def guarded(main: Callable[[], object]) -> None:
 
 
 def supervise(command: list[str], mark: Path) -> int:
-    """Repeat `command` until it succeeds or nobody is to blame; returns its exit code."""
+    """Repeat `command` until it succeeds or no provider is to blame; returns its exit code."""
     blamed: set[str] = set()
     while True:
         mark.write_text("")

@@ -1,9 +1,9 @@
-"""The last-token score and its loss: few rows, so that memory traffic is all there is.
+"""The last-token score and its loss on few rows, where memory traffic is the whole cost.
 
     python -m bench.last_token                          Qwen2.5-7B, B = 8, 64, 256, 1024
     python -m bench.last_token --smoke                  seconds on a CPU
 
-    score       scores alone, no gradient                bound: W read once
+    score       only scores, no gradient                 bound: W read once
     fwd         loss, with what its backward needs       bound: W read once
     fwd+bwd     loss and both gradients                  bound: W read twice and dW written once
 

@@ -19,7 +19,7 @@ from bench import runner
 from bench.exact import Exact
 from bench.guard import guarded
 from bench.harness import Entry, Error, Run
-from bench.providers import BASELINE, BASELINES, OURS, PEERS, Provider, bare_gemms, weight_stream
+from bench.providers import BASELINE, BASELINES, OURS, PEERS, Provider, head_bounds
 from bench.shapes import Inputs
 
 MODES = ("fwd", "fwd+bwd")
@@ -33,12 +33,7 @@ def entries(sets: list[Inputs]) -> list[Entry]:
             Entry(provider.name, partial(_prepare, provider, sets, exact), provider.cannot)
             for provider in (*BASELINES, *OURS, *PEERS)
         ),
-        Entry("bare GEMMs", lambda: bare_gemms(sets, 4), is_bound=True),
-        Entry(
-            "stream of W",
-            lambda: weight_stream(sets, {"fwd": 1, "fwd+bwd": 3}),
-            is_bound=True,
-        ),
+        *head_bounds(sets, 4),
     ]
 
 

@@ -6,11 +6,11 @@
     python -m bench.linear_logprob_loss --smoke         seconds on a CPU
 
 The job is loss = sum_i row_weight_i logprob_i with row weights of both signs, as a policy gradient
-has them. Providers of log-probs do it with that one line of torch on top; providers of a mean
-alone do that instead, and are not ranked. The bound is three bare GEMMs.
+has them. Providers of log-probs do it with that one line of torch on top; providers that give
+only a mean take that instead, and are not ranked. The bound is three bare GEMMs.
 
 With --cpu, "unfused logits held" is the baseline's arithmetic in a scope that keeps its logits
-until the backward has run, as a loss function does that first gives them a name.
+until the backward has run, as a loss function does when it gives them a name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from bench.providers import (
     OURS,
     PEERS,
     Provider,
-    bare_gemms,
+    head_bounds,
     require_implementation,
-    weight_stream,
 )
 from bench.shapes import Inputs
 
@@ -59,15 +58,7 @@ def entries(sets: list[Inputs]) -> list[Entry]:
         exact = weighted if provider.gives_rows else mean
         prepare = partial(_prepare, load, sets, exact, provider.is_exact)
         found.append(Entry(provider.name, prepare, provider.cannot, does_job=provider.gives_rows))
-    return [
-        *found,
-        Entry("bare GEMMs", lambda: bare_gemms(sets, 3), is_bound=True),
-        Entry(
-            "stream of W",
-            lambda: weight_stream(sets, {"fwd": 1, "fwd+bwd": 3}),
-            is_bound=True,
-        ),
-    ]
+    return found + head_bounds(sets, 3)
 
 
 def entries_on_cpu(sets: list[Inputs]) -> list[Entry]:

@@ -14,7 +14,12 @@ def document(header: Mapping[str, str], rows: Sequence[dict]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def page(header: Mapping[str, str], columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Header as a list, then one table."""
+    return document(header, []) + "\n" + "\n".join(table(columns, rows)) + "\n"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     """Lines of one Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return [

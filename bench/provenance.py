@@ -69,7 +69,7 @@ def command() -> str:
 
 
 def save(path: Path, header: dict[str, str], rows: Sequence[dict], text: str) -> None:
-    """Write a result as JSON, whole or not at all, and `text`, its tables, as .md beside it."""
+    """Write a result as JSON, whole or not at all, and its tables, `text`, as .md beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"header": header, "rows": list(rows)}, indent=1) + "\n")

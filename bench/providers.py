@@ -1,4 +1,4 @@
-"""Who computes log-probabilities of a head, and what each cannot do.
+"""The providers of a head's log-probabilities, and what each of them cannot do.
 
 Every provider is a function (hidden_states [N, D], weight [V, D], labels [N]) -> log-probs [N], or
 -> their mean if it has no per-row result. `load` imports; what is missing is shown by name.
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import laser_kernels
-from bench.harness import Run, Unavailable
+from bench.harness import Entry, Run, Unavailable
 from bench.shapes import Inputs
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,7 +141,7 @@ PEERS = (
     Provider("torch linear_cross_entropy", _torch_rows, _NLL_ONLY),
 )
 
-# Only the mean of the log-probs.
+# These give only the mean of the log-probs.
 MEAN_PEERS = (
     Provider("liger linear CE (mean)", _liger_mean, _MEAN_ONLY, gives_rows=False),
     Provider("quack (mean)", _quack_mean, _MEAN_ONLY, gives_rows=False),
@@ -149,8 +149,17 @@ MEAN_PEERS = (
 )
 
 
+def head_bounds(sets: list[Inputs], num_gemms: int) -> list[Entry]:
+    """What bounds an op of the head: its GEMMs, and the traffic of W, read and written once."""
+    passes = {"fwd": 1, "fwd+bwd": 3}
+    return [
+        Entry("bare GEMMs", lambda: bare_gemms(sets, num_gemms), is_bound=True),
+        Entry("stream of W", lambda: weight_stream(sets, passes), is_bound=True),
+    ]
+
+
 def bare_gemms(sets: list[Inputs], num_gemms: int) -> Run:
-    """The GEMMs alone, from the library, in the inputs' dtype: Z in "fwd", all in "fwd+bwd".
+    """Only the GEMMs, from the library, in the inputs' dtype: Z in "fwd", all in "fwd+bwd".
 
     Three are Z, dH and dW; four make Z twice, for an op that returns before its gradient is known.
     """
@@ -169,9 +178,9 @@ def bare_gemms(sets: list[Inputs], num_gemms: int) -> Run:
 
 
 def weight_stream(sets: list[Inputs], passes: dict[str, int]) -> Run:
-    """Memory traffic of the weight alone, from the time to copy it, which reads and writes it once.
+    """Only the weight's memory traffic, from the time of a copy, which reads and writes it once.
 
-    `passes`: how often each mode must at least read or write it.
+    `passes` says how often each mode must read or write it at least.
     """
     target = torch.empty_like(_matrices(sets, 0)[1])
     calls = {mode: lambda number: target.copy_(_matrices(sets, number)[1]) for mode in passes}

@@ -1,4 +1,4 @@
-"""Qwen2 models with random weights, for benchmarks that need a folder or a module and no skill."""
+"""Qwen2 models with random weights, for benchmarks that need a model but none of its skill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Sizes(NamedTuple):
-    """What a Qwen2 is made of."""
+    """The sizes of a Qwen2."""
 
     hidden: int
     ffn: int
@@ -25,7 +25,7 @@ SMOKE = Sizes(64, 96, 2, 2, 2, 512)
 
 
 def random_qwen2(sizes: Sizes, **options: Any) -> Qwen2ForCausalLM:
-    """The same weights in every call; `options` are further ones of Qwen2Config."""
+    """Make a model, with the same weights in every call; `options` go to Qwen2Config."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""Committed results as the README's table and a plot.
+"""Show committed results as the README's table and as a plot.
 
     python -m bench.report [FILE ...] [--op linear_logprob_loss] [--shape qwen2.5-7b] [--plot PNG]
 
-Files default to everything in bench/results/. The table is of one size, the plot of all N: time
-and memory of each provider, and the floor. Time's floor is the bound timed in the same process,
-memory's the two gradients.
+Files default to everything in bench/results/. The table shows one size, the plot all N: time and
+memory of each provider, and the floor. The floor of time is the bound that was timed in the same
+process; the floor of memory is the two gradients.
 """
 
 from __future__ import annotations

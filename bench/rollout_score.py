@@ -2,16 +2,16 @@
 
 Ways to get log pi(z_c | x, y) for every finished completion, in one process, in rotating order:
 
-    off        generation alone, the baseline; score token and padding banned, one seed each
+    off        only generation, the baseline; score token and padding banned, one seed each
     bare       vLLM's own sampling: nothing banned, no seeds
     inline     the score token is forced after the EOS: one more decode step
     request    a second request per completion over its cached prefix
-    released   the released method: every sequence anew, with prompt log-probs
+    released   the released method: every sequence again, with prompt log-probs
 
 The model is a counter: its layers add nothing to the residual stream but cost what they cost, and
 the head sends token t to t + 1, so that every completion ends after exactly --length tokens.
-Wall time is what a user waits; CPU time of the process is the steadier number on a shared machine
-without a GPU.
+A user waits for the wall time; the CPU time of the process is the steadier number on a shared
+machine without a GPU.
 
     python -m bench.rollout_score [--smoke] [--json FILE]
 """
@@ -28,9 +28,10 @@ from pathlib import Path
 
 import torch
 
-from bench.markdown import table
+from bench.markdown import page
 from bench.provenance import header, save
 from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
+from bench.runner import base_parser
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rollout.vllm import VllmEngine
@@ -87,7 +88,7 @@ def make_prompts(num: int, *, length: int, vocab: int, prompt_length: int) -> li
 
 
 def released_scores(engine: VllmEngine, groups: list[Group]) -> None:
-    """Read the score as the released code does: prompt, answer and score token, all anew."""
+    """Read the score as the released code does: run prompt, answer and score token again."""
     ids = [
         group.prompt.prompt_ids + completion.completion_ids + (SCORE_TOKEN,)
         for group in groups
@@ -98,7 +99,7 @@ def released_scores(engine: VllmEngine, groups: list[Group]) -> None:
 
 
 def bare_generation(engine: VllmEngine, prompts: list[Prompt], sampling: Sampling) -> None:
-    """The same completions from vLLM as it comes."""
+    """Sample the same completions with vLLM's own defaults."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -178,7 +179,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
 
 
 def check(groups: list[Group], length: int) -> None:
-    """The counter must count, or the comparison is of different work."""
+    """Assert that the counter counts, since otherwise the ways would do different work."""
     for group in groups:
         for completion in group.completions:
             assert completion.is_finished and len(completion.completion_ids) == length
@@ -186,11 +187,7 @@ def check(groups: list[Group], length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, its table as .md")
+    parser = base_parser(__doc__, smoke="a tiny model, one round")
     parser.add_argument("--shape", default="10m", choices=SHAPES)
     parser.add_argument("--completions", type=int, default=64)
     parser.add_argument("--length", type=int, default=200)
@@ -234,7 +231,6 @@ def as_row(name: str, timing: Timing, baseline: Timing) -> dict[str, object]:
 
 def document(facts: dict[str, str], rows: list[dict]) -> str:
     """Header and table as Markdown."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
     columns = ["score", "extra tokens per completion"]
     for clock in ("wall", "CPU"):
         columns += [f"{clock} s", f"extra {clock} time (quartiles)"]
@@ -249,7 +245,7 @@ def document(facts: dict[str, str], rows: list[dict]) -> str:
                 f"{found['extra']:+.1%} ({low:+.1%} to {high:+.1%})",
             ]
         cells.append(line)
-    return "\n".join([*lines, "", *table(columns, cells)]) + "\n"
+    return page(facts, columns, cells)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,21 @@ SMOKE_SKIP = {COMPILED: "not part of --smoke"}
 Entries = Callable[[list[Inputs]], list[Entry]]
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+def base_parser(description: str, *, smoke: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes; `smoke` says what --smoke does."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--smoke", action="store_true", help="one tiny CPU case of every provider")
+    options.add_argument("--smoke", action="store_true", help=smoke)
     options.add_argument(
         "--json", type=Path, metavar="FILE", help="write FILE, and its table as .md"
     )
+    return options
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that compares providers."""
+    options = base_parser(description, smoke="one tiny CPU case of every provider")
     options.add_argument("--shapes", default="qwen2.5-7b", help=f"of {', '.join(SHAPES)}, or all")
     options.add_argument("--rows", default=",".join(map(str, ROWS)), help="N, comma-separated")
     options.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, else float32")

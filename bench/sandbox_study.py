@@ -50,7 +50,7 @@ METRICS = {
     "weighted_majority": "weighted maj@k",
 }
 SMOKE = (
-    "score.ref_logprob=-12.0",  # so early a model finishes nothing that could be measured
+    "score.ref_logprob=-12.0",  # this early a model finishes nothing that could be measured
     "optim.steps=1",
     "optim.warmup_steps=0",
     "data.prompts_per_step=4",
@@ -116,7 +116,7 @@ def train(run: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
         if load_config(folder.config) == load_config(CONFIG, overrides):
             return
         sys.exit(f"{run} holds a finished run of another configuration; choose another --runs")
-    shutil.rmtree(run, ignore_errors=True)  # cut off
+    shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), "-m", "laser_fast", "train", str(CONFIG)]
     run.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One optimizer step of a model with random weights: what the fused head changes end to end.
+"""Measure what the fused head changes in a whole optimizer step of a model with random weights.
 
     python -m bench.train_step                  Qwen2.5-1.5B's shape, 16 x 1024 tokens, on a GPU
     python -m bench.train_step --smoke          the quickstart's shape and batch, on a CPU
@@ -9,7 +9,7 @@
 All providers train the same model on the same packed microbatches with the joint loss of LaSeR:
 
     plain logits       model(...).logits, as trainers do without a fused head
-    laser_fast         training.policy and training.objective, as the trainer calls them
+    laser_fast         model.policy and training.objective, as the trainer calls them
     body + kernel      the model's body and linear_logprob_loss; needs no configuration library
 """
 

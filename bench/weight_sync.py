@@ -1,4 +1,4 @@
-"""What it costs to hand the policy's weights to vLLM, and to prove that they arrived.
+"""Measure what it costs to hand the policy's weights to vLLM and to prove that they arrived.
 
     start    build the colocated engine, once per run; here it compiles nothing
     sync     stream every state_dict entry of the FSDP2 policy into the engine
@@ -13,7 +13,6 @@ torchrun the parameters are sharded over the ranks; times are those of rank 0.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -22,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from bench.markdown import table
+from bench.markdown import page
 from bench.provenance import header, save
 from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
+from bench.runner import base_parser
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.logprobs import read_completions
@@ -50,7 +50,7 @@ def save_model(folder: Path, shape: str) -> None:
     model.save_pretrained(folder)
 
 
-def held_tokens(vocab: int) -> list[Group]:
+def random_tokens(vocab: int) -> list[Group]:
     """Random tokens whose log-probs are compared."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocab, (CHECK_PROMPTS, CHECK_TOKENS), generator=generator).tolist()
@@ -95,7 +95,7 @@ def measure(
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        # Every rank saves the same model for itself; rank 0 alone reads its weights.
+        # Every rank saves the same model for itself; only rank 0 reads its weights.
         save_model(Path(folder), shape)
         policy = build_policy(ModelConfig(path=folder, compute_dtype=dtype), world)
         engine = timed(
@@ -118,7 +118,7 @@ def measure(
         device=world.device,
         agree=world.max,
     )
-    groups = held_tokens(vocab)
+    groups = random_tokens(vocab)
 
     def check() -> float:
         return check_agreement(
@@ -147,11 +147,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, its table as .md")
+    parser = base_parser(__doc__, smoke="a tiny model, one round")
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=MAX_DISAGREEMENT)
     parser.add_argument("--rounds", type=int, default=5)
@@ -190,8 +186,7 @@ def document(facts: dict[str, str], rows: list[dict], num_bytes: int) -> str:
                 f"{num_bytes / 1e9 / row['median_s']:.2f}" if moved else "-",
             ]
         )
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    return "\n".join([*lines, "", *table(["part", "median s", "range", "GB/s"], cells)]) + "\n"
+    return page(facts, ["part", "median s", "range", "GB/s"], cells)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What a training step trains in the benchmarks: a model's shape and its packed microbatches."""
+"""The training steps of the benchmarks: a model's shape and its packed microbatches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
+from bench.random_qwen2 import Sizes, random_qwen2
 from laser_fast.model.attention import IMPLEMENTATIONS
 from laser_fast.model.packing import Packer
 from laser_fast.records import Microbatch, TrainingSequence
@@ -19,7 +20,7 @@ class Workload:
     """A model's shape and a step's data."""
 
     name: str
-    model: dict[str, int]
+    sizes: Sizes
     num_sequences: int
     prompt_tokens: tuple[int, int]  # range of lengths
     completion_tokens: tuple[int, int]
@@ -28,14 +29,7 @@ class Workload:
 
 QUICKSTART = Workload(
     "quickstart",
-    {
-        "vocab_size": 33,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
+    Sizes(128, 512, 2, 4, 4, 33),
     num_sequences=256,
     prompt_tokens=(10, 13),
     completion_tokens=(20, 36),
@@ -43,18 +37,11 @@ QUICKSTART = Workload(
 )
 QWEN_1_5B = Workload(
     "qwen2.5-1.5b",
-    {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
+    Sizes(1536, 8960, 28, 12, 2, 151936),
     num_sequences=16,
     prompt_tokens=(128, 128),
     completion_tokens=(896, 896),
-    # Two microbatches: by count, the activations and the plain logits of all 16384 tokens at once
+    # Two microbatches: the activations and the plain logits of all 16384 tokens, counted together,
     # would not fit a card of 80 GB.
     budget=8192,
 )
@@ -62,12 +49,11 @@ QWEN_1_5B = Workload(
 
 def make_model(workload: Workload, device: torch.device) -> PreTrainedModel:
     """Random weights; bfloat16 on a GPU, float32 elsewhere."""
-    config = Qwen2Config(
-        **workload.model, tie_word_embeddings=True, attn_implementation=IMPLEMENTATIONS["sdpa"]
-    )
-    torch.manual_seed(0)
+    attention = IMPLEMENTATIONS["sdpa"]
     with device:
-        model = Qwen2ForCausalLM(config)
+        model = random_qwen2(
+            workload.sizes, tie_word_embeddings=True, attn_implementation=attention
+        )
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).train()
 
 
@@ -77,7 +63,7 @@ def make_microbatches(workload: Workload, device: torch.device) -> list[Microbat
 
     def ids(low: int, high: int) -> tuple[int, ...]:
         length = int(torch.randint(low, high + 1, (1,), generator=rng))
-        vocabulary = workload.model["vocab_size"]
+        vocabulary = workload.sizes.vocabulary
         return tuple(torch.randint(3, vocabulary, (length,), generator=rng).tolist())
 
     sequences = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -104,18 +105,25 @@ def report(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
-    gpus: Annotated[int, typer.Option(help="Number of GPUs.")],
-    memory: Annotated[float, typer.Option(help="Memory of one GPU in GB (1e9 bytes).")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU in GB (1e9 bytes).")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, applied over the file.")
     ] = None,
 ) -> None:
     """Show the memory that a run needs per GPU; exit code 1 if it does not fit."""
-    from laser_fast.planning.plan import plan_run, print_plan
+    from laser_fast.plan import plan_run, print_plan
 
-    planned = plan_run(load_config(config, overrides or []), num_gpus=gpus, memory_gb=memory)
+    resolved = load_config(config, overrides or [])
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        if resolved.model.path == "sandbox":
+            from laser_fast.sandbox.model import make_sandbox_model
+
+            make_sandbox_model(folder, seed=0, steps=1)
+            resolved = load_config(config, [*(overrides or []), f"model.path={folder}"])
+        planned = plan_run(resolved, num_gpus=gpus, memory_gb=memory)
     print_plan(planned)
-    if not planned.fits:
+    if planned.misfits():
         raise typer.Exit(1)
 
 

@@ -13,24 +13,23 @@ from laser_fast.model.attention import IMPLEMENTATIONS
 from laser_fast.model.distributed import open_world
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
-from laser_fast.planning.memory import Setup, plan_memory
-from laser_fast.planning.sizes import model_size
+from laser_fast.plan import RESERVE_GB, Plan, count_parameters
 from laser_fast.records import TrainingSequence
 from laser_fast.training.optimizer import build_optimizer
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu
 
-QWEN_1_5B = {
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-}
+QWEN_1_5B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+)
 TOKENS = 4096
 # Below the rounded gradients, so that they and not the chunk of logits make the head's term.
 WORKSPACE_MB = 256
@@ -74,15 +73,17 @@ def _batch(device):
     return packer.pack([sequence] * 4)
 
 
-def _measure(model_config, config, device):
+def _measure(plan):
     """Bytes of each term, and of the peak of a whole step, after a first step that warms up."""
+    config, device = plan.config, torch.device("cuda")
+    root = plan.num_parameters - plan.model.num_hidden_layers * plan.num_block_parameters
     allocated, largest = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
     reset = torch.cuda.reset_peak_memory_stats
     nothing, found = allocated(), {}
     with open_world() as world:
         with device:
             hf = AutoModelForCausalLM.from_config(
-                model_config,
+                plan.model,
                 dtype=torch.float32,
                 attn_implementation=IMPLEMENTATIONS[config.model.attention],
             )
@@ -96,7 +97,7 @@ def _measure(model_config, config, device):
         def head(hidden_states, weight):
             # The root is gathered, the blocks are not any more.
             bodys = allocated() - before - hidden_states.nbytes
-            found["activations"] = bodys - weight.element_size() * model_size(model_config).root
+            found["activations"] = bodys - weight.element_size() * root
             reset()
             start = allocated() - hidden_states.nbytes
             loss = linear_logprob_loss(
@@ -129,22 +130,14 @@ def _measure(model_config, config, device):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_a_step_allocates_what_the_plan_says(monkeypatch, gradient_checkpointing):
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", str(WORKSPACE_MB))
-    model_config = Qwen2Config(**QWEN_1_5B)
     config = _config(gradient_checkpointing=gradient_checkpointing)
-    plan = plan_memory(
-        Setup(
-            config=config,
-            size=model_size(model_config),
-            num_gpus=1,
-            memory_gb=80.0,
-            workspace_mb=WORKSPACE_MB,
-        )
-    )
-    found = _measure(model_config, config, torch.device("cuda"))
+    counts = count_parameters(QWEN_1_5B)
+    plan = Plan(config, QWEN_1_5B, *counts, 1, memory_gb=80.0, workspace_mb=WORKSPACE_MB)
+    found = _measure(plan)
     torch.cuda.empty_cache()
     expected = {name: term.bytes for name, term in plan.terms.items()}
     training = ("head and loss", "backward of the blocks", "end of backward", "optimizer step")
-    expected["peak"] = max(phase.bytes for phase in plan.phases if phase.name in training)
+    expected["peak"] = (max(plan.peaks[name] for name in training) - RESERVE_GB) * 1e9
     off = {
         name: f"{measured / 1e9:.2f} GB measured, {expected[name] / 1e9:.2f} planned"
         for name, measured in found.items()

@@ -1,1 +1,0 @@
-"""What a run will need, from its configuration and the model's config alone."""
