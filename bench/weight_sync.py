@@ -27,10 +27,10 @@ from bench.provenance import header, save
 from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import World, open_world
-from laser_fast.model.logprobs import read_completions
+from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy
-from laser_fast.records import Completion, Group, Prompt
+from laser_fast.records import Completion, Group, Prompt, SpecialTokens
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.vllm_setup import import_vllm
 
@@ -50,7 +50,7 @@ def save_model(folder: Path, shape: str) -> None:
     model.save_pretrained(folder)
 
 
-def held_tokens(vocab: int) -> list[Group]:
+def given_tokens(vocab: int) -> list[Group]:
     """Random tokens whose log-probs are compared."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocab, (CHECK_PROMPTS, CHECK_TOKENS), generator=generator).tolist()
@@ -95,7 +95,7 @@ def measure(
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        # Every rank saves the same model for itself; rank 0 alone reads its weights.
+        # Every rank saves the same model for itself; only rank 0 reads its weights.
         save_model(Path(folder), shape)
         policy = build_policy(ModelConfig(path=folder, compute_dtype=dtype), world)
         engine = timed(
@@ -103,9 +103,12 @@ def measure(
             lambda: VllmEngine(
                 folder,
                 RolloutConfig(engine="vllm", max_new_tokens=16, max_num_seqs=4),
-                score_token_id=SCORE_TOKEN,
-                eos_token_ids=[EOS],
-                vocab_size=vocab,
+                SpecialTokens(
+                    score_token_id=SCORE_TOKEN,
+                    eos_token_ids=(EOS,),
+                    pad_token_id=EOS,
+                    vocab_size=vocab,
+                ),
                 max_model_len=CHECK_TOKENS + 1,
                 dtype=dtype,
                 enforce_eager=True,  # a sync moves weights, compiled or not
@@ -118,12 +121,12 @@ def measure(
         device=world.device,
         agree=world.max,
     )
-    groups = held_tokens(vocab)
+    groups = given_tokens(vocab)
 
     def check() -> float:
         return check_agreement(
             engine.token_logprobs(groups, temperature=1.0),
-            [tokens for tokens, _ in read_completions(policy, groups, packer)],
+            [tokens for tokens, _ in policy_logprobs(policy, groups, packer)],
             max_disagreement=MAX_DISAGREEMENT[dtype],
         )
 
