@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from bench.provenance import header, save
 from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from bench.runner import base_parser
 from laser_fast.config import RolloutConfig
-from laser_fast.records import Group, Prompt, Sampling
+from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.vllm import VllmEngine
 from laser_fast.rollout.vllm_setup import import_vllm
 
@@ -87,14 +87,14 @@ def make_prompts(num: int, *, length: int, vocab: int, prompt_length: int) -> li
     ]
 
 
-def released_scores(engine: VllmEngine, groups: list[Group]) -> None:
-    """Read the score as the released code does: run prompt, answer and score token again."""
-    ids = [
-        group.prompt.prompt_ids + completion.completion_ids + (SCORE_TOKEN,)
-        for group in groups
-        for completion in group.completions
-    ]
-    params = engine._plain_params(prompt_logprobs=0, flat_logprobs=True)
+def read_again(engine: VllmEngine, groups: list[Group], *suffix: int, **asked: object) -> None:
+    """A second request for every completion, followed by `suffix`; its own token is not read."""
+    from vllm import SamplingParams
+
+    ids = [g.prompt.prompt_ids + c.completion_ids + suffix for g in groups for c in g.completions]
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, **asked
+    )
     engine._run(ids, [params] * len(ids))
 
 
@@ -117,6 +117,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
     """Time every way `args.rounds` times, in rotating order; yields all timings so far."""
     vocab = SHAPES[args.shape].vocabulary
     sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
+    unscored = replace(sampling, needs_score=False)
     prompts = make_prompts(
         args.completions // sampling.group_size,
         length=args.length,
@@ -128,9 +129,12 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
         engine = VllmEngine(
             folder,
             RolloutConfig(engine="vllm", max_new_tokens=args.length, max_num_seqs=args.completions),
-            score_token_id=SCORE_TOKEN,
-            eos_token_ids=[EOS],
-            vocab_size=vocab,
+            SpecialTokens(
+                score_token_id=SCORE_TOKEN,
+                eos_token_ids=(EOS,),
+                pad_token_id=EOS,
+                vocab_size=vocab,
+            ),
             max_model_len=args.prompt_length + args.length + 2,
         )
     engine.sync(iter(weights.items()))
@@ -143,20 +147,23 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
         return outputs
 
     engine._run = counting_run
-    config = engine._config
-
-    def generate(score: str) -> list[Group]:
-        engine._config = config.model_copy(update={"score": score})
-        return engine.generate(prompts, sampling)
-
     ways: dict[str, Callable[[], object]] = {
-        "off": lambda: generate("off"),
+        "off": lambda: engine.generate(prompts, unscored),
         "bare": lambda: bare_generation(engine, prompts, sampling),
-        "inline": lambda: generate("inline"),
-        "request": lambda: generate("request"),
-        "released": lambda: released_scores(engine, generate("off")),
+        "inline": lambda: engine.generate(prompts, sampling),
+        "request": lambda: read_again(
+            engine, engine.generate(prompts, unscored), logprob_token_ids=[SCORE_TOKEN]
+        ),
+        # As the released code does: prompt, answer and score token.
+        "released": lambda: read_again(
+            engine,
+            engine.generate(prompts, unscored),
+            SCORE_TOKEN,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+        ),
     }
-    check(generate("inline"), args.length)
+    check(engine.generate(prompts, sampling), args.length)
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, float] = {}

@@ -27,10 +27,10 @@ from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from bench.runner import base_parser
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import World, open_world
-from laser_fast.model.logprobs import read_completions
+from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy
-from laser_fast.records import Completion, Group, Prompt
+from laser_fast.records import Completion, Group, Prompt, SpecialTokens
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.vllm_setup import import_vllm
 
@@ -103,9 +103,12 @@ def measure(
             lambda: VllmEngine(
                 folder,
                 RolloutConfig(engine="vllm", max_new_tokens=16, max_num_seqs=4),
-                score_token_id=SCORE_TOKEN,
-                eos_token_ids=[EOS],
-                vocab_size=vocab,
+                SpecialTokens(
+                    score_token_id=SCORE_TOKEN,
+                    eos_token_ids=(EOS,),
+                    pad_token_id=EOS,
+                    vocab_size=vocab,
+                ),
                 max_model_len=CHECK_TOKENS + 1,
                 dtype=dtype,
                 enforce_eager=True,  # a sync moves weights, compiled or not
@@ -123,7 +126,7 @@ def measure(
     def check() -> float:
         return check_agreement(
             engine.token_logprobs(groups, temperature=1.0),
-            [tokens for tokens, _ in read_completions(policy, groups, packer)],
+            [tokens for tokens, _ in policy_logprobs(policy, groups, packer)],
             max_disagreement=MAX_DISAGREEMENT[dtype],
         )
 

@@ -97,7 +97,7 @@ class RolloutConfig(_Section):
     """Longest completion, EOS included."""
     max_num_seqs: int = Field(256, ge=1)
     """Completions sampled at once by one engine."""
-    score: Literal["auto", "inline", "request", "off"] = "auto"
+    score: Literal["auto", "inline", "off"] = "auto"
     """How the engine reads the score after EOS; "off" leaves it to a policy forward."""
     max_disagreement: float = Field(0.1, gt=0)
     """Stop above this mean |policy - engine| log-prob of the same tokens, in nats."""

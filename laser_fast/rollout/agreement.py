@@ -20,48 +20,37 @@ class DisagreementError(RuntimeError):
 
 
 def disagreement(engine_logprobs: Logprobs, policy_logprobs: Logprobs) -> float:
-    """Mean |engine - policy| over all tokens; 0 without tokens, infinite if any is not a number.
-
-    Raises:
-        ValueError: the two do not hold the same number of tokens.
-    """
-    engine_lengths = [len(tokens) for tokens in engine_logprobs]
-    policy_lengths = [len(tokens) for tokens in policy_logprobs]
-    if engine_lengths != policy_lengths:
-        raise ValueError(
-            f"disagreement: expected log-probs of the same tokens, got {engine_lengths} of the "
-            f"engine and {policy_lengths} of the policy"
-        )
-    differences = [
-        abs(ours - theirs)
-        for engine, policy in zip(engine_logprobs, policy_logprobs, strict=True)
-        for ours, theirs in zip(engine, policy, strict=True)
-    ]
-    if not differences:
-        return 0.0
-    mean = sum(differences) / len(differences)
-    return math.inf if math.isnan(mean) else mean
+    """Mean |engine - policy| over all tokens; 0 without tokens, infinite if any is not a number."""
+    gaps = _gaps(engine_logprobs, policy_logprobs)
+    return sum(gap for gap, _, _ in gaps) / max(1, len(gaps))
 
 
 def check_agreement(
     engine_logprobs: Logprobs, policy_logprobs: Logprobs, *, max_disagreement: float
 ) -> float:
-    """Return the disagreement, or refuse one above `max_disagreement`.
-
-    Raises:
-        DisagreementError: with the mean, the worst token and what to look at.
-    """
+    """Return the disagreement, or refuse one above `max_disagreement` and name the worst token."""
     value = disagreement(engine_logprobs, policy_logprobs)
     if value <= max_disagreement:
         return value
-    gap, c, t = max(
-        (math.inf if math.isnan(ours - theirs) else abs(ours - theirs), c, t)
-        for c, (engine, policy) in enumerate(zip(engine_logprobs, policy_logprobs, strict=True))
-        for t, (ours, theirs) in enumerate(zip(engine, policy, strict=True))
-    )
+    gap, c, t = max(_gaps(engine_logprobs, policy_logprobs))
     raise DisagreementError(
         f"engine and policy disagree by {value:.3g} nats per token, more than "
         f"rollout.max_disagreement = {max_disagreement:g}; worst is token {t} of completion {c}: "
         f"{engine_logprobs[c][t]:.4f} in the engine, {policy_logprobs[c][t]:.4f} in the policy "
         f"({gap:.3g}); the engine's weights are stale or incomplete"
     )
+
+
+def _gaps(engine_logprobs: Logprobs, policy_logprobs: Logprobs) -> list[tuple[float, int, int]]:
+    """|engine - policy| of every token with its completion and its position."""
+    lengths = [[len(tokens) for tokens in side] for side in (engine_logprobs, policy_logprobs)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"disagreement: expected log-probs of the same tokens, got {lengths[0]} of the engine "
+            f"and {lengths[1]} of the policy"
+        )
+    return [
+        (math.inf if math.isnan(ours - theirs) else abs(ours - theirs), c, t)
+        for c, tokens in enumerate(zip(engine_logprobs, policy_logprobs, strict=True))
+        for t, (ours, theirs) in enumerate(zip(*tokens, strict=True))
+    ]

@@ -18,10 +18,7 @@ from laser_fast.rollout.engine import Engine
 
 
 class RolloutAhead:
-    """At most one rollout in the background, named by the step that will train on it.
-
-    What it fails with is raised by the next `drain` or `take`.
-    """
+    """At most one rollout in the background; the next `drain` or `take` raises its error."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -42,7 +39,6 @@ class RolloutAhead:
         """Wait for the groups of `step`; None if nothing was started."""
         if self._in_flight is None:
             return None
-        of_step, groups = self._in_flight
+        (of_step, groups), self._in_flight = self._in_flight, None
         assert of_step == step
-        self._in_flight = None
         return groups.result()

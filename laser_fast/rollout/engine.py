@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
+from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,3 +84,29 @@ def draw_seed(*parts: int | str) -> int:
     """A 63-bit seed that names one draw, such as `draw_seed(seed, "train", step, attempt)`."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def completion_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """Seed of one completion: neighbours in a group are consecutive, as in vLLM's own `n`."""
+    return (draw_seed(seed, prompt_id) >> 1) + sample
+
+
+def groups_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Group]:
+    """Groups of equal size from the completions of all prompts, one prompt after the other."""
+    size = len(completions) // max(1, len(prompts))
+    return [
+        Group(prompt=prompt, completions=tuple(completions[p * size : (p + 1) * size]))
+        for p, prompt in enumerate(prompts)
+    ]
+
+
+def check_fits(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int) -> None:
+    """Refuse an empty prompt, and one that leaves no room for its completion and score."""
+    longest = max_model_len - sampling.max_new_tokens - 1
+    for prompt in prompts:
+        if not 1 <= len(prompt.prompt_ids) <= longest:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: expected 1 to {longest} ids, so that max_new_tokens = "
+                f"{sampling.max_new_tokens} and the score token fit into max_model_len = "
+                f"{max_model_len}; got {len(prompt.prompt_ids)}"
+            )

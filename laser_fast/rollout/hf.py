@@ -6,19 +6,22 @@ has read, each step takes, by the Gumbel-max trick,
 
     choice   = argmax_v  l_v / T - log E_v,   E_v ~ Exp(1),  v not banned
     logprob  = log_softmax(l / T)[choice]                    (full distribution, ban or not)
-    score    = log_softmax(l)[z_c]                           (of use where EOS was read last)
+
+and in the step after an EOS, as vLLM's logits processor does,
+
+    choice   = z_c
+    logprob  = log_softmax(l)[z_c]                           (the score, at temperature 1)
 
 E comes from a generator of the completion's own, keyed by (seed, prompt_id, sample index): a
 completion depends on weights, prompt and seed, never on its neighbours in the batch, the world
-size or a resume.
-
-The sampled EOS is read like any token, so the score costs exactly one extra decode step.
+size or a resume. The EOS is read like any token, so the score costs one more decode step.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
+from laser_fast.rollout.engine import groups_of
+from laser_fast.rollout.score_request import parse_completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,62 +44,47 @@ _SHRINK_BELOW = 0.75
 
 
 class HfEngine:
-    """Static-batch sampler on the policy's parameters; implements `rollout.engine.Engine`.
-
-    Args:
-        model: the causal LM inside the policy.
-        tokens: the ids that end, are banned, or carry the score.
-        max_num_seqs: completions decoded at once.
-        unsharded: context in which the model's parameters are plain full tensors.
-    """
+    """Static-batch sampler on the policy's parameters; implements `rollout.engine.Engine`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokens: SpecialTokens,
         *,
-        max_num_seqs: int,
+        max_num_seqs: int,  # completions decoded at once
+        # A context in which the model's parameters are plain full tensors.
         unsharded: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs: expected at least 1, got {max_num_seqs}")
         self.model = model
         self.tokens = tokens
         self.max_num_seqs = max_num_seqs
         self.unsharded = unsharded
-        self._banned_ids = (
-            tokens.score_token_id,
-            *range(tokens.vocab_size, model.config.vocab_size),
-        )
+        padding_ids = range(tokens.vocab_size, model.config.vocab_size)
+        self._banned_ids = (tokens.score_token_id, *padding_ids)
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Do nothing: the parameters are the policy's own, so `weights` is left untouched."""
 
+    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample `sampling.group_size` completions of each prompt, in the order of `prompts`.
-
-        Raises:
-            ValueError: an empty prompt.
-        """
+        """Sample the completions of each prompt; an empty prompt is a ValueError."""
         for prompt in prompts:
             if not prompt.prompt_ids:
                 raise ValueError(f"prompt {prompt.prompt_id}: expected at least one id, got none")
         # Neighbours of equal length need no padding.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].prompt_ids))
-        rows = [(p, sample) for p in order for sample in range(sampling.group_size)]
-        completions: dict[tuple[int, int], Completion] = {}
-        with self._ready():
-            for start in range(0, len(rows), self.max_num_seqs):
-                batch = rows[start : start + self.max_num_seqs]
-                drawn = self._decode([(prompts[p], sample) for p, sample in batch], sampling)
-                completions.update(zip(batch, drawn, strict=True))
-        return [
-            Group(
-                prompt=prompt,
-                completions=tuple(completions[p, g] for g in range(sampling.group_size)),
-            )
-            for p, prompt in enumerate(prompts)
-        ]
+        rows = [(prompts[p], sample) for p in order for sample in range(sampling.group_size)]
+        drawn: list[Completion] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.unsharded():
+                for start in range(0, len(rows), self.max_num_seqs):
+                    drawn += self._decode(rows[start : start + self.max_num_seqs], sampling)
+        finally:
+            self.model.train(was_training)
+        groups = dict(zip(order, groups_of([prompts[p] for p in order], drawn), strict=True))
+        return [groups[p] for p in range(len(prompts))]
 
     def sleep(self) -> None:
         """Do nothing: nothing is held between calls."""
@@ -102,40 +92,32 @@ class HfEngine:
     def close(self) -> None:
         """Do nothing: the model belongs to the policy."""
 
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """Full parameters, evaluation mode, no gradients."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.unsharded():
-                yield
-        finally:
-            self.model.train(was_training)
-
     def _decode(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Completion]:
         """Sample one completion for each (prompt, sample index)."""
         device = self.model.device
         context = self._read_prompts([prompt for prompt, _ in rows])
-        noise = _Noise([_generator(sampling.seed, prompt, g, device) for prompt, g in rows])
+        noise = _Noise(sampling.seed, rows, device)
         eos_token_ids = torch.tensor(self.tokens.eos_token_ids, device=device)
         banned_ids = torch.tensor(self._banned_ids, device=device)
+        score_token_id = self.tokens.score_token_id
         num_steps = sampling.max_new_tokens + sampling.needs_score
         completion_ids = torch.zeros(len(rows), num_steps, dtype=torch.int64, device=device)
-        logprobs, scores = torch.zeros(2, len(rows), num_steps, device=device)
+        logprobs = torch.zeros(len(rows), num_steps, device=device)
         row = torch.arange(len(rows), device=device)  # [R], the rows in the batch
         has_ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for step in range(num_steps):
             logits = context.logits
-            if sampling.needs_score:
-                scores[row, step] = logits[:, self.tokens.score_token_id] - logits.logsumexp(1)
             tempered = logits / sampling.temperature
             noisy = tempered - noise.step(row, tempered)
             noisy[:, banned_ids] = -torch.inf
-            choice = noisy.argmax(1, keepdim=True)
-            completion_ids[row, step] = choice[:, 0]
-            logprobs[row, step] = tempered.gather(1, choice)[:, 0] - tempered.logsumexp(1)
-            had_ended, has_ended = has_ended, has_ended | torch.isin(choice[:, 0], eos_token_ids)
+            choice = noisy.argmax(1)
+            logprob = tempered.gather(1, choice[:, None])[:, 0] - tempered.logsumexp(1)
+            if sampling.needs_score:
+                score = logits[:, score_token_id] - logits.logsumexp(1)
+                logprob = torch.where(has_ended, score, logprob)
+                choice = choice.where(~has_ended, score_token_id)
+            completion_ids[row, step], logprobs[row, step] = choice, logprob
+            had_ended, has_ended = has_ended, has_ended | torch.isin(choice, eos_token_ids)
             is_open = ~(had_ended if sampling.needs_score else has_ended)
             num_open = int(is_open.sum())
             if num_open == 0 or step + 1 == num_steps:
@@ -144,8 +126,11 @@ class HfEngine:
                 kept = is_open.nonzero()[:, 0]
                 row, choice, has_ended = row[kept], choice[kept], has_ended[kept]
                 context.select(kept)
-            context.read(choice, torch.ones_like(choice, dtype=torch.bool))
-        return self._cut(completion_ids, logprobs, scores, sampling)
+            context.read(choice[:, None], has_ended.new_ones(len(row), 1))
+        return [
+            parse_completion(ids, values, self.tokens, sampling)
+            for ids, values in zip(completion_ids.tolist(), logprobs.tolist(), strict=True)
+        ]
 
     def _read_prompts(self, prompts: Sequence[Prompt]) -> _Context:
         """Every distinct prompt read once, then one row for each entry of `prompts`."""
@@ -155,41 +140,11 @@ class HfEngine:
         width = max(map(len, distinct))
         ids = [[self.tokens.pad_token_id] * (width - len(p)) + list(p) for p in distinct]
         padding = torch.tensor([width - len(p) for p in distinct], device=device)
-        context = _Context(self.model)
-        context.read(
-            torch.tensor(ids, device=device),
-            torch.arange(width, device=device) >= padding[:, None],
-        )
+        is_read = torch.arange(width, device=device) >= padding[:, None]
+        context = _Context(self.model, len(distinct))
+        context.read(torch.tensor(ids, device=device), is_read)
         context.select(torch.tensor([place[p.prompt_ids] for p in prompts], device=device))
         return context
-
-    def _cut(
-        self,
-        completion_ids: Tensor,  # [R, steps]
-        logprobs: Tensor,
-        scores: Tensor,
-        sampling: Sampling,
-    ) -> list[Completion]:
-        """End every row at its first EOS, by position; whatever was decoded after it is noise."""
-        completions = []
-        for ids, values, score in zip(
-            completion_ids[:, : sampling.max_new_tokens].tolist(),
-            logprobs.tolist(),
-            scores.tolist(),
-            strict=True,
-        ):
-            end = next((t for t, i in enumerate(ids) if i in self.tokens.eos_token_ids), None)
-            length = len(ids) if end is None else end + 1
-            has_score = sampling.needs_score and end is not None
-            completions.append(
-                Completion(
-                    completion_ids=tuple(ids[:length]),
-                    rollout_logprobs=tuple(values[:length]),
-                    finish_reason="length" if end is None else "stop",
-                    score_logprob=score[length] if has_score else None,
-                )
-            )
-        return completions
 
 
 class _Context:
@@ -197,22 +152,25 @@ class _Context:
 
     logits: Tensor
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        self.mask: Tensor | None = None  # [R, tokens read], False on padding
+        self.mask = torch.empty(num_rows, 0, dtype=torch.bool, device=model.device)
+        # Older versions of transformers, and patched models, call the cache by its old name.
+        is_new = "cache" in inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if is_new else "past_key_values"
 
     def read(self, ids: Tensor, mask: Tensor) -> None:
-        """Append tokens [R, n]; `mask` is False on padding."""
-        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        """Append tokens [R, n]; the mask is False on padding."""
+        self.mask = torch.cat([self.mask, mask], dim=1)
         position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self.model(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         )
         self.logits = output.logits[:, -1].float()
 
@@ -225,8 +183,13 @@ class _Context:
 class _Noise:
     """log E, minus which is Gumbel noise; each row draws from a generator of its own."""
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self.generators = generators
+    def __init__(self, seed: int, rows: Sequence[tuple[Prompt, int]], device: torch.device) -> None:
+        self.generators = []
+        for prompt, sample in rows:
+            # prompt_id comes last: the numbers before it cannot run into it.
+            key = blake2b(f"{seed}/{sample}/{prompt.prompt_id}".encode(), digest_size=8).digest()
+            generator = torch.Generator(device)
+            self.generators.append(generator.manual_seed(int.from_bytes(key, "big", signed=True)))
         self.num_steps = 0
 
     def step(self, rows: Tensor, like: Tensor) -> Tensor:
@@ -241,11 +204,3 @@ class _Noise:
             self.block.clamp_(min=torch.finfo(like.dtype).tiny).log_()
         self.num_steps += 1
         return self.block[rows, (self.num_steps - 1) % block]
-
-
-def _generator(seed: int, prompt: Prompt, sample: int, device: torch.device) -> torch.Generator:
-    """The noise source of one completion."""
-    # prompt_id comes last: the numbers before it cannot run into it.
-    key = blake2b(f"{seed}/{sample}/{prompt.prompt_id}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device=device)
-    return generator.manual_seed(int.from_bytes(key, "big", signed=True))

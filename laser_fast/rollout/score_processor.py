@@ -7,19 +7,18 @@ For a request that names a score token z_c (laser_fast/rollout/score_request.py)
 
 Requests that name none are untouched. vLLM reads raw log-probs before any processor, so neither
 ban nor forced token changes a reported log-prob, and the forced token's own is the score:
-log pi(z_c | x, y) at temperature 1, for one more decode step.
+log pi(z_c | x, y) at temperature 1, for one more decode step. In process, a request may carry a
+`Tempering` (tempering.py) for log-probs at its sampling temperature.
 
-In process, a request may carry a `Tempering` for log-probs at its sampling temperature
-(laser_fast/rollout/tempering.py).
-
-vLLM has two runners with different processor interfaces; `SelfScoreProcessor` is both, so one
-name serves all supported versions:
+vLLM has two runners with different interfaces; `SelfScoreProcessor` has both, so that one name
+serves all supported versions:
     vllm serve MODEL --logits-processors laser_fast.rollout.score_processor:SelfScoreProcessor
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,49 +26,37 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Interface
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from laser_fast.rollout.score_request import (
-    EOS_TOKEN_IDS,
-    SCORE_TOKEN_ID,
-    TEMPERING,
-    VOCAB_SIZE,
-)
+from laser_fast.rollout.score_request import EOS_TOKEN_IDS, SCORE_TOKEN_ID, TEMPERING, VOCAB_SIZE
 from laser_fast.rollout.tempering import Tempering, collect, row_index
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Interface
 except ImportError:  # before 0.31 the V2 runner has none and vLLM uses V1 for custom processors
-    _INTERFACES: tuple[type, ...] = (V1Interface,)
-else:
-    _INTERFACES = (V1Interface, V2Interface)
+    V2Interface = object
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 
+# Score token, vocabulary and EOS ids of a request: rows of one kind are edited together.
+_Kind = tuple[int, int | None, frozenset[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Request:
     """What one request asked for."""
 
-    def __init__(self, params: SamplingParams, model_eos_token_ids: frozenset[int]) -> None:
-        asked = params.extra_args
-        self.token_id = int(asked[SCORE_TOKEN_ID])
-        self.vocab_size = int(asked[VOCAB_SIZE]) if VOCAB_SIZE in asked else None
-        self.eos_token_ids = frozenset(asked.get(EOS_TOKEN_IDS, model_eos_token_ids))
-        self.tempering: Tempering | None = asked.get(TEMPERING)
-        self.output_ids: Sequence[int] = ()  # V1 only: the runner's own, growing list
-
-    @property
-    def kind(self) -> tuple[int, int | None, frozenset[int]]:
-        """Rows of one kind are edited together."""
-        return self.token_id, self.vocab_size, self.eos_token_ids
+    kind: _Kind
+    tempering: Tempering | None
+    output_ids: Sequence[int] = ()  # V1 only: the runner's own, growing list
 
 
-class SelfScoreProcessor(*_INTERFACES):
+class SelfScoreProcessor(V1Interface, V2Interface):
     """Forces and bans as described above; builds the variant of the runner that asks."""
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any) -> SelfScoreProcessor:
-        """Pick the runner's variant by what the runner passes."""
-        # V1 passes (device, is_pin_memory), V2 passes (req_states,).
+        """Pick the variant by what the runner passes: V1 (device, is_pin_memory), V2 (states,)."""
         return super().__new__(_V1Processor if len(args) == 2 else _V2Processor)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
@@ -81,11 +68,7 @@ class SelfScoreProcessor(*_INTERFACES):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request that asks for a score it would not get, or would stop the worker.
-
-        Raises:
-            ValueError: answered with HTTP 400 by a server.
-        """
+        """Refuse, with HTTP 400, a request that would get no score or would stop the worker."""
         asked = sampling_params.extra_args or {}
         if SCORE_TOKEN_ID not in asked:
             return
@@ -110,10 +93,32 @@ class SelfScoreProcessor(*_INTERFACES):
     def update_state(self, batch_update: Any) -> None:
         """Learn which rows hold which requests (V1 only)."""
 
-    def _new_request(self, params: SamplingParams) -> _Request | None:
-        if SCORE_TOKEN_ID not in (params.extra_args or {}):
+    def _new_request(
+        self, params: SamplingParams, output_ids: Sequence[int] = ()
+    ) -> _Request | None:
+        asked = params.extra_args or {}
+        if SCORE_TOKEN_ID not in asked:
             return None
-        return _Request(params, self._model_eos_token_ids)
+        eos_token_ids = frozenset(asked.get(EOS_TOKEN_IDS, self._model_eos_token_ids))
+        kind = asked[SCORE_TOKEN_ID], asked.get(VOCAB_SIZE), eos_token_ids
+        return _Request(kind, asked.get(TEMPERING), output_ids)
+
+    def _ban(
+        self, logits: Tensor, requests: dict[int, _Request], num_outputs: dict[int, int]
+    ) -> dict[_Kind, list[int]]:
+        """Temper and ban in place; returns the rows where a score may be due, by kind."""
+        drawn = {row: (r.tempering, num_outputs[row]) for row, r in requests.items() if r.tempering}
+        collect(logits, drawn)
+        kinds: dict[_Kind, list[int]] = {}
+        for row in sorted(requests):
+            kinds.setdefault(requests[row].kind, []).append(row)
+        for (token_id, vocab_size, _), rows in kinds.items():
+            index = row_index(rows, logits)
+            logits[index, token_id] = -torch.inf
+            if vocab_size is not None:
+                logits[index, vocab_size:] = -torch.inf
+        # A prompt may end with an EOS id; only a generated one asks for the score.
+        return {k: [row for row in rows if num_outputs[row] > 0] for k, rows in kinds.items()}
 
 
 class _V1Processor(SelfScoreProcessor):
@@ -124,33 +129,22 @@ class _V1Processor(SelfScoreProcessor):
         self._requests: dict[int, _Request] = {}  # by row
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self._requests, batch_update, self._enter)
+        process_dict_updates(
+            self._requests,
+            batch_update,
+            lambda params, prompt_ids, output_ids: self._new_request(params, output_ids),
+        )
 
     def apply(self, logits: Tensor) -> Tensor:
         """Edit raw logits [B, V] in place."""
-        requests = self._requests.items()
-        collect(
-            logits, {row: (r.tempering, len(r.output_ids)) for row, r in requests if r.tempering}
-        )
-        for (token_id, vocab_size, eos_token_ids), rows in _by_kind(self._requests).items():
-            _ban(logits, rows, token_id, vocab_size)
-            forced = [
-                row
-                for row in rows
-                if (ids := self._requests[row].output_ids) and ids[-1] in eos_token_ids
-            ]
+        requests = self._requests
+        num_outputs = {row: len(request.output_ids) for row, request in requests.items()}
+        for (token_id, _, eos), rows in self._ban(logits, requests, num_outputs).items():
+            forced = [row for row in rows if requests[row].output_ids[-1] in eos]
             if forced:
                 logits[forced] = -torch.inf
                 logits[forced, token_id] = 0.0
         return logits
-
-    def _enter(
-        self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
-    ) -> _Request | None:
-        request = self._new_request(params)
-        if request is not None:
-            request.output_ids = output_ids
-        return request
 
 
 class _V2Processor(SelfScoreProcessor):
@@ -166,33 +160,25 @@ class _V2Processor(SelfScoreProcessor):
         """Take over a slot; slots are reused without a sign that the last request left."""
         self._slots.pop(req_idx, None)
         request = self._new_request(sampling_params)
-        if request is None:
-            return False
-        self._slots[req_idx] = request
-        return True
+        if request is not None:
+            self._slots[req_idx] = request
+        return request is not None
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Edit raw logits [B, V] in place; without speculation a row is a batch position."""
-        slots = ctx.idx_mapping_np.tolist()
-        requests = {row: self._slots[s] for row, s in enumerate(slots) if s in self._slots}
+        slots = ctx.idx_mapping_np
+        requests = {r: self._slots[s] for r, s in enumerate(slots.tolist()) if s in self._slots}
         # Output tokens so far; the host knows the counts, only the device knows the ids.
-        num_outputs = (
-            ctx.seq_lens_upper_bound_np[: len(slots)]
-            - self._states.prompt_len.np[ctx.idx_mapping_np]
-        ).tolist()
-        tempered = {row: r.tempering for row, r in requests.items() if r.tempering}
-        collect(logits, {row: (tempering, num_outputs[row]) for row, tempering in tempered.items()})
-        for (token_id, vocab_size, eos_token_ids), rows in _by_kind(requests).items():
-            _ban(logits, rows, token_id, vocab_size)
-            # A prompt may end with an EOS id; only a generated one asks for the score.
-            rows = [row for row in rows if num_outputs[row] > 0]
-            if not rows or not eos_token_ids:
+        counts = ctx.seq_lens_upper_bound_np[: len(slots)] - self._states.prompt_len.np[slots]
+        num_outputs = dict(enumerate(counts.tolist()))
+        for (token_id, _, eos), rows in self._ban(logits, requests, num_outputs).items():
+            if not rows or not eos:
                 continue
-            if eos_token_ids not in self._eos:
-                self._eos[eos_token_ids] = torch.tensor(sorted(eos_token_ids), device=logits.device)
+            if eos not in self._eos:
+                self._eos[eos] = torch.tensor(sorted(eos), device=logits.device)
             index = row_index(rows, logits)
             # Which rows follow an EOS is never read back: that would stall the device.
-            is_forced = torch.isin(ctx.input_ids[index], self._eos[eos_token_ids])  # [n] bool
+            is_forced = torch.isin(ctx.input_ids[index], self._eos[eos])  # [n] bool
             edited = logits[index]  # a view where the index is a slice
             edited.masked_fill_(is_forced[:, None], -torch.inf)
             edited[:, token_id] = torch.where(is_forced, 0.0, -torch.inf)
@@ -220,28 +206,12 @@ def _is_token_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _by_kind(requests: dict[int, _Request]) -> dict[tuple, list[int]]:
-    kinds: dict[tuple, list[int]] = {}
-    for row in sorted(requests):
-        kinds.setdefault(requests[row].kind, []).append(row)
-    return kinds
-
-
-def _ban(logits: Tensor, rows: list[int], token_id: int, vocab_size: int | None) -> None:
-    index = row_index(rows, logits)
-    logits[index, token_id] = -torch.inf
-    if vocab_size is not None and vocab_size < logits.shape[1]:
-        logits[index, vocab_size:] = -torch.inf
-
-
 def _model_eos_token_ids(vllm_config: VllmConfig) -> frozenset[int]:
     """Every id that the served model's configurations call an end."""
-    model_config = vllm_config.model_config
-    found: set[int] = set()
-    for declared in (
-        model_config.try_get_generation_config().get("eos_token_id"),
-        getattr(model_config.hf_text_config, "eos_token_id", None),
-    ):
-        if declared is not None:
-            found.update(declared if isinstance(declared, list) else [declared])
-    return frozenset(found)
+    config = vllm_config.model_config
+    declared = (
+        config.try_get_generation_config().get("eos_token_id"),
+        getattr(config.hf_text_config, "eos_token_id", None),
+    )
+    lists = [found if isinstance(found, list) else [found] for found in declared]
+    return frozenset(token_id for found in lists for token_id in found if token_id is not None)

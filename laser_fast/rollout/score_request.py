@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from laser_fast.records import Completion
+from laser_fast.records import Completion, Sampling, SpecialTokens
 
+PROCESSOR = "laser_fast.rollout.score_processor:SelfScoreProcessor"
+"""What vLLM loads by `--logits-processors`, or by `logits_processors` in process."""
 SCORE_TOKEN_ID = "laser_score_token_id"
 """int: the score token, never sampled and forced after an EOS; without it nothing happens."""
 EOS_TOKEN_IDS = "laser_eos_token_ids"
@@ -45,37 +47,51 @@ def score_request(score_token_id: int) -> dict[str, Any]:
     }
 
 
-def read_completion(
-    ids: Sequence[int],
-    logprobs: Sequence[float],
-    *,
-    eos_token_ids: Sequence[int],
-    max_new_tokens: int,
-    score_token_id: int | None,
-) -> Completion:
-    """The completion among the ids that vLLM returned; with a score token, its score too.
+def request_fields(
+    tokens: SpecialTokens, sampling: Sampling
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a request for sampled completions says: vLLM's own fields, and the processor's.
 
-    Ends and lengths are found by position: the first EOS within `max_new_tokens` finishes, and
-    with `score_token_id` the id after it must be the score token.
-
-    Raises:
-        ValueError: the server did not force the score token, or ended before any EOS.
+    The latter are `extra_args` in process and `vllm_xargs` on a server. Without a score an EOS
+    stops the request and nothing is forced, but z_c and the head's padding stay banned.
     """
-    drawn = ids[:max_new_tokens]
-    end = next((t for t, token_id in enumerate(drawn) if token_id in eos_token_ids), None)
-    if end is None and len(drawn) < max_new_tokens:
+    eos_token_ids = list(tokens.eos_token_ids)
+    fields = {
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_new_tokens + int(sampling.needs_score),
+        "ignore_eos": True,
+        "stop_token_ids": [tokens.score_token_id, *([] if sampling.needs_score else eos_token_ids)],
+        "logprobs": 0,
+    }
+    return fields, {
+        SCORE_TOKEN_ID: tokens.score_token_id,
+        EOS_TOKEN_IDS: eos_token_ids if sampling.needs_score else [],
+        VOCAB_SIZE: tokens.vocab_size,
+    }
+
+
+def parse_completion(
+    ids: Sequence[int], logprobs: Sequence[float], tokens: SpecialTokens, sampling: Sampling
+) -> Completion:
+    """The completion among sampled ids, and its score if the sampling needs one.
+
+    Ends and lengths are found by position: the first EOS within `max_new_tokens` finishes, the id
+    after it must be the score token if there is a score, and later ones are ignored.
+    """
+    drawn = ids[: sampling.max_new_tokens]
+    end = next((t for t, token_id in enumerate(drawn) if token_id in tokens.eos_token_ids), None)
+    if end is None and len(drawn) < sampling.max_new_tokens:
         raise ValueError(
-            f"expected an EOS or {max_new_tokens} tokens, got {len(drawn)} tokens without one; "
-            "was the request aborted, or the server paused?"
+            f"expected an EOS or {sampling.max_new_tokens} tokens, got {len(drawn)} tokens without "
+            "one; was the request aborted, or the server paused?"
         )
     length = len(drawn) if end is None else end + 1
     score_logprob = None
-    if end is not None and score_token_id is not None:
-        if list(ids[length:]) != [score_token_id]:
+    if end is not None and sampling.needs_score:
+        if list(ids[length : length + 1]) != [tokens.score_token_id]:
             raise ValueError(
-                f"expected the score token {score_token_id} alone after the EOS, got "
-                f"{list(ids[length : length + 4])}; is the logits processor "
-                "laser_fast.rollout.score_processor:SelfScoreProcessor loaded?"
+                f"expected the score token {tokens.score_token_id} after the EOS, got "
+                f"{list(ids[length : length + 4])}; is the logits processor {PROCESSOR} loaded?"
             )
         score_logprob = float(logprobs[length])
     return Completion(

@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 _PAUSE_S = 1.0  # before the second attempt; twice as long before the third
 # A request may wait for half an hour; what lies between forgets silent connections sooner.
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30}  # seconds
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # on Linux; seconds
+    _KEEPALIVE += [(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)]
+    _KEEPALIVE += [(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)]
 
 
 class ServerError(RuntimeError):
@@ -45,19 +48,13 @@ class Http:
     ) -> Any:
         """The answer to a POST of a JSON object; None if it is empty.
 
-        One attempt is right for what must not happen twice.
-
-        Raises:
-            ServerError: no answer, or a failure of the server, after several attempts.
-            ValueError: the server refused the request; sending it again would not help.
+        One attempt is right for what must not happen twice. What the server refuses is a
+        ValueError, and a ServerError if it fails or does not answer after all attempts.
         """
         return self._ask("POST", path, json.dumps(fields or {}).encode(), attempts)
 
     def close(self) -> None:
-        """Hang up on every request in flight, which raises `ServerError` where it was made.
-
-        The server stops to generate what nobody waits for any more.
-        """
+        """Hang up on every request in flight; its caller gets a ServerError."""
         with self._lock:
             self._closed.set()
             for connection in self._sockets:
@@ -93,17 +90,14 @@ class Http:
         connection = self._connection(self._host, timeout=self._timeout_s)
         connection.connect()
         own = connection.sock
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            if hasattr(socket, option):  # on Linux
-                own.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        for option in _KEEPALIVE:
+            own.setsockopt(*option)
         try:
             with self._lock:
                 self._check_open()
                 self._sockets.add(own)
-            connection.request(
-                method, self._path + path, body, {"Content-Type": "application/json"}
-            )
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, self._path + path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:

@@ -2,7 +2,7 @@
 
     log_softmax(l / T)[y] = log_softmax(l)[y] / T + c,   c = logsumexp(l) / T - logsumexp(l / T)
 
-on raw logits l; c depends on the row alone. vLLM's own "processed" log-probs are tempered too, but
+on raw logits l; c depends only on the row. vLLM's own "processed" log-probs are tempered too, but
 after bans and forced tokens, so they are not those of the distribution that is trained. A logits
 processor in the same process sees l and hands c to the request's `Tempering`.
 """
@@ -31,10 +31,8 @@ class Tempering:
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:
         """Tempered log-probs of the completion's tokens from those of temperature 1."""
-        if not logprobs:
-            return []
         found = [self._corrections[t] for t in range(len(logprobs))]
-        corrections = torch.stack([corrections[row] for corrections, row in found]).tolist()
+        corrections = torch.stack([c[row] for c, row in found]).tolist() if found else []
         return [p / self.temperature + c for p, c in zip(logprobs, corrections, strict=True)]
 
 

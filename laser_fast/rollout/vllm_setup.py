@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -26,17 +27,15 @@ _CPU_ENVIRONMENT = {
 
 
 def import_vllm() -> ModuleType:
-    """Import vLLM, on first use and for an engine inside this process.
-
-    Raises:
-        ConfigError: missing, broken or of an unsupported version.
-    """
+    """Import vLLM for an engine inside this process, or say what is wrong with it."""
     on_gpu = torch.cuda.is_available()
     for name, value in (_ENVIRONMENT | ({} if on_gpu else _CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     # Streamed weights and the trainer's process group live in this process; an engine core in
     # another one could reach neither.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # vLLM looks at every attribute of torch.distributed; a user can do nothing about this one.
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
     try:
         import vllm
     except ImportError as error:
@@ -49,11 +48,7 @@ def import_vllm() -> ModuleType:
 
 
 def check_version(version: Sequence[int | str], *, on_gpu: bool) -> None:
-    """Refuse a vLLM whose interfaces were not read or tested, or that keeps weights stale.
-
-    Raises:
-        ConfigError: with the range that is supported.
-    """
+    """Refuse a vLLM whose interfaces were not read or tested, or that keeps weights stale."""
     if not on_gpu and tuple(version[:2]) == STALE_ON_CPU:
         raise ConfigError(
             "vLLM 0.28 is installed, whose CPU build keeps a tied head as it was when new weights "

@@ -9,14 +9,12 @@ workers reload a folder of safetensors.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 def pieces(weights: Weights, buffer_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive weights in lists of at most `buffer_bytes`; a larger tensor is a list alone."""
+    """Consecutive weights in lists of at most `buffer_bytes`, or of one larger tensor."""
     piece: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -48,34 +46,21 @@ class FileTransfer:
     """Weights through a temporary folder that the server can read."""
 
     def __init__(self, http: Http, buffer_bytes: int) -> None:
-        self._http = http
-        self._buffer_bytes = buffer_bytes
+        self._http, self._buffer_bytes = http, buffer_bytes
 
     def send(self, weights: Weights) -> None:
         """Write every piece to a file and let the server's workers load the folder."""
-        folder = Path(tempfile.mkdtemp(prefix="laser-weights-"))
-        try:
+        with tempfile.TemporaryDirectory(prefix="laser-weights-") as folder:
             for number, piece in enumerate(pieces(weights, self._buffer_bytes)):
                 # Copies, since a tied head shares its memory and safetensors refuses that.
                 tensors = {name: tensor.to("cpu", copy=True) for name, tensor in piece}
-                save_file(tensors, folder / f"model-{number:05d}.safetensors")
-            self._http.post(
-                "/collective_rpc",
-                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-            )
-        finally:
-            shutil.rmtree(folder)
-
-    def close(self) -> None:
-        """Nothing stays open."""
+                save_file(tensors, f"{folder}/model-{number:05d}.safetensors")
+            call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            self._http.post("/collective_rpc", call)
 
 
 class NcclTransfer:
-    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server.
-
-    Raises:
-        ConfigError: the server was not started for it.
-    """
+    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server."""
 
     def __init__(self, http: Http, buffer_bytes: int) -> None:
         # Without it, opening the group would wait minutes for workers that never come.
@@ -85,8 +70,7 @@ class NcclTransfer:
                 "the server at rollout.server_url takes no weights by NCCL; start it with "
                 """--weight-transfer-config '{"backend": "nccl"}'"""
             )
-        self._http = http
-        self._buffer_bytes = buffer_bytes
+        self._http, self._buffer_bytes = http, buffer_bytes
         self._group: Any = None
 
     def send(self, weights: Weights) -> None:
@@ -113,10 +97,6 @@ class NcclTransfer:
                     time.sleep(1e-3)
         self._http.post("/finish_weight_update", attempts=1)
 
-    def close(self) -> None:
-        """Leave the group."""
-        self._group = None
-
     def _connect(self) -> Any:
         """Open a group of this process and the server's workers, which wait for each other."""
         import_vllm()
@@ -130,12 +110,12 @@ class NcclTransfer:
             "master_port": port,
             "world_size": 1 + self._http.get("/get_world_size")["world_size"],
         }
-        worker = meeting | {"rank_offset": 1, "packed": False}
-        with self._meanwhile("/init_weight_transfer_engine", {"init_info": worker}):
+        theirs = meeting | {"rank_offset": 1, "packed": False}
+        with self._meanwhile("/init_weight_transfer_engine", {"init_info": theirs}):
             return trainer_init(meeting)
 
     @contextmanager
-    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[Future]:
+    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[Future[Any]]:
         """Post in the background: both sides meet inside the same NCCL calls."""
         pool = ThreadPoolExecutor(1)
         request = pool.submit(self._http.post, path, fields, attempts=1)

@@ -23,7 +23,15 @@ from typing import ClassVar
 import pytest
 import torch
 
+from laser_fast.records import SpecialTokens
 from laser_fast.rollout import server_http
+from laser_fast.rollout.score_request import PROCESSOR
+
+
+def make_tokens(score_token, eos, vocab):
+    return SpecialTokens(
+        score_token_id=score_token, eos_token_ids=eos, pad_token_id=eos[0], vocab_size=vocab
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,11 @@ class Tiny:
         model.save_pretrained(path)
         return cls(path, model)
 
+    @property
+    def tokens(self):
+        """The ids as an engine takes them."""
+        return make_tokens(self.score_token, self.eos, self.vocab)
+
     def weights(self):
         """Every state_dict entry, as a policy streams it."""
         return iter(self.model.state_dict().items())
@@ -96,9 +109,7 @@ class Tiny:
         return VllmEngine(
             str(self.path),
             RolloutConfig(**{**options, **rollout}),
-            score_token_id=self.score_token,
-            eos_token_ids=self.eos,
-            vocab_size=self.vocab,
+            self.tokens,
             max_model_len=self.max_model_len,
             dtype="float32",
         )
@@ -211,8 +222,7 @@ def start_server():
 @pytest.fixture(scope="session")
 def server(served):
     """A real server that scores; yields its base URL and its process."""
-    processor = "laser_fast.rollout.score_processor:SelfScoreProcessor"
-    with running_server(served, "--logits-processors", processor) as found:
+    with running_server(served, "--logits-processors", PROCESSOR) as found:
         yield found
 
 

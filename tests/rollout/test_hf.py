@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
-from laser_fast.records import Group, Prompt, Sampling
-from laser_fast.rollout import hf
+from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.hf import HfEngine
 
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # no user reads them
 VOCAB = 13  # the tokenizer's; the head has three rows of padding more
 ROWS = 16
 PAD, EOS, OTHER_EOS, SCORE = 0, 1, 2, 3
@@ -44,14 +44,14 @@ def make_model(model_class, config_class):
 
 
 def make_engine(model, **changes):
-    options = {
+    ids = {
         "score_token_id": SCORE,
         "eos_token_ids": (EOS, OTHER_EOS),
         "vocab_size": VOCAB,
         "pad_token_id": PAD,
-        "max_num_seqs": 64,
     }
-    return HfEngine(model, **(options | changes))
+    tokens = SpecialTokens(**{name: changes.pop(name, value) for name, value in ids.items()})
+    return HfEngine(model, tokens, **({"max_num_seqs": 64} | changes))
 
 
 def make_prompts(num=6):
@@ -217,9 +217,7 @@ def test_samples_follow_the_tempered_distribution(model):
 @pytest.mark.parametrize("is_training", [True, False])
 def test_the_mode_of_the_model_is_restored(model, is_training):
     model.train(is_training)
-    groups = make_engine(model).generate(make_prompts(), sampling())
-    assert model.training is is_training
-    make_engine(model).token_logprobs(groups, temperature=1.0)
+    make_engine(model).generate(make_prompts(), sampling())
     assert model.training is is_training
     model.train()
 
@@ -260,23 +258,6 @@ def test_an_exact_zero_from_the_generator_is_harmless(model, monkeypatch):
         assert completion.completion_ids[0] == logits.argmax()
 
 
-def test_token_logprobs_repeat_the_rollout(model, monkeypatch):
-    engine = make_engine(model)
-    groups = engine.generate(make_prompts(), sampling())
-    for max_num_seqs, head_rows in ((64, 1024), (5, 7)):
-        monkeypatch.setattr(hf, "_HEAD_ROWS", head_rows)
-        logprobs = make_engine(model, max_num_seqs=max_num_seqs).token_logprobs(
-            groups, temperature=0.7
-        )
-        for values, (_, completion) in zip(logprobs, flat(groups), strict=True):
-            assert values == pytest.approx(completion.rollout_logprobs, abs=1e-5)
-    hot = engine.token_logprobs(groups[:1], temperature=2.0)[0]
-    prompt, completion = flat(groups)[0]
-    logits = full_logits(model, prompt.prompt_ids + completion.completion_ids) / 2.0
-    row = logits[len(prompt.prompt_ids) - 1].log_softmax(0)
-    assert hot[0] == pytest.approx(row[completion.completion_ids[0]].item(), abs=1e-5)
-
-
 def test_parameters_are_gathered_once_per_call(model):
     events = []
 
@@ -288,12 +269,10 @@ def test_parameters_are_gathered_once_per_call(model):
 
     engine = make_engine(model, unsharded=unsharded, max_num_seqs=3)
     engine.sync(iter(()))
-    groups = engine.generate(make_prompts(), sampling())
-    assert events == ["gather", "release"]
-    engine.token_logprobs(groups, temperature=1.0)
+    engine.generate(make_prompts(), sampling())
     engine.sleep()
     engine.close()
-    assert events == ["gather", "release"] * 2
+    assert events == ["gather", "release"]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +281,6 @@ def test_parameters_are_gathered_once_per_call(model):
         ({"eos_token_ids": ()}, "at least one id"),
         ({"score_token_id": VOCAB}, "got 13"),
         ({"eos_token_ids": (EOS, SCORE)}, "EOS id"),
-        ({"max_num_seqs": 0}, "at least 1"),
     ],
 )
 def test_impossible_ids_are_refused(model, changes, words):
@@ -317,10 +295,7 @@ def test_an_empty_prompt_is_refused(model):
 
 
 def test_no_prompts_give_no_groups(model):
-    engine = make_engine(model)
-    groups: list[Group] = engine.generate([], sampling())
-    assert groups == []
-    assert engine.token_logprobs([], temperature=1.0) == []
+    assert make_engine(model).generate([], sampling()) == []
 
 
 RANK = """
@@ -342,10 +317,9 @@ with open_world() as world:
     share = test_hf.make_prompts()[slice(0, 5) if world.rank == 0 else slice(5, 6)]
     for seed in (5, 6):
         groups = engine.generate(share, test_hf.sampling(seed=seed))
-        logprobs = engine.token_logprobs(groups, temperature=0.7)
-    ids = [[c.completion_ids for c in group.completions] for group in groups]
+    drawn = [(c.completion_ids, c.rollout_logprobs) for _, c in test_hf.flat(groups)]
     with open(f"{sys.argv[2]}/{world.rank}.json", "w") as file:
-        json.dump({"ids": ids, "logprobs": logprobs}, file)
+        json.dump(drawn, file)
 """
 
 
@@ -360,8 +334,7 @@ def test_sharded_ranks_out_of_step_draw_the_same_samples(model, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = make_engine(model).generate(make_prompts(), sampling(seed=6))
-    ids = [list(c.completion_ids) for _, c in flat(alone)]
-    assert [i for rank in ranks for group in rank["ids"] for i in group] == ids
-    logprobs = [values for rank in ranks for values in rank["logprobs"]]
-    for values, (_, completion) in zip(logprobs, flat(alone), strict=True):
-        assert values == pytest.approx(completion.rollout_logprobs, abs=1e-5)
+    drawn = [completion for rank in ranks for completion in rank]
+    for (ids, logprobs), (_, completion) in zip(drawn, flat(alone), strict=True):
+        assert tuple(ids) == completion.completion_ids
+        assert logprobs == pytest.approx(completion.rollout_logprobs, abs=1e-5)

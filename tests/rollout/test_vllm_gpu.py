@@ -6,6 +6,7 @@ import torch
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rollout.agreement import disagreement
+from laser_fast.rollout.score_request import PROCESSOR
 from laser_fast.rollout.vllm import VllmEngine
 from laser_fast.rollout.vllm_server import VllmServerEngine
 
@@ -30,9 +31,7 @@ def test_sleep_gives_the_memory_back_and_the_next_sync_fills_it(tiny):
     engine = VllmEngine(
         str(tiny.path),
         RolloutConfig(engine="vllm", max_new_tokens=24, gpu_memory_fraction=0.3),
-        score_token_id=tiny.score_token,
-        eos_token_ids=tiny.eos,
-        vocab_size=tiny.vocab,
+        tiny.tokens,
         max_model_len=64,
     )
     for _ in range(2):
@@ -49,14 +48,12 @@ def test_sleep_gives_the_memory_back_and_the_next_sync_fills_it(tiny):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a second GPU")
 def test_weights_reach_a_server_by_nccl(served, start_server):
-    options = ["--logits-processors", "laser_fast.rollout.score_processor:SelfScoreProcessor"]
+    options = ["--logits-processors", PROCESSOR]
     options += ["--weight-transfer-config", '{"backend": "nccl"}']
     with start_server(served, *options, CUDA_VISIBLE_DEVICES="1") as (url, _):
         engine = VllmServerEngine(
             RolloutConfig(engine="vllm_server", server_url=url, max_new_tokens=24),
-            score_token_id=served.score_token,
-            eos_token_ids=served.eos,
-            vocab_size=served.vocab,
+            served.tokens,
             max_model_len=64,
         )
         other = type(served).make(served.path.with_name("other"), seed=1)

@@ -1,29 +1,31 @@
 """What of the vLLM engine needs no vLLM: reading answers, accounting for tensors, versions."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from laser_fast.config import ConfigError
-from laser_fast.rollout.score_request import read_completion, score_request
+from laser_fast.records import Sampling, SpecialTokens
+from laser_fast.rollout.score_request import parse_completion, score_request
 from laser_fast.rollout.tempering import Tempering, collect
+from laser_fast.rollout.vllm import account_for, checkpoint_names
 from laser_fast.rollout.vllm_setup import check_version, first_line
-from laser_fast.rollout.weight_sync import account_for, checkpoint_names
 
-EOS, SCORE = (2, 3), 7
+SCORE = 7
+TOKENS = SpecialTokens(score_token_id=SCORE, eos_token_ids=(2, 3), pad_token_id=2, vocab_size=10)
 
 
-def read(ids, *, max_new_tokens=4, score_token_id=SCORE):
-    return read_completion(
-        ids,
-        [-float(t + 1) for t in range(len(ids))],
-        eos_token_ids=EOS,
-        max_new_tokens=max_new_tokens,
-        score_token_id=score_token_id,
+def parse(ids, *, needs_score=True):
+    sampling = Sampling(
+        group_size=1, temperature=1.0, max_new_tokens=4, seed=0, needs_score=needs_score
     )
+    return parse_completion(ids, [-float(t + 1) for t in range(len(ids))], TOKENS, sampling)
 
 
 def test_the_score_token_is_cut_and_its_logprob_is_the_score():
-    completion = read([9, 3, SCORE])
+    completion = parse([9, 3, SCORE])
     assert completion.completion_ids == (9, 3)
     assert completion.rollout_logprobs == (-1.0, -2.0)
     assert completion.finish_reason == "stop"
@@ -31,33 +33,33 @@ def test_the_score_token_is_cut_and_its_logprob_is_the_score():
 
 
 def test_eos_in_the_last_slot_is_finished_and_scored():
-    completion = read([9, 9, 9, 2, SCORE])
+    completion = parse([9, 9, 9, 2, SCORE])
     assert completion.completion_ids == (9, 9, 9, 2)
     assert completion.score_logprob == -5.0
 
 
 def test_the_token_after_a_full_completion_is_dropped_even_if_it_is_an_eos():
-    completion = read([9, 9, 9, 9, 2])
+    completion = parse([9, 9, 9, 9, 2])
     assert completion.completion_ids == (9, 9, 9, 9)
     assert completion.finish_reason == "length"
     assert completion.score_logprob is None
 
 
-@pytest.mark.parametrize("score_token_id", [SCORE, None])
-def test_a_completion_that_was_cut_off_is_no_full_one(score_token_id):
+@pytest.mark.parametrize("needs_score", [True, False])
+def test_a_completion_that_was_cut_off_is_no_full_one(needs_score):
     with pytest.raises(ValueError, match="expected an EOS or 4 tokens, got 3 .* aborted"):
-        read([9, 9, 9], score_token_id=score_token_id)
+        parse([9, 9, 9], needs_score=needs_score)
 
 
 def test_without_a_score_the_eos_is_the_last_id():
-    completion = read([9, 2], score_token_id=None)
+    completion = parse([9, 2], needs_score=False)
     assert completion.finish_reason == "stop"
     assert completion.score_logprob is None
 
 
 def test_a_server_without_the_processor_is_found_out():
     with pytest.raises(ValueError, match="SelfScoreProcessor"):
-        read([9, 2, 9, 9])
+        parse([9, 2, 9, 9])
 
 
 def test_score_request_stops_at_the_score_and_not_before():
@@ -65,6 +67,16 @@ def test_score_request_stops_at_the_score_and_not_before():
     assert fields["ignore_eos"] is True
     assert fields["stop_token_ids"] == [SCORE]
     assert fields["vllm_xargs"] == {"laser_score_token_id": SCORE}
+
+
+def test_what_a_deployment_imports_needs_only_torch():
+    code = "import sys; sys.modules |= dict.fromkeys(['numpy', 'pydantic', 'transformers']);"
+    code += "import laser_fast.rollout.score_request, laser_fast.rollout.tempering;"
+    code += "print(sorted(name for name in sys.modules if name.startswith('laser_fast.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = ["records", "rollout", "rollout.score_request", "rollout.tempering"]
+    assert done.stdout.strip() == str([f"laser_fast.{name}" for name in modules])
 
 
 @pytest.mark.parametrize("rows", [(2, 0), (2, 0, 1)])  # some of the batch, and all of it

@@ -90,6 +90,20 @@ def test_the_served_models_own_eos_ids_are_the_default(engine, tiny):
     assert all(not set(ids[:-2]) & set(tiny.eos) for ids in scored)
 
 
+def test_models_served_before_load_the_same_class_by_its_old_name():
+    code = "import sys; from laser_fast.rollout import score_processor, self_reward;"
+    code += "assert self_reward.SelfScoreProcessor is score_processor.SelfScoreProcessor;"
+    code += "assert 'laser_fast.config' not in sys.modules"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def asking(fields):
     return {"extra_args": {SCORE_TOKEN_ID: 7} | fields}
 
@@ -174,5 +188,5 @@ def test_the_v2_runner_gives_the_same_numbers(tiny):
                 assert score == pytest.approx(read, abs=2e-5)
                 num_scores += 1
     assert num_scores >= 4
-    for held, (_, _, logprobs, _) in zip(found["held"], found["rollout"]["0.7"], strict=True):
-        assert held == pytest.approx(logprobs, abs=2e-5)
+    for given, (_, _, logprobs, _) in zip(found["given"], found["rollout"]["0.7"], strict=True):
+        assert given == pytest.approx(logprobs, abs=2e-5)

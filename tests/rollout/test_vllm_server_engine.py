@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from laser_fast.config import ConfigError, RolloutConfig
-from laser_fast.records import Prompt, Sampling
+from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout import server_http
 from laser_fast.rollout.agreement import disagreement
 from laser_fast.rollout.server_http import Http, ServerError
@@ -27,9 +27,7 @@ def connect(url, served, **changes):
     rollout = {"engine": "vllm_server", "server_url": url, "max_new_tokens": 24}
     return VllmServerEngine(
         RolloutConfig(**{**rollout, **changes}),
-        score_token_id=served.score_token,
-        eos_token_ids=served.eos,
-        vocab_size=served.vocab,
+        served.tokens,
         max_model_len=64,
         timeout_s=60.0,
     )
@@ -51,7 +49,8 @@ def completions(groups):
 @pytest.fixture
 def served_ids():
     """The ids of the served model, for servers that only pretend."""
-    return SimpleNamespace(score_token=2, eos=(1,), vocab=33)
+    tokens = SpecialTokens(score_token_id=2, eos_token_ids=(1,), pad_token_id=0, vocab_size=33)
+    return SimpleNamespace(tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,6 @@ def test_a_restarted_server_is_noticed(server, served):
     ("changes", "message"),
     [
         ({"temperature": 0.7}, "samples at temperature 1, got rollout.temperature = 0.7"),
-        ({"score": "request"}, 'needs rollout.engine = "vllm"'),
         ({"server_url": "http://127.0.0.1:9"}, "no vLLM server answers at rollout.server_url"),
     ],
 )
@@ -143,9 +141,7 @@ def test_a_window_that_is_too_short_is_refused_at_the_start(server, served):
     with pytest.raises(ConfigError, match="--max-model-len 1000"):
         VllmServerEngine(
             RolloutConfig(engine="vllm_server", server_url=server[0]),
-            score_token_id=served.score_token,
-            eos_token_ids=served.eos,
-            vocab_size=served.vocab,
+            served.tokens,
             max_model_len=1000,
         )
 

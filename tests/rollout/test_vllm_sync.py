@@ -23,7 +23,7 @@ def other(tmp_path_factory, tiny):
     return type(tiny).make(tmp_path_factory.mktemp("other"), seed=1)
 
 
-def held_disagreement(engine, policy, groups):
+def given_disagreement(engine, policy, groups):
     return disagreement(
         engine.token_logprobs(groups, temperature=1.0), policy.token_logprobs(groups)
     )
@@ -44,7 +44,7 @@ def test_a_sync_replaces_every_weight_and_forgets_cached_prefixes(engine, tiny, 
         engine.sync(policy.weights())
         groups = engine.generate(PROMPTS, SAMPLING)
         assert rollout_disagreement(policy, groups) < SYNCED
-        assert held_disagreement(engine, policy, groups) < SYNCED
+        assert given_disagreement(engine, policy, groups) < SYNCED
 
 
 def test_untied_heads_sync_too(tmp_path, tiny):
@@ -74,10 +74,10 @@ def test_the_agreement_check_catches_a_tensor_that_was_not_sent(engine, tiny, ot
     policy.model.load_state_dict(weights)
 
     load_past_the_accounting(engine, weights.items())
-    assert held_disagreement(engine, policy, groups) < SYNCED
+    assert given_disagreement(engine, policy, groups) < SYNCED
     engine.sync(tiny.weights())
     load_past_the_accounting(engine, [item for item in weights.items() if item[0] != skipped])
-    if skipped == "lm_head.weight" and held_disagreement(engine, policy, groups) < SYNCED:
+    if skipped == "lm_head.weight" and given_disagreement(engine, policy, groups) < SYNCED:
         return  # one memory, as on a GPU: it came with the embedding
     with pytest.raises(DisagreementError, match="stale or incomplete"):
         check_agreement(
@@ -86,7 +86,7 @@ def test_the_agreement_check_catches_a_tensor_that_was_not_sent(engine, tiny, ot
             max_disagreement=max(1e-3, SYNCED),
         )
     load_past_the_accounting(engine, weights.items())
-    assert held_disagreement(engine, policy, groups) < SYNCED
+    assert given_disagreement(engine, policy, groups) < SYNCED
 
 
 def test_stale_cached_prefixes_show_in_the_rollout(engine, tiny, other):
@@ -110,7 +110,7 @@ def test_missing_and_unknown_tensors_stop_the_sync_and_the_engine(engine, tiny):
         with pytest.raises(RuntimeError, match="call sync first"):
             use()
     engine.sync(tiny.weights())
-    assert held_disagreement(engine, tiny, groups) < SYNCED
+    assert given_disagreement(engine, tiny, groups) < SYNCED
 
 
 class WakesTooLate(VllmEngine):
@@ -151,7 +151,7 @@ def test_the_agreement_check_catches_weights_streamed_before_the_wake_up(
     engine.sync(tiny.weights())
     if engine_class is VllmEngine:
         assert calls == [2, ["weights"], ["kv_cache"]]
-        assert held_disagreement(engine, tiny, groups) < SYNCED
+        assert given_disagreement(engine, tiny, groups) < SYNCED
     else:
         with pytest.raises(DisagreementError):
             check_agreement(

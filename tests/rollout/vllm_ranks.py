@@ -12,11 +12,11 @@ import torch.distributed as dist
 from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import open_world
 from laser_fast.model.policy import build_policy
-from laser_fast.records import Prompt, Sampling
+from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.agreement import disagreement
 from laser_fast.rollout.vllm import VllmEngine
 
-SCORE_TOKEN, EOS, VOCAB = 7, (2, 3), 120
+TOKENS = SpecialTokens(score_token_id=7, eos_token_ids=(2, 3), pad_token_id=0, vocab_size=120)
 
 
 def main(path, tensor_parallel):
@@ -25,9 +25,7 @@ def main(path, tensor_parallel):
         engine = VllmEngine(
             path,
             RolloutConfig(engine="vllm", max_new_tokens=16, tensor_parallel=tensor_parallel),
-            score_token_id=SCORE_TOKEN,
-            eos_token_ids=EOS,
-            vocab_size=VOCAB,
+            TOKENS,
             max_model_len=64,
         )
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.03)
@@ -41,7 +39,7 @@ def main(path, tensor_parallel):
             ]
             sampling = Sampling(group_size=4, temperature=1.0, max_new_tokens=16, seed=number)
             groups = engine.generate(prompts, sampling)
-            held = engine.token_logprobs(groups, temperature=1.0)
+            given = engine.token_logprobs(groups, temperature=1.0)
             with policy.unsharded(), torch.no_grad():
                 expected = [
                     read(policy.hf, g.prompt.prompt_ids, c.completion_ids)
@@ -50,7 +48,7 @@ def main(path, tensor_parallel):
                 ]
             sampled = [c.rollout_logprobs for g in groups for c in g.completions]
             found = {
-                "held": disagreement(held, expected),
+                "given": disagreement(given, expected),
                 "rollout": disagreement(sampled, expected),
                 "draws": {
                     g.prompt.prompt_id: [c.completion_ids for c in g.completions] for g in groups

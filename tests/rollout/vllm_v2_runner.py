@@ -1,4 +1,4 @@
-"""Run by test_vllm_self_reward.py in a process of its own: vLLM's V2 model runner on a CPU.
+"""Run by test_vllm_score_processor.py in a process of its own: vLLM's V2 model runner on a CPU.
 
 That runner wants Triton kernels. Triton's interpreter runs them on CPU tensors, so all that is
 needed is a vLLM that believes in a CPU backend of Triton; the sampler, its logits processors and
@@ -13,7 +13,7 @@ import triton.backends
 from transformers import AutoModelForCausalLM
 
 from laser_fast.config import RolloutConfig
-from laser_fast.records import Prompt, Sampling
+from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.vllm import VllmEngine
 
 # Asked by vLLM while it is imported, which the engine does when it starts.
@@ -23,12 +23,13 @@ triton.backends.backends["cpu"] = SimpleNamespace(
 
 
 def main(path, score_token, eos, vocab, max_model_len):
+    tokens = SpecialTokens(
+        score_token_id=score_token, eos_token_ids=tuple(eos), pad_token_id=0, vocab_size=vocab
+    )
     engine = VllmEngine(
         path,
         RolloutConfig(engine="vllm", max_new_tokens=10, max_num_seqs=16),
-        score_token_id=score_token,
-        eos_token_ids=eos,
-        vocab_size=vocab,
+        tokens,
         max_model_len=max_model_len,
     )
     engine.sync(iter(AutoModelForCausalLM.from_pretrained(path).state_dict().items()))
@@ -46,9 +47,9 @@ def main(path, score_token, eos, vocab, max_model_len):
             for g in groups
             for c in g.completions
         ]
-    held = engine.token_logprobs(groups, temperature=0.7)
+    given = engine.token_logprobs(groups, temperature=0.7)
     is_v2 = engine._llm.llm_engine.vllm_config.use_v2_model_runner
-    print(json.dumps({"is_v2": is_v2, "rollout": found, "held": held}))
+    print(json.dumps({"is_v2": is_v2, "rollout": found, "given": given}))
 
 
 if __name__ == "__main__":
