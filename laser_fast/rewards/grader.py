@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from laser_fast.rewards.gate import passes_gate
@@ -15,6 +17,7 @@ from laser_fast.rewards.user import RewardError
 
 if TYPE_CHECKING:
     from laser_fast.config import RewardConfig
+    from laser_fast.records import Group
 
 _BUILT_IN = {name: f"laser_fast.rewards.{name}:reward" for name in ("math", "gsm8k", "exact")}
 _USER = "laser_fast.rewards.user:call"
@@ -153,6 +156,21 @@ class Grader:
 
     def _run(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._pool.run(function, calls, deadline_s=self._config.timeout_s)
+
+
+def grade_groups(
+    grader: Grader, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
+) -> list[Group]:
+    """The groups with a reward for every completion, None where grading failed."""
+    members = [(group.prompt, c) for group in groups for c in group.completions]
+    rewards = iter(
+        grader.grade(
+            [decode(completion.completion_ids) for _, completion in members],
+            [prompt.answer for prompt, _ in members],
+            prompts=[prompt.text for prompt, _ in members],
+        )
+    )
+    return [replace(g, rewards=tuple(islice(rewards, len(g.completions)))) for g in groups]
 
 
 def grade(
