@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laser_fast.config import ModelConfig
-from laser_fast.evaluation.model import read_last_token
 from laser_fast.model.distributed import open_world
+from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 
@@ -26,9 +26,7 @@ def _packer(budget):
 
 @pytest.mark.parametrize("budget", [7, 10, 64])  # alone, in pairs, together
 def test_every_token_after_every_sequence(policy, sandbox_model, budget):
-    moves = []
-    found = read_last_token(policy, SEQUENCES, _packer(budget), TOKENS, on_progress=moves.append)
-    assert sum(moves) == len(SEQUENCES) and (len(moves) == 1) == (budget == 64)
+    found = last_token_logprobs(policy, SEQUENCES, _packer(budget), TOKENS)
     model = AutoModelForCausalLM.from_pretrained(sandbox_model).double()
     for ids, row in zip(SEQUENCES, found, strict=True):
         exact = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
@@ -36,4 +34,4 @@ def test_every_token_after_every_sequence(policy, sandbox_model, budget):
 
 
 def test_no_sequence_at_all(policy):
-    assert read_last_token(policy, [], _packer(8), TOKENS).shape == (0, 4)
+    assert last_token_logprobs(policy, [], _packer(8), TOKENS).shape == (0, 4)
