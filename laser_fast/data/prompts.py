@@ -57,9 +57,8 @@ class PromptSource:
     Args:
         config: how rows become prompts.
         tokenizer: words and tokenizes the prompts.
+        rows: the data set.
         name: opens every prompt_id and names the order, such as "train".
-        source: a local file or a data set of the hub.
-        split: split of a hub data set.
         seed: names the order.
         per_step: prompts of one step over all ranks.
         limit: takes only this many prompts, the first ones; 0: all.
@@ -77,26 +76,23 @@ class PromptSource:
         self,
         config: PromptConfig,
         tokenizer: PreTrainedTokenizerBase,
+        rows: RowSource,
         *,
         name: str,
-        source: str,
-        split: str,
         seed: int = 0,
         per_step: int = 1,
         limit: int = 0,
     ) -> None:
-        if not source:
-            raise ConfigError(f"data.{name} is empty; name a data set")
         self._name = name
         self._seed = seed
         self._per_step = per_step
-        self._table = _load(config, tokenizer, name=name, source=source, split=split)
+        self._table = _load(config, tokenizer, rows)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
         self.num_dropped = len(num_tokens) - len(self._rows)
         if len(self._rows) == 0:
             raise ConfigError(
-                f"{source}: no prompt is left, all {len(num_tokens)} are longer than "
+                f"{rows.name}: no prompt is left, all {len(num_tokens)} are longer than "
                 f"data.max_prompt_tokens = {config.max_prompt_tokens} "
                 f"(the shortest has {num_tokens.min()} tokens)"
             )
@@ -171,14 +167,9 @@ def train_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> PromptSource:
     """The prompts that a run trains on."""
+    rows = open_rows(config.train, split=config.train_split)
     return PromptSource(
-        config,
-        tokenizer,
-        name="train",
-        source=config.train,
-        split=config.train_split,
-        seed=seed,
-        per_step=config.prompts_per_step,
+        config, tokenizer, rows, name="train", seed=seed, per_step=config.prompts_per_step
     )
 
 
@@ -188,23 +179,13 @@ def held_out_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> 
         "prompt_field": config.eval_prompt_field or config.prompt_field,
         "answer_field": config.eval_answer_field or config.answer_field,
     }
-    return PromptSource(
-        config.model_copy(update=fields),
-        tokenizer,
-        name="eval",
-        source=config.eval,
-        split=config.eval_split,
-        limit=config.eval_limit,
-    )
+    rows = open_rows(config.eval, split=config.eval_split)
+    own = config.model_copy(update=fields)
+    return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 
 def _load(
-    config: PromptConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    name: str,
-    source: str,
-    split: str,
+    config: PromptConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSource
 ) -> datasets.Dataset:
     """The worded and tokenized rows of a data set, over-long ones included."""
     if config.template == "chat" and not tokenizer.chat_template:
@@ -212,8 +193,7 @@ def _load(
             'data.template = "chat", but the tokenizer has no chat template; set data.template to '
             "a text with {prompt} in it"
         )
-    rows = open_rows(source, split=split)
-    _log.info("%s prompts, %s: wording and tokenizing, unless the cache has it", name, source)
+    _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
     try:
         return datasets.Dataset.from_generator(
             lambda: _tokenize(rows, config, tokenizer),
@@ -267,11 +247,16 @@ def _tokenize(
 
 def wording(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """Return the function from a question to the text that the model reads."""
-    if config.template != "chat":
-        return lambda question: config.template.replace("{prompt}", question)
-    return lambda question: tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+
+    def word(question: str) -> str:
+        if config.template != "chat":
+            return config.template.replace("{prompt}", question)
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    return word
 
 
 def _fingerprint(

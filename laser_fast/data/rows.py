@@ -51,6 +51,8 @@ def open_rows(name: str, *, split: str) -> RowSource:
     Raises:
         ConfigError: if there is no such file, hub data set, configuration or split.
     """
+    if not name:
+        raise ConfigError("the name of a data set is empty; set data.train or data.eval")
     path = Path(name)
     if path.suffix not in _READERS:
         if path.is_file():

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from laser_fast.config_errors import ConfigError
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
@@ -92,7 +92,7 @@ class Policy(nn.Module):
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_model_config(config: ModelConfig) -> AutoConfig:
+def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     try:
         model_config = AutoConfig.from_pretrained(config.path)

@@ -24,6 +24,12 @@ def test_a_name_is_found_in_the_data_folder(place, tmp_path):
     assert find_benchmark("amc23").prompt_field == "question"
 
 
+def test_files_stand_in_for_a_name(tmp_path):
+    files = {"sandbox": tmp_path / "a.jsonl"}
+    found = find_benchmark("sandbox", data_dir=tmp_path, files=files)
+    assert (found.name, found.source) == ("sandbox", str(tmp_path / "a.jsonl"))
+
+
 def test_a_missing_file_of_a_name_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(ConfigError, match=r"has none of aime24.jsonl, .* hub"):
         find_benchmark("aime24", data_dir=tmp_path)

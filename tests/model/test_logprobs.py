@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny_models import make_model
 
 from laser_fast.config import ModelConfig
 from laser_fast.model.distributed import open_world
@@ -15,9 +15,11 @@ TOKENS = [3, 2, 6, 5]
 
 
 @pytest.fixture(scope="module")
-def policy(sandbox_model):
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
     with open_world() as world:
-        yield build_policy(ModelConfig(path=str(sandbox_model)), world)
+        yield build_policy(ModelConfig(path=str(folder)), world)
 
 
 def _packer(budget):
@@ -25,9 +27,9 @@ def _packer(budget):
 
 
 @pytest.mark.parametrize("budget", [7, 10, 64])  # alone, in pairs, together
-def test_every_token_after_every_sequence(policy, sandbox_model, budget):
+def test_every_token_after_every_sequence(policy, budget):
     found = last_token_logprobs(policy, SEQUENCES, _packer(budget), TOKENS)
-    model = AutoModelForCausalLM.from_pretrained(sandbox_model).double()
+    model = make_model().double()
     for ids, row in zip(SEQUENCES, found, strict=True):
         exact = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
         torch.testing.assert_close(row.double(), exact, atol=2e-5, rtol=0)
