@@ -351,6 +351,9 @@ class Config(MeasureConfig):
         }
 
 
+parse_config = Config.parse
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides and validate.
 
@@ -362,12 +365,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = read_toml(path)
     for override in overrides:
         apply_override(data, override)
-    return parse_config(data, source=str(path))
-
-
-def parse_config(data: dict[str, Any], *, source: str) -> Config:
-    """Validate the nested dict of a run; `source` opens the error message."""
-    return Config.parse(data, source=source)
+    return Config.parse(data, source=str(path))
 
 
 def dump_config(config: Config) -> str:

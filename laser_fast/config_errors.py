@@ -62,8 +62,7 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     An unknown key goes before a missing one, since it may be the missing one misspelt.
     """
     problems = error.errors(include_url=False)
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     # Deeper parts of a location are members of a union and places in a tuple.
     depth = 1 if set(first["loc"][:1]) & docs.keys() else 2
     location, value = first["loc"][:depth], first["input"]
@@ -76,9 +75,9 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
         return _unknown(path, value, docs)
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if path not in docs and is_missing:
+        return f"the section [{path}] is missing; add it"
     if path not in docs:
-        if is_missing:
-            return f"the section [{path}] is missing; add it"
         key = _keys(path, docs)[0]
         return f'"{path}" is a section, got {_shown(value)}; set its keys instead, such as {key}'
     about = f" ({docs[path].split('. ')[0].rstrip('.')})"

@@ -371,7 +371,7 @@ def test_paper_configs_hold_the_papers_numbers():
     assert (laser.optim.lr, laser.optim.schedule, laser.optim.minibatches) == (1e-6, "constant", 1)
     assert (laser.loss.clip_low, laser.loss.clip_high, laser.loss.clip_dual) == (0.2, 0.2, 3.0)
     assert (laser.loss.kind, laser.loss.aggregation) == ("grpo", "token-mean")
-    # The baseline differs in the score alone.
+    # The baseline differs only in the score.
     grpo = load_config(ROOT / "configs/grpo_qwen2.5-7b_8xh200.toml")
     for name in ("model", "data", "rollout", "reward", "loss", "optim"):
         assert getattr(laser, name) == getattr(grpo, name), name

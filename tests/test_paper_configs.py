@@ -9,7 +9,7 @@ from laser_fast.config import all_keys, load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = ("laser", "laser_no_mixing", "grpo")
 
-# Per model: path, z_c, c_ref, steps of GRPO alone, steps with the MSE before mixing.
+# Per model: path, z_c, c_ref, steps of plain GRPO, steps with the MSE before mixing.
 MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-7B", "<|vision_start|>", -23.0, 200, 200),
     "orz-7b": (
@@ -109,7 +109,7 @@ def test_values_of_the_released_scripts(method, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_twins_differ_in_the_score_alone(model):
+def test_twins_differ_only_in_the_score(model):
     laser, no_mixing, grpo = (_values(method, model) for method in METHODS)
 
     def differences(other):
@@ -128,7 +128,7 @@ def test_twins_differ_in_the_score_alone(model):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", list(MODELS)[1:])
-def test_models_differ_in_the_model_alone(model, method):
+def test_models_differ_only_in_the_model(model, method):
     first, other = _values(method, "qwen2.5-7b"), _values(method, model)
     assert {key for key in first if first[key] != other[key]} <= {
         "output_dir",

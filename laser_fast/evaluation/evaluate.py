@@ -38,8 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Completions of a chunk per rank, in rounds of rollout.max_num_seqs. vLLM admits sequences as
 # others end, so it wants many; the hf engine works round by round anyway.
-_ROUNDS = {"hf": 1}
-_MANY_ROUNDS = 16
+_ROUNDS = {"hf": 1, "vllm": 16, "vllm_server": 16}
 
 Progress = Callable[[str, int, int], None]  # benchmark, problems done, problems
 
@@ -58,7 +57,7 @@ class _Task:
     def chunk(self, world: World) -> int:
         """Problems that are sampled together and written together."""
         rollout = self.config.rollout
-        completions = _ROUNDS.get(rollout.engine, _MANY_ROUNDS) * rollout.max_num_seqs * world.size
+        completions = _ROUNDS[rollout.engine] * rollout.max_num_seqs * world.size
         return max(completions // self.samples, 1)
 
 

@@ -102,8 +102,7 @@ def known_ref_logprob(score: ScoreConfig, *, may_measure: bool = True) -> float 
         raise ConfigError(
             "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
             "--ref-logprob (`laser-fast calibrate` measures it on the base model)"
-            + measure
-            * may_measure
+            f"{measure if may_measure else ''}"
         )
     if score.ref_logprob == "auto" and not may_measure:
         raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")

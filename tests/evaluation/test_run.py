@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from laser_fast.cli import main
+from laser_fast.cli import _measured, main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import find_benchmark
 from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE, calibrate
@@ -267,6 +267,17 @@ def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, ca
         code, shown = run("eval", "model", option, "x")
         assert code == 2 and f"No such option: {option}" in shown.err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("laser_fast.sandbox.files.eval_file", lambda seed: f"seed-{seed}.jsonl")
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 3\n")
+    for config, overrides, seed in ((None, [], 0), (file, [], 3), (file, ["seed=5"], 5)):
+        [(benchmark, measured)] = _measured(
+            ["sandbox"], None, "m", config=config, overrides=overrides
+        )
+        assert (benchmark.source, measured.seed) == (f"seed-{seed}.jsonl", seed)
 
 
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):

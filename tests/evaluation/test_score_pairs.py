@@ -101,7 +101,7 @@ def test_an_output_is_not_overwritten_unasked(build, tmp_path):
     assert lines[0]["score"] is not None
     with pytest.raises(ConfigError, match="is a folder; name a file"):
         score_pairs(build(), tmp_path / "in.jsonl", tmp_path, overwrite=True)
-    # A broken input leaves the earlier output alone, and no partial one.
+    # A broken input leaves the earlier output as it was, and no partial one.
     with pytest.raises(ConfigError, match="in.jsonl:1: expected the field"):
         _score(build(), tmp_path, [{}], overwrite=True)
     assert json.loads((tmp_path / "out.jsonl").read_text()) == lines[0]
