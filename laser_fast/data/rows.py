@@ -150,7 +150,9 @@ def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
             position = 0
             end = text.index("[") + 1
             while True:
-                end = _BETWEEN_ITEMS.match(text, end).end()
+                gap = _BETWEEN_ITEMS.match(text, end)
+                assert gap is not None  # it also matches nothing
+                end = gap.end()
                 line += text.count("\n", position, end)
                 position = end
                 if text.startswith("]", position):
@@ -178,7 +180,7 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise ConfigError(f"{place}: expected {len(reader.fieldnames)} columns")
+                    raise ConfigError(f"{place}: expected {len(reader.fieldnames or ())} columns")
                 yield place, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from laser_fast.cli import _measured, main
+from laser_fast.cli import main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import find_benchmark
 from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE, calibrate
@@ -269,17 +269,6 @@ def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, ca
     assert not (tmp_path / "x").exists()
 
 
-def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("laser_fast.sandbox.files.eval_file", lambda seed: f"seed-{seed}.jsonl")
-    file = tmp_path / "run.toml"
-    file.write_text("seed = 3\n")
-    for config, overrides, seed in ((None, [], 0), (file, [], 3), (file, ["seed=5"], 5)):
-        [(benchmark, measured)] = _measured(
-            ["sandbox"], None, "m", config=config, overrides=overrides
-        )
-        assert (benchmark.source, measured.seed) == (f"seed-{seed}.jsonl", seed)
-
-
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
     (tmp_path / "lone").mkdir()
     path = tmp_path / "lone" / "samples.jsonl"
@@ -396,15 +385,3 @@ def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     for key in ("score.token", "score.beta", "score.ref_logprob", "data.prompts_per_step"):
         with pytest.raises(ConfigError, match=f"{key} has no effect here"):
             build_config("m", sandbox, overrides=[f"{key}=1"], **layers)
-
-
-def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):
-    rows = [{"problem": f"{i}a+2=", "answer": str(i + 2)} for i in range(3)]
-    file = tmp_path / "three.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["data.template={prompt}", "data.prompt_suffix=", "rollout.max_new_tokens=24"]
-    overrides += ["data.max_prompt_tokens=64"]
-    benchmark = find_benchmark(str(file))
-    config = build_config(str(sandbox_model), benchmark, overrides=overrides)
-    found = calibrate(config, benchmark, prompts=8, samples=2)
-    assert found.num_completions == 3 * 2
