@@ -54,14 +54,8 @@ class PromptSource:
     the name because sampling noise is keyed by it: a prompt that comes again, even in the same
     step, is answered differently.
 
-    Args:
-        config: how rows become prompts.
-        tokenizer: words and tokenizes the prompts.
-        rows: the data set.
-        name: opens every prompt_id and names the order, such as "train".
-        seed: names the order.
-        per_step: prompts of one step over all ranks.
-        limit: takes only this many prompts, the first ones; 0: all.
+    `name` opens every prompt_id and names the order together with `seed`. A step has `per_step`
+    prompts over all ranks. With a `limit` only the first prompts are taken.
 
     Attributes:
         num_prompts: prompts to draw from, after the limit.
@@ -112,15 +106,8 @@ class PromptSource:
     ) -> list[Prompt]:
         """Return this rank's contiguous share of the prompts of a step.
 
-        Args:
-            step: training step, from 0.
-            attempt: 0 for the step's first prompts, i for those of its i-th resampling.
-            rounds: `rollout.resample_rounds`; the largest `attempt`.
-            rank: index of this process.
-            world_size: number of processes; divides the prompts of a step.
-
-        Raises:
-            ValueError: if `attempt` or `rank` is out of range, or the prompts do not divide.
+        Steps count from 0. `attempt` 0 gives the step's first prompts, i those of its i-th
+        resampling, up to `rounds` = `rollout.resample_rounds`.
         """
         if not (0 <= attempt <= rounds and 0 <= rank < world_size and step >= 0):
             raise ValueError(
@@ -142,17 +129,15 @@ class PromptSource:
         return self._fetch(rows, [str(row) for row in rows])
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
-        columns = self._table[rows]
+        table = self._table[rows]
+        columns = zip(
+            names, *(table[name] for name in ("text", "prompt_ids", "answer")), strict=True
+        )
         return [
             Prompt(
-                prompt_id=f"{self._name}-{name}",
-                text=text,
-                prompt_ids=tuple(prompt_ids),
-                answer=answer,
+                prompt_id=f"{self._name}-{name}", text=text, prompt_ids=tuple(ids), answer=answer
             )
-            for name, text, prompt_ids, answer in zip(
-                names, columns["text"], columns["prompt_ids"], columns["answer"], strict=True
-            )
+            for name, text, ids, answer in columns
         ]
 
     def _draw_order(self, epoch: int) -> torch.Tensor:
@@ -215,10 +200,10 @@ def _tokenize(
         config.answer_field: "data.answer_field",
     }
     word = wording(config, tokenizer)
-    rows = iter(source.read(fields))
-    num_rows = 0
+    rows = source.read(fields)
+    is_empty = True
     while batch := list(islice(rows, _BATCH)):
-        num_rows += len(batch)
+        is_empty = False
         questions = [question_text(row, fields, config.prompt_field, place) for place, row in batch]
         answers = [answer_text(row, fields, config.answer_field, place) for place, row in batch]
         texts = [word(question + config.prompt_suffix) for question in questions]
@@ -230,33 +215,23 @@ def _tokenize(
             # Over-long prompts are counted here and need no warning of their own.
             verbose=False,
         )["input_ids"]
-        for (place, _), text, answer, prompt_ids in zip(
-            batch, texts, answers, encoded, strict=True
-        ):
-            if not prompt_ids:
+        for (place, _), text, answer, ids in zip(batch, texts, answers, encoded, strict=True):
+            if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-            yield {
-                "text": text,
-                "answer": answer,
-                "prompt_ids": prompt_ids,
-                "num_tokens": len(prompt_ids),
-            }
-    if num_rows == 0:
+            yield {"text": text, "answer": answer, "prompt_ids": ids, "num_tokens": len(ids)}
+    if is_empty:
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
 def wording(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """Return the function from a question to the text that the model reads."""
-
-    def word(question: str) -> str:
-        if config.template != "chat":
-            return config.template.replace("{prompt}", question)
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
-        return text
-
-    return word
+    if config.template != "chat":
+        return lambda question: config.template.replace("{prompt}", question)
+    return lambda question: str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+    )
 
 
 def _fingerprint(

@@ -1,4 +1,4 @@
-"""One completion as a line of samples.jsonl, in a run's folder and in an evaluation's."""
+"""One completion as a line of samples.jsonl, in the folder of a run and of an evaluation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def to_records(
     """
     members = [(group, i) for group in groups for i in range(len(group.completions))]
     if limit is not None:
-        members = [members[index] for index in spread_indices(len(members), limit)]
+        count = min(limit, len(members))
+        members = [members[index * len(members) // count] for index in range(count)]
     records = []
     for group, i in members:
         completion, text = group.completions[i], decode(group.completions[i].completion_ids)
@@ -90,12 +91,6 @@ def to_records(
         )
         records.append(record)
     return rescore(records, score)
-
-
-def spread_indices(total: int, count: int) -> list[int]:
-    """At most `count` indices below `total`, evenly spread from 0."""
-    count = min(total, count)
-    return [index * total // count for index in range(count)]
 
 
 def rescore(records: Iterable[SampleRecord], score: SelfScore) -> list[SampleRecord]:
