@@ -4,6 +4,7 @@
     laser-fast export RUN OUT
     laser-fast calibrate MODEL --data PROMPTS
     laser-fast eval MODEL --benchmark NAME
+    laser-fast rescore FOLDER OUT
     laser-fast score MODEL IN.jsonl OUT.jsonl
     laser-fast report RUN [RUN2] [--eval FOLDER]
     laser-fast plan CONFIG --gpus N --memory GB
@@ -17,15 +18,21 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from laser_fast.config import Config, ConfigError, dump_config, load_config
+from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
 from laser_fast.rewards import RewardError
 from laser_fast.rollout.agreement import DisagreementError
 from laser_fast.rollout.server_http import ServerError
+
+if TYPE_CHECKING:
+    from laser_fast.evaluation.benchmarks import Benchmark
+    from laser_fast.evaluation.rescore import Conclusion
 
 app = typer.Typer(
     add_completion=False,
@@ -35,17 +42,18 @@ app = typer.Typer(
 )
 
 
+Overrides = Annotated[
+    list[str] | None, Argument(help="section.key=value, applied over the configuration file.")
+]
+
+
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, applied over the file.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in output_dir.")
-    ] = False,
+    config: Annotated[Path, Argument(help="TOML file of the run.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in output_dir.")] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Show the resolved configuration and stop.")
+        bool, Option("--print-config", help="Show the resolved configuration and stop.")
     ] = False,
 ) -> None:
     """Train as configured; start it under torchrun to use several devices."""
@@ -72,8 +80,8 @@ def train_run(config: Config, *, resume: bool = False) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the Hugging Face model.")],
+    run: Annotated[Path, Argument(help="Folder of a run.")],
+    out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")],
 ) -> None:
     """Write the newest checkpoint of a run as a Hugging Face model."""
     from laser_fast.training.export import export as export_model
@@ -84,13 +92,11 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    other: Annotated[
-        Path | None, typer.Argument(help="Folder of a run to compare it with.")
-    ] = None,
+    run: Annotated[Path, Argument(help="Folder of a run.")],
+    other: Annotated[Path | None, Argument(help="Folder of a run to compare it with.")] = None,
     evaluations: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             "--eval",
             help="Folder of laser-fast eval, found by itself below a run; may be repeated.",
         ),
@@ -104,12 +110,10 @@ def report(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
-    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU in GB (1e9 bytes).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, applied over the file.")
-    ] = None,
+    config: Annotated[Path, Argument(help="TOML file of the run.")],
+    gpus: Annotated[int, Option(min=1, help="Number of GPUs.")],
+    memory: Annotated[float, Option(min=0, help="Memory of one GPU in GB (1e9 bytes).")],
+    overrides: Overrides = None,
 ) -> None:
     """Show the memory that a run needs per GPU; exit code 1 if it does not fit."""
     from laser_fast.plan import plan_run, print_plan
@@ -127,58 +131,50 @@ def plan(
         raise typer.Exit(1)
 
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value of the configuration.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="Configuration, such as a run's config.toml.")
-]
-Token = Annotated[str | None, typer.Option(help="The score token.")]
-Beta = Annotated[float | None, typer.Option(min=0, help="Scale of the score.")]
-RefLogprob = Annotated[
-    str | None, typer.Option(help="c_ref; auto: the mean over this model's own completions.")
-]
-EngineName = Annotated[str | None, typer.Option("--engine", help="Sampler: hf (default) or vllm.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Names every draw.")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with NAME.jsonl files; without it, the hub.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
+Token = Annotated[str | None, Option(help="The score token.")]
+Beta = Annotated[float | None, Option(min=0, help="Scale of the score.")]
+RefLogprob = Annotated[str | None, Option(help="c_ref; auto: mean of this model's completions.")]
+EngineName = Annotated[str | None, Option("--engine", help="Sampler: hf (default) or vllm.")]
+Seed = Annotated[int | None, Option(min=0, help="Names every draw.")]
+DataDir = Annotated[Path | None, Option(help="Folder of NAME.jsonl files, instead of the hub.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+Ks = Annotated[list[int] | None, Option(min=1, help="k of the report; default 1, 2, 4, ...")]
+BaseRate = Annotated[float | None, Option(min=0, max=1, help="Share correct, for the class prior.")]
 
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or folder, not yet trained.")],
-    data: Annotated[str, typer.Option(help="Prompts: a benchmark, a data file or a hub id.")],
+    model: Annotated[str, Argument(help="Hugging Face id or folder, not yet trained.")],
+    data: Annotated[str, Option(help="Prompts: a benchmark, a data file or a hub id.")],
     overrides: Overrides = None,
-    token: Annotated[
-        str | None, typer.Option(help="The score token; without it all reserved ones compete.")
-    ] = None,
+    token: Annotated[str | None, Option(help="z_c; without it all reserved compete.")] = None,
     beta: Beta = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts, at most those of the data.")] = 64,
-    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 4,
-    template: Annotated[
-        list[str] | None, typer.Option(help="chat, or a text with {prompt}; may be repeated.")
-    ] = None,
+    prompts: Annotated[int, Option(min=1, help="Prompts, at most those of the data.")] = 64,
+    samples: Annotated[int, Option(min=1, help="Completions per prompt.")] = 4,
+    template: Annotated[list[str] | None, Option(help="chat, or a text with {prompt}.")] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     engine: EngineName = None,
     seed: Seed = None,
 ) -> None:
     """Measure c_ref on a model's own completions; print the lines for the configuration."""
+    from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
     from laser_fast.evaluation.terminal import print_calibration
 
-    found = run_calibration(
+    [(benchmark, measured)] = _measured(
+        [data],
+        data_dir,
         model,
-        data,
-        token=token,
         config=config,
-        overrides=_as_overrides(overrides, engine=engine, seed=seed),
-        data_dir=data_dir,
-        prompts=prompts,
-        samples=samples,
-        templates=template or (),
+        overrides=_as_overrides(overrides, rollout__engine=engine, seed=seed),
+        instead=GIVEN_ELSEWHERE,
+        is_held_out=False,
+    )
+    templates = template or ()
+    found = run_calibration(
+        measured, benchmark, token=token, prompts=prompts, samples=samples, templates=templates
     )
     if found is not None:
         print_calibration(found, beta=beta)
@@ -186,127 +182,97 @@ def calibrate(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Hugging Face id or folder; none with --rescore.")
-    ] = None,
+    model: Annotated[str, Argument(help="Hugging Face id or folder.")],
     overrides: Overrides = None,
     benchmark: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--benchmark",
             "-b",
             help="math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, a data file or a "
             "hub id; may be repeated. Rows are named by their place, an id of theirs is not read.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; evaluations/MODEL by default.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="New folder; evaluations/MODEL by default.")] = None,
     data_dir: DataDir = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions per problem; the paper's by default.")
+        int | None, Option(min=1, help="Completions per problem; the paper's by default.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="The first so many problems; 0: all.")] = 0,
-    k: Annotated[
-        list[int] | None, typer.Option(min=1, help="k of the report; 1, 2, 4, ... by default.")
-    ] = None,
-    base_rate: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Share correct for the class-prior correction."),
-    ] = None,
+    limit: Annotated[int, Option(min=0, help="Only the first problems; 0: all.")] = 0,
+    k: Ks = None,
+    base_rate: BaseRate = None,
     token: Token = None,
     beta: Beta = None,
     ref_logprob: RefLogprob = None,
-    score: Annotated[bool, typer.Option(help="Read self-scores.")] = True,
+    score: Annotated[bool, Option(help="Read self-scores.")] = True,
     config: ConfigFile = None,
     engine: EngineName = None,
     seed: Seed = None,
-    rescore: Annotated[
-        Path | None,
-        typer.Option(help="Compute an evaluation's folder or samples.jsonl anew, without a model."),
-    ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Grade anew with this reward kind (--rescore).")
-    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure accuracy, voting and self-verification; a killed evaluation continues."""
-    from laser_fast.evaluation.statistics import ReportOptions
-    from laser_fast.evaluation.terminal import print_conclusion, progress_bar
-
-    report = ReportOptions(ks=tuple(sorted(set(k))) if k else None, base_rate=base_rate)
-    if rescore is not None:
-        from laser_fast.evaluation.rescore import rescore_evaluation
-
-        unread = {
-            "a model": model is not None,
-            "overrides": bool(overrides),
-            "--benchmark": bool(benchmark),
-            "--data-dir": data_dir is not None,
-            "--samples": samples is not None,
-            "--limit": limit > 0,
-            "--token": token is not None,
-            "--no-score": not score,
-            "--config": config is not None,
-            "--engine": engine is not None,
-            "--seed": seed is not None,
-        }
-        if any(unread.values()):
-            given = ", ".join(name for name, is_given in unread.items() if is_given)
-            raise ConfigError(
-                f"--rescore reads samples that exist and takes no model; drop {given}"
-            )
-        if out is None:
-            raise ConfigError("--rescore needs --out, a new folder")
-        conclusion = rescore_evaluation(
-            rescore,
-            out,
-            beta=beta,
-            ref_logprob=ref_logprob,
-            reward=reward,
-            overwrite=overwrite,
-            report=report,
-        )
-        print_conclusion(conclusion)
-        return
-    if model is None or reward is not None:
-        raise ConfigError("eval needs a model; --reward is for --rescore, else say reward.kind=...")
     from laser_fast.evaluation.evaluate import run_evaluation
+    from laser_fast.evaluation.statistics import ReportOptions
+    from laser_fast.evaluation.terminal import progress_bar
 
+    options = _as_overrides(
+        overrides,
+        score__token=token,
+        score__beta=beta,
+        score__ref_logprob=ref_logprob,
+        rollout__engine=engine,
+        seed=seed,
+    )
     with progress_bar(is_shown=_is_main()) as on_progress:
         conclusion = run_evaluation(
-            model,
-            benchmark or (),
+            _measured(benchmark or (), data_dir, model, config=config, overrides=options),
             out or Path("evaluations") / Path(model).name,
-            config=config,
-            overrides=_as_overrides(
-                overrides,
-                token=token,
-                beta=beta,
-                ref_logprob=ref_logprob,
-                engine=engine,
-                seed=seed,
-            ),
-            data_dir=data_dir,
             samples=samples,
             limit=limit,
             needs_score=score,
             overwrite=overwrite,
-            report=report,
+            report=ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
             on_progress=on_progress,
         )
     if conclusion is not None:
-        print_conclusion(conclusion)
+        _show(conclusion)
+
+
+@app.command()
+def rescore(
+    source: Annotated[Path, Argument(help="Folder of an evaluation, or a samples.jsonl.")],
+    out: Annotated[Path, Argument(help="New folder.")],
+    k: Ks = None,
+    base_rate: BaseRate = None,
+    beta: Beta = None,
+    ref_logprob: RefLogprob = None,
+    reward: Annotated[str | None, Option(help="Grade again with this reward kind.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compute an evaluation again from its samples, without a model."""
+    from laser_fast.evaluation.rescore import rescore_evaluation
+    from laser_fast.evaluation.statistics import ReportOptions
+
+    conclusion = rescore_evaluation(
+        source,
+        out,
+        beta=beta,
+        ref_logprob=ref_logprob,
+        reward=reward,
+        overwrite=overwrite,
+        report=ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
+    )
+    _show(conclusion)
 
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or folder.")],
+    model: Annotated[str, Argument(help="Hugging Face id or folder.")],
     source: Annotated[
         Path,
-        typer.Argument(help="JSON lines with prompt or prompt_ids, response or completion_ids."),
+        Argument(help="JSON lines with prompt or prompt_ids, response or completion_ids."),
     ],
-    out: Annotated[Path, typer.Argument(help="The same lines with score_logprob, score, reason.")],
+    out: Annotated[Path, Argument(help="The same lines with score_logprob, score, reason.")],
     overrides: Overrides = None,
     token: Token = None,
     beta: Beta = None,
@@ -316,35 +282,47 @@ def score(
 ) -> None:
     """Write the self-scores of given (prompt, response) pairs."""
     from laser_fast.evaluation.score_pairs import score_pairs
+    from laser_fast.evaluation.settings import build_config
     from laser_fast.evaluation.terminal import print_totals, progress_bar
 
+    options = _as_overrides(
+        overrides, score__token=token, score__beta=beta, score__ref_logprob=ref_logprob
+    )
+    measured = build_config(model, config=config, overrides=options)
     with progress_bar(is_shown=_is_main()) as on_progress:
-        totals = score_pairs(
-            model,
-            source,
-            out,
-            config=config,
-            overrides=_as_overrides(overrides, token=token, beta=beta, ref_logprob=ref_logprob),
-            overwrite=overwrite,
-            on_progress=on_progress,
-        )
+        totals = score_pairs(measured, source, out, overwrite=overwrite, on_progress=on_progress)
     if totals is not None:
         print_totals(totals, out)
 
 
-_KEYS = {
-    "token": "score.token",
-    "beta": "score.beta",
-    "ref_logprob": "score.ref_logprob",
-    "engine": "rollout.engine",
-    "seed": "seed",
-}
-
-
 def _as_overrides(overrides: list[str] | None, **options: str | float | None) -> list[str]:
-    """The options of a verb as overrides of the configuration; spelt-out ones win."""
-    given = [f"{_KEYS[name]}={value}" for name, value in options.items() if value is not None]
-    return [*given, *(overrides or ())]
+    """The options of a verb, score__beta for score.beta, as overrides; spelt-out ones win."""
+    given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+    return [*(f"{key}={value}" for key, value in given.items()), *(overrides or ())]
+
+
+def _measured(
+    names: Sequence[str], data_dir: Path | None, model: str, **layers: Any
+) -> list[tuple[Benchmark, MeasureConfig]]:
+    """The benchmarks that the names mean, each with its configuration."""
+    from laser_fast.evaluation.benchmarks import find_benchmark
+    from laser_fast.evaluation.settings import build_config
+    from laser_fast.sandbox.files import eval_file
+
+    files = {}
+    if "sandbox" in names:
+        files["sandbox"] = eval_file(build_config(model, **layers).seed)
+    found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
+    return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]
+
+
+def _show(conclusion: Conclusion) -> None:
+    """Draw the plots of an evaluation and print its tables."""
+    from laser_fast.evaluation.terminal import print_conclusion
+    from laser_fast.report.evaluations import save_plots
+
+    save_plots(conclusion.folder.path)
+    print_conclusion(conclusion)
 
 
 def _is_main() -> bool:
@@ -367,6 +345,6 @@ def main() -> None:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (DisagreementError, ServerError) as error:  # in mid-run, maybe of this rank alone
+    except (DisagreementError, ServerError) as error:  # in mid-run, maybe only of this rank
         print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
         sys.exit(1)

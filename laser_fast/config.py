@@ -5,10 +5,9 @@ Every key is documented once, here, and read somewhere; a wrong file is refused 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from laser_fast import needs_train
 
@@ -17,7 +16,7 @@ with needs_train():
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laser_fast.algorithm.score import check_score_target
-from laser_fast.config_errors import ConfigError, explain
+from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
 
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -26,6 +25,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, source: str) -> Self:
+        """Validate a nested dict; `source` opens the error message."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {explain(error, all_keys(cls))}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem, is_there in self._problems().items():
+            if is_there:
+                raise ValueError(problem)
+        return self
+
+    def _problems(self) -> dict[str, bool]:
+        """What may be wrong with keys that are right by themselves, and whether it is."""
+        return {}
 
 
 class ModelConfig(_Section):
@@ -49,21 +67,11 @@ class ModelConfig(_Section):
     """HSDP: number of groups that each hold a full copy; one per node keeps gathers inside it."""
 
 
-class DataConfig(_Section):
-    """Where prompts come from and how they are worded."""
+class PromptConfig(_Section):
+    """How the rows of a data set become prompts: what measuring and training both read."""
 
-    train: str
-    """Hugging Face data set id, a local jsonl, json, parquet or csv file, or "sandbox"."""
-    train_split: str = "train"
-    """Split of a hub data set."""
-    eval: str = ""
-    """Held-out prompts, given like `train`; empty: no evaluation."""
     eval_split: str = "test"
-    """Split of a hub data set."""
-    eval_prompt_field: str = ""
-    """Field of the held-out question; empty: like `prompt_field`."""
-    eval_answer_field: str = ""
-    """Field of the held-out answer; empty: like `answer_field`."""
+    """Split of a hub data set with held-out prompts."""
     prompt_field: str = "problem"
     """Field that holds the question."""
     answer_field: str = "answer"
@@ -74,12 +82,33 @@ class DataConfig(_Section):
     """Appended to the question before the template."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
+
+    def _problems(self) -> dict[str, bool]:
+        return {
+            f"data.template = {self.template!r} has no place for the question; put {{prompt}} into "
+            'it, or set it to "chat"': self.template != "chat" and "{prompt}" not in self.template
+        }
+
+
+class DataConfig(PromptConfig):
+    """Where a run's prompts come from."""
+
+    train: str
+    """Hugging Face data set id, a local jsonl, json, parquet or csv file, or "sandbox"."""
+    train_split: str = "train"
+    """Split of a hub data set."""
+    eval: str = ""
+    """Held-out prompts, given like `train`; empty: no evaluation."""
+    eval_prompt_field: str = ""
+    """Field of the held-out question; empty: like `prompt_field`."""
+    eval_answer_field: str = ""
+    """Field of the held-out answer; empty: like `answer_field`."""
     prompts_per_step: int = Field(128, ge=1)
     """Prompts of one step over all ranks; the world size must divide it."""
     eval_samples: int = Field(8, ge=1)
     """Completions per held-out prompt."""
     eval_limit: int = Field(0, ge=0)
-    """Evaluate only the first so many prompts; 0: all."""
+    """Evaluate only this many prompts, the first ones; 0: all."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
 
@@ -113,6 +142,22 @@ class RolloutConfig(_Section):
     """1: the server samples the next step during this one, but never across a checkpoint."""
     sync_buffer_mb: int = Field(512, ge=1)
     """Largest piece of weights gathered at once while streaming to vLLM."""
+
+    def _problems(self) -> dict[str, bool]:
+        engine, ahead = f'and rollout.engine is "{self.engine}"', self.steps_ahead > 0
+        has_url = self.server_url.startswith(("http://", "https://"))
+        return {
+            'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, got '
+            f'"{self.server_url}"': self.engine == "vllm_server" and not has_url,
+            'rollout.steps_ahead = 1 samples beside training, as only the engine "vllm_server" '
+            f"can, {engine}; set it to 0": ahead and self.engine != "vllm_server",
+            "rollout.steps_ahead = 1 draws the next prompts before the rewards are there that "
+            f"rollout.resample_rounds = {self.resample_rounds} asks for; set one to 0": (
+                ahead and self.resample_rounds > 0
+            ),
+            f"rollout.tensor_parallel = {self.tensor_parallel} splits only the engine "
+            f'"vllm", {engine}; set it to 1': self.tensor_parallel > 1 and self.engine != "vllm",
+        }
 
 
 class RewardConfig(_Section):
@@ -150,6 +195,14 @@ class ScoreConfig(_Section):
     max_grad_ratio: float = Field(0.0, ge=0)
     """Cap of the score term's gradient norm relative to the policy term's; 0: no cap."""
 
+    def check_target(self, ref_logprob: float) -> None:
+        """Refuse a beta, if it is trained, whose target for a correct answer is not improbable."""
+        try:
+            if self.loss_coef > 0:
+                check_score_target(beta=self.beta, ref_logprob=ref_logprob)
+        except ValueError as error:
+            raise ConfigError(f"score.beta = {self.beta:g}: {error}") from None
+
 
 class AdvantageConfig(_Section):
     """From rewards and scores to advantages."""
@@ -157,7 +210,7 @@ class AdvantageConfig(_Section):
     scale: Literal["std", "none"] = "std"
     """Divide by the group's standard deviation, or do not (Dr.GRPO)."""
     score_coef: float = Field(0.1, ge=0, le=1)
-    """tau, share of the advantage that comes from scores; 0: rewards alone."""
+    """tau, share of the advantage that comes from scores; 0: only rewards."""
     score_min_std: float = Field(0.1, ge=0)
     """Groups whose scores spread no more than this keep the reward advantage."""
     score_warmup_steps: int = Field(0, ge=0)
@@ -187,7 +240,14 @@ class LossConfig(_Section):
     """Weight of the entropy bonus; above 0 the head recomputes its logits in the backward."""
 
 
-class OptimConfig(_Section):
+class ForwardConfig(_Section):
+    """The budget of the policy's forwards."""
+
+    tokens_per_microbatch: int = Field(16384, ge=1)
+    """Token budget of one forward and backward; changes memory and speed, never results."""
+
+
+class OptimConfig(ForwardConfig):
     """Updates and their budget."""
 
     steps: int = Field(ge=1)
@@ -208,8 +268,6 @@ class OptimConfig(_Section):
     """Clip of the global gradient norm."""
     minibatches: int = Field(1, ge=1)
     """Optimizer updates per step; above 1, old log-probs are recomputed once."""
-    tokens_per_microbatch: int = Field(16384, ge=1)
-    """Token budget of one forward and backward; changes memory and speed, never results."""
 
 
 class CheckpointConfig(_Section):
@@ -234,101 +292,68 @@ class LogConfig(_Section):
     """Trackio project; empty: off. Needs the extra [trackio]."""
 
 
-class Config(_Section):
-    """One reproducible run."""
+class MeasureConfig(_Section):
+    """What sampling and scoring a model reads; a training run has all of it, and more."""
 
     seed: int = Field(0, ge=0)
     """Names every draw of the run: data order and sampling."""
-    output_dir: str
-    """The run folder; must be new, or hold the run that `--resume` continues."""
     model: ModelConfig
-    data: DataConfig
+    data: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     score: ScoreConfig = ScoreConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    optim: ForwardConfig = ForwardConfig()
 
     @property
     def max_sequence_tokens(self) -> int:
         """Positions of the longest sequence: prompt, completion and the score token."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens + 1
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Config:
-        longest = self.max_sequence_tokens - 1
-        if self.optim.tokens_per_microbatch < longest:
-            raise ValueError(
-                f"optim.tokens_per_microbatch = {self.optim.tokens_per_microbatch} is less than "
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to that"
-            )
-        if self.advantage.score_coef > 0 and self.score.loss_coef == 0:
-            raise ValueError(
-                "advantage.score_coef > 0 mixes in a score that score.loss_coef = 0 never trains; "
-                "set advantage.score_coef = 0 or train the score"
-            )
-        if self.score.loss_coef > 0 and self.score.ref_logprob != "auto":
-            try:
-                check_score_target(beta=self.score.beta, ref_logprob=self.score.ref_logprob)
-            except ValueError as error:
-                raise ValueError(f"score.beta = {self.score.beta:g}: {error}") from None
-        if 0 < self.loss.clip_dual <= 1:
-            raise ValueError(
-                f"loss.clip_dual = {self.loss.clip_dual:g} would cut the gradient of every "
-                "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
-            )
-        url = self.rollout.server_url
-        if self.rollout.engine == "vllm_server" and not url.startswith(("http://", "https://")):
-            raise ValueError(
-                f'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, got "{url}"'
-            )
-        if self.rollout.steps_ahead > 0 and self.rollout.engine != "vllm_server":
-            raise ValueError(
-                'rollout.steps_ahead = 1 samples beside training, as only the engine "vllm_server" '
-                f'can, and rollout.engine is "{self.rollout.engine}"; set rollout.steps_ahead = 0'
-            )
-        if self.rollout.steps_ahead > 0 and self.rollout.resample_rounds > 0:
-            raise ValueError(
-                "rollout.steps_ahead = 1 draws the next prompts before the rewards are there that "
-                f"rollout.resample_rounds = {self.rollout.resample_rounds} asks for; set one to 0"
-            )
-        if self.rollout.steps_ahead > 0 and self.loss.tis_cap == 0:
-            raise ValueError("rollout.steps_ahead = 1 needs loss.tis_cap, got 0; set it to 2.0")
-        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
-            raise ValueError(
-                f"rollout.tensor_parallel = {self.rollout.tensor_parallel} splits the engine "
-                f'"vllm" alone, and rollout.engine is "{self.rollout.engine}"; set it to 1'
-            )
-        if self.data.eval_every > 0 and not self.data.eval:
-            raise ValueError(
-                f"data.eval_every = {self.data.eval_every} has nothing to evaluate; name held-out "
-                "prompts in data.eval or set data.eval_every = 0"
-            )
-        if self.data.template != "chat" and "{prompt}" not in self.data.template:
-            raise ValueError(
-                f"data.template = {self.data.template!r} has no place for the question; put "
-                '{prompt} into it, or set it to "chat"'
-            )
-        has_buffer = 0 < self.reward.overlong_buffer <= self.rollout.max_new_tokens
-        if self.reward.overlong == "penalty" and not has_buffer:
-            raise ValueError(
-                'reward.overlong = "penalty" needs overlong_buffer from 1 to rollout.max_new_tokens'
-                f" = {self.rollout.max_new_tokens}, got {self.reward.overlong_buffer}"
-            )
-        if self.optim.minibatches > self.data.prompts_per_step:
-            raise ValueError(
-                f"optim.minibatches = {self.optim.minibatches} exceeds data.prompts_per_step = "
-                f"{self.data.prompts_per_step}, so that updates would be empty; lower it"
-            )
-        if self.optim.warmup_steps > self.optim.steps:
-            raise ValueError(
-                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds optim.steps = "
-                f"{self.optim.steps}; lower it or train for longer"
-            )
-        return self
+
+class Config(MeasureConfig):
+    """One reproducible run."""
+
+    output_dir: str
+    """The run folder; must be new, or hold the run that `--resume` continues."""
+    data: DataConfig
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def _problems(self) -> dict[str, bool]:
+        data, rollout, reward, optim = self.data, self.rollout, self.reward, self.optim
+        if self.score.ref_logprob != "auto":
+            self.score.check_target(self.score.ref_logprob)
+        budget, longest = optim.tokens_per_microbatch, self.max_sequence_tokens - 1
+        mixed, trained = self.advantage.score_coef, self.score.loss_coef
+        dual, ahead = self.loss.clip_dual, rollout.steps_ahead
+        limit, penalty = rollout.max_new_tokens, reward.overlong_buffer
+        return {
+            f"optim.tokens_per_microbatch = {budget} is less than data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {longest}; raise it to that": budget < longest,
+            "advantage.score_coef > 0 mixes in a score that score.loss_coef = 0 never trains; set "
+            "advantage.score_coef = 0 or train the score": mixed > 0 and trained == 0,
+            f"loss.clip_dual = {dual:g} would cut the gradient of every unlikely completion; set "
+            "it above 1, such as 3.0, or to 0 for no dual clip": 0 < dual <= 1,
+            "rollout.steps_ahead = 1 needs the correction loss.tis_cap, got 0; set it to 2.0": (
+                ahead > 0 and self.loss.tis_cap == 0
+            ),
+            f"data.eval_every = {data.eval_every} has nothing to evaluate; name held-out prompts "
+            "in data.eval or set data.eval_every = 0": data.eval_every > 0 and not data.eval,
+            'reward.overlong = "penalty" needs overlong_buffer from 1 to rollout.max_new_tokens = '
+            f"{limit}, got {penalty}": reward.overlong == "penalty" and not 0 < penalty <= limit,
+            f"optim.minibatches = {optim.minibatches} exceeds data.prompts_per_step = "
+            f"{data.prompts_per_step}, so that updates would be empty; lower it": (
+                optim.minibatches > data.prompts_per_step
+            ),
+            f"optim.warmup_steps = {optim.warmup_steps} exceeds optim.steps = {optim.steps}; "
+            "lower it or train for longer": optim.warmup_steps > optim.steps,
+        }
+
+
+parse_config = Config.parse
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -342,30 +367,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = read_toml(path)
     for override in overrides:
         apply_override(data, override)
-    return parse_config(data, source=str(path))
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file, or the packaged one of this name, as dicts, not validated yet."""
-    packaged = {file.stem: file for file in Path(__file__).with_name("configs").glob("*.toml")}
-    file = path if Path(path).is_file() else packaged.get(str(path), path)
-    try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the configuration: {error.strerror}; name a TOML file or "
-            f"one of {', '.join(sorted(packaged))}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-
-
-def parse_config(data: dict[str, Any], *, source: str) -> Config:
-    """Validate a nested dict; `source` opens the error message."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, all_keys())}") from None
+    return Config.parse(data, source=str(path))
 
 
 def dump_config(config: Config) -> str:
@@ -373,33 +375,13 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="python"))
 
 
-def all_keys() -> dict[str, str]:
+def all_keys(kind: type[_Section] = Config) -> dict[str, str]:
     """Every dotted key with its documentation, in the order of the file."""
     keys: dict[str, str] = {}
-    for name, field in Config.model_fields.items():
+    for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            for key, inner in field.annotation.model_fields.items():
-                keys[f"{name}.{key}"] = inner.description or ""
+            inner = all_keys(field.annotation)
+            keys |= {f"{name}.{key}": documentation for key, documentation in inner.items()}
         else:
             keys[name] = field.description or ""
     return keys
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one key of nested sections from `section.key=value`, in place."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f'override "{override}": expected section.key=value')
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.split(".")
-    for depth, section in enumerate(sections, start=1):
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            path = ".".join(sections[:depth])
-            raise ConfigError(
-                f'override "{override}": {path} is a value, not a section; write {path}=value'
-            )
-    data[last] = value

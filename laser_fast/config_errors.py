@@ -1,4 +1,4 @@
-"""What a user did wrong, as one sentence: the key, what is wrong, what to do.
+"""What a user wrote, as nested dicts, and what is wrong with it, as one sentence.
 
 Imports no pydantic, so that what raises a ConfigError runs on a machine without it.
 """
@@ -6,7 +6,9 @@ Imports no pydantic, so that what raises a ConfigError runs on a machine without
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,10 +16,47 @@ if TYPE_CHECKING:
 
 # Below this similarity (difflib's ratio) a proposed name would be a guess.
 _CLOSE = 0.6
+# What older versions knew, and what to write today: a key, or a key with its value.
+_RENAMED = {"rollout.score=request": "rollout.score=inline"}
 
 
 class ConfigError(ValueError):
     """A configuration or input that cannot run; the message is one sentence for the user."""
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file, or the packaged one of this name, as dicts, not validated yet."""
+    packaged = {file.stem: file for file in Path(__file__).with_name("configs").glob("*.toml")}
+    file = path if Path(path).is_file() else packaged.get(str(path), path)
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration: {error.strerror}; name a TOML file or "
+            f"one of {', '.join(sorted(packaged))}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one key of nested sections from `section.key=value`, in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f'override "{override}": expected section.key=value')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            path = ".".join(sections[:depth])
+            raise ConfigError(
+                f'override "{override}": {path} is a value, not a section; write {path}=value'
+            )
+    data[last] = value
 
 
 def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
@@ -26,44 +65,44 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     An unknown key goes before a missing one, since it may be the missing one misspelt.
     """
     problems = error.errors(include_url=False)
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     # Deeper parts of a location are members of a union and places in a tuple.
-    location = first["loc"][:2]
-    path = ".".join(str(part) for part in location)
+    depth = 1 if set(first["loc"][:1]) & docs.keys() else 2
+    location, value = first["loc"][:depth], first["input"]
+    path = ".".join(map(str, location))
+    is_missing = first["type"] == "missing" and first["loc"] == location
+    renamed = _RENAMED.get(path) or _RENAMED.get(f"{path}={value}")
+    if renamed:
+        return f'"{path}" has changed: write {renamed} instead'
     if first["type"] == "extra_forbidden":
-        return _unknown(path, first["input"], docs)
+        return _unknown(path, value, docs)
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    if path in _sections(docs):
-        if first["type"] == "missing":
-            return f"the section [{path}] is missing; add it"
-        return (
-            f'"{path}" is a section, got {_shown(first["input"])}; set its keys instead, such as '
-            f"{_keys(path, docs)[0]}"
-        )
+    if path not in docs and is_missing:
+        return f"the section [{path}] is missing; add it"
+    if path not in docs:
+        key = _keys(path, docs)[0]
+        return f'"{path}" is a section, got {_shown(value)}; set its keys instead, such as {key}'
     about = f" ({docs[path].split('. ')[0].rstrip('.')})"
-    if first["type"] == "missing" and first["loc"] == location:
+    if is_missing:
         return f'"{path}" is missing; set it{about}'
-    expected = " or ".join(
-        _expected(problem) for problem in problems if problem["loc"][:2] == location
-    )
-    return f'"{path}": expected {expected}, got {_shown(first["input"])}{about}'
+    expected = " or ".join(_expected(p) for p in problems if p["loc"][:depth] == location)
+    return f'"{path}": expected {expected}, got {_shown(value)}{about}'
 
 
 def _unknown(path: str, value: Any, docs: Mapping[str, str]) -> str:
     section, _, name = path.rpartition(".")
     if not section and isinstance(value, dict):
-        sections = _sections(docs)
-        nearest = _by_similarity(name, sections)
-        if _similarity(name, nearest[0]) >= _CLOSE:
-            return f"unknown section [{name}]: rename it to [{nearest[0]}] or remove it"
+        sections = list(dict.fromkeys(key.partition(".")[0] for key in docs if "." in key))
+        nearest = _nearest(name, sections)
+        if nearest:
+            return f"unknown section [{name}]: rename it to [{nearest}] or remove it"
         return f"unknown section [{name}]: remove it; the sections are {', '.join(sections)}"
-    for pool in (_keys(section, docs), list(docs)):
-        nearest = _by_similarity(name, pool)
-        if _similarity(name, nearest[0]) >= _CLOSE:
-            return f'unknown key "{path}": rename it to "{nearest[0]}" or remove it'
-    names = ", ".join(_by_similarity(name, _keys(section, docs)))
+    own = _keys(section, docs)
+    nearest = _nearest(name, own) or _nearest(name, docs)
+    if nearest:
+        return f'unknown key "{path}": rename it to "{nearest}" or remove it'
+    names = ", ".join(sorted(own, key=lambda key: -_likeness(name, key)))
     return f'unknown key "{path}": remove it or choose one of these, nearest first: {names}'
 
 
@@ -71,12 +110,8 @@ def _expected(problem: Mapping[str, Any]) -> str:
     """Pydantic's "Input should be ...", fit to follow the word expected."""
     if problem["type"] == "missing":
         return "one more value"
-    text = (
-        problem["msg"]
-        .removeprefix("Input should be ")
-        .replace("a valid int", "an int")
-        .replace("valid ", "")
-    )
+    text = problem["msg"].removeprefix("Input should be ")
+    text = text.replace("a valid int", "an int").replace("valid ", "")
     is_bound = problem["type"].startswith(("greater_than", "less_than"))
     return f"a number {text}" if is_bound else text[:1].lower() + text[1:]
 
@@ -86,19 +121,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sections(docs: Mapping[str, str]) -> list[str]:
-    return list(dict.fromkeys(key.partition(".")[0] for key in docs if "." in key))
-
-
-def _keys(section: str, docs: Mapping[str, str]) -> list[str]:
+def _keys(section: str, docs: Mapping[str, str]) -> Sequence[str]:
     """Keys of a section; of the top level for an empty name."""
     return [key for key in docs if key.rpartition(".")[0] == section]
 
 
-def _by_similarity(name: str, keys: Iterable[str]) -> list[str]:
-    return sorted(keys, key=lambda key: -_similarity(name, key))
+def _nearest(name: str, keys: Iterable[str]) -> str | None:
+    """The key that is meant, if one is close enough."""
+    nearest = max(keys, key=lambda key: _likeness(name, key))
+    return nearest if _likeness(name, nearest) >= _CLOSE else None
 
 
-def _similarity(name: str, key: str) -> float:
+def _likeness(name: str, key: str) -> float:
     """Likeness of two names, the key's without its section."""
     return difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio()

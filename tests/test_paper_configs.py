@@ -9,7 +9,7 @@ from laser_fast.config import ConfigError, all_keys, load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = ("laser", "laser_no_mixing", "grpo")
 
-# Per model: path, z_c, c_ref, steps of GRPO alone, steps with the MSE before mixing.
+# Per model: path, z_c, c_ref, steps of plain GRPO, steps with the MSE before mixing.
 MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-7B", "<|vision_start|>", -23.0, 200, 200),
     "orz-7b": (
@@ -108,8 +108,25 @@ def test_values_of_the_released_scripts(method, model):
     assert values["score.max_class_weight"] == 128 * 8 / 2
 
 
+def test_paper_configs_hold_the_papers_numbers():
+    laser = load_config(_file("laser", "qwen2.5-7b"))
+    assert (laser.score.loss_coef, laser.score.beta, laser.score.ref_logprob) == (0.1, 0.1, -23.0)
+    assert (laser.advantage.score_coef, laser.advantage.score_min_std) == (0.1, 0.1)
+    assert (laser.score.warmup_steps, laser.advantage.score_warmup_steps) == (200, 200)
+    assert (laser.data.prompts_per_step, laser.rollout.group_size) == (128, 8)
+    assert (laser.data.max_prompt_tokens, laser.rollout.max_new_tokens) == (2048, 8192)
+    assert (laser.optim.lr, laser.optim.schedule, laser.optim.minibatches) == (1e-6, "constant", 1)
+    assert (laser.loss.clip_low, laser.loss.clip_high, laser.loss.clip_dual) == (0.2, 0.2, 3.0)
+    assert (laser.loss.kind, laser.loss.aggregation) == ("grpo", "token-mean")
+    # The baseline differs only in the score.
+    grpo = load_config(_file("grpo", "qwen2.5-7b"))
+    for name in ("model", "data", "rollout", "reward", "loss", "optim"):
+        assert getattr(laser, name) == getattr(grpo, name), name
+    assert grpo.score.loss_coef == grpo.advantage.score_coef == 0
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_twins_differ_in_the_score_alone(model):
+def test_twins_differ_only_in_the_score(model):
     laser, no_mixing, grpo = (_values(method, model) for method in METHODS)
 
     def differences(other):
@@ -128,7 +145,7 @@ def test_twins_differ_in_the_score_alone(model):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", list(MODELS)[1:])
-def test_models_differ_in_the_model_alone(model, method):
+def test_models_differ_only_in_the_model(model, method):
     first, other = _values(method, "qwen2.5-7b"), _values(method, model)
     assert {key for key in first if first[key] != other[key]} <= {
         "output_dir",

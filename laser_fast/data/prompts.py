@@ -1,4 +1,4 @@
-"""Prompts of a step: worded, tokenized, in an order that depends on (seed, step) alone.
+"""Prompts of a step: worded, tokenized, in an order that depends only on (seed, step).
 
 The data set is an endless stream of epochs, each its own permutation drawn from (seed, epoch).
 With P = `data.prompts_per_step`, step s and attempt a of r rounds of resampling take
@@ -21,13 +21,13 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
 
-from laser_fast.config import ConfigError, DataConfig
+from laser_fast.config import ConfigError, DataConfig, PromptConfig
 from laser_fast.data.rows import Fields, RowSource, answer_text, open_rows, question_text
 from laser_fast.records import Prompt
 
@@ -48,20 +48,17 @@ _log = logging.getLogger(__name__)
 
 
 class PromptSource:
-    """The prompts of `data.train` or `data.eval`.
+    """The prompts of one data set.
 
     Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2. The epoch is in
-    the name because sampling noise is keyed by it: a prompt seen again, be it in the same step,
-    shall be answered anew.
+    the name because sampling noise is keyed by it: a prompt that comes again, even in the same
+    step, is answered differently.
 
-    Args:
-        config: the data section.
-        tokenizer: words and tokenizes the prompts.
-        seed: names the order.
-        split: "train" or "eval".
+    `name` opens every prompt_id and names the order together with `seed`. A step has `per_step`
+    prompts over all ranks. With a `limit` only the first prompts are taken.
 
     Attributes:
-        num_prompts: prompts to draw from (of an evaluation: after `data.eval_limit`).
+        num_prompts: prompts to draw from, after the limit.
         num_dropped: rows left out because they exceed `data.max_prompt_tokens`.
 
     Raises:
@@ -71,27 +68,29 @@ class PromptSource:
 
     def __init__(
         self,
-        config: DataConfig,
+        config: PromptConfig,
         tokenizer: PreTrainedTokenizerBase,
+        rows: RowSource,
         *,
-        seed: int,
-        split: Literal["train", "eval"],
+        name: str,
+        seed: int = 0,
+        per_step: int = 1,
+        limit: int = 0,
     ) -> None:
-        self._config = config
+        self._name = name
         self._seed = seed
-        self._split = split
-        self._table = _load(config, tokenizer, seed=seed, split=split)
+        self._per_step = per_step
+        self._table = _load(config, tokenizer, rows)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
         self.num_dropped = len(num_tokens) - len(self._rows)
         if len(self._rows) == 0:
             raise ConfigError(
-                f"{_name(config, split)}: no prompt is left, all {len(num_tokens)} are longer than "
+                f"{rows.name}: no prompt is left, all {len(num_tokens)} are longer than "
                 f"data.max_prompt_tokens = {config.max_prompt_tokens} "
                 f"(the shortest has {num_tokens.min()} tokens)"
             )
-        if split == "eval" and config.eval_limit:
-            self._rows = self._rows[: config.eval_limit]
+        self._rows = self._rows[: limit or None]
         self.num_prompts = len(self._rows)
         # A step may straddle two epochs.
         self._order = lru_cache(maxsize=2)(self._draw_order)
@@ -107,30 +106,18 @@ class PromptSource:
     ) -> list[Prompt]:
         """Return this rank's contiguous share of the prompts of a step.
 
-        Args:
-            step: training step, from 0.
-            attempt: 0 for the step's first prompts, i for those of its i-th resampling.
-            rounds: `rollout.resample_rounds`; the largest `attempt`.
-            rank: index of this process.
-            world_size: number of processes; divides `data.prompts_per_step`.
-
-        Raises:
-            ConfigError: if the world size does not divide `data.prompts_per_step`.
-            ValueError: if `attempt` or `rank` is out of range.
+        Steps count from 0. `attempt` 0 gives the step's first prompts, i those of its i-th
+        resampling, up to `rounds` = `rollout.resample_rounds`.
         """
-        per_step = self._config.prompts_per_step
-        if per_step % world_size:
-            raise ConfigError(
-                f"data.prompts_per_step = {per_step} cannot be shared out evenly over "
-                f"{world_size} processes; make it a multiple of {world_size}"
-            )
         if not (0 <= attempt <= rounds and 0 <= rank < world_size and step >= 0):
             raise ValueError(
                 "prompts: expected step >= 0, 0 <= attempt <= rounds, 0 <= rank < world_size, "
                 f"got {step=}, {attempt=}, {rounds=}, {rank=}, {world_size=}"
             )
-        share = per_step // world_size
-        start = (step * (rounds + 1) + attempt) * per_step + rank * share
+        share, rest = divmod(self._per_step, world_size)
+        if rest:
+            raise ValueError(f"prompts: {self._per_step} do not divide over {world_size} processes")
+        start = (step * (rounds + 1) + attempt) * self._per_step + rank * share
         places = [divmod(i, self.num_prompts) for i in range(start, start + share)]
         rows = [int(self._rows[self._order(epoch)[index]]) for epoch, index in places]
         names = [f"{row}@{epoch}" for row, (epoch, _) in zip(rows, places, strict=True)]
@@ -142,65 +129,61 @@ class PromptSource:
         return self._fetch(rows, [str(row) for row in rows])
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
-        columns = self._table[rows]
+        table = self._table[rows]
+        columns = zip(
+            names, *(table[name] for name in ("text", "prompt_ids", "answer")), strict=True
+        )
         return [
             Prompt(
-                prompt_id=f"{self._split}-{name}",
-                text=text,
-                prompt_ids=tuple(prompt_ids),
-                answer=answer,
+                prompt_id=f"{self._name}-{name}", text=text, prompt_ids=tuple(ids), answer=answer
             )
-            for name, text, prompt_ids, answer in zip(
-                names, columns["text"], columns["prompt_ids"], columns["answer"], strict=True
-            )
+            for name, text, ids, answer in columns
         ]
 
     def _draw_order(self, epoch: int) -> torch.Tensor:
         """The permutation of an epoch, [num_prompts] int64."""
-        name = f"{self._seed}/{self._split}/epoch {epoch}".encode()
+        name = f"{self._seed}/{self._name}/epoch {epoch}".encode()
         digest = hashlib.blake2b(name, digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
         return torch.randperm(self.num_prompts, generator=generator)
 
 
-def _name(config: DataConfig, split: str) -> str:
-    return config.train if split == "train" else config.eval
+def train_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> PromptSource:
+    """The prompts that a run trains on."""
+    rows = open_rows(config.train, split=config.train_split)
+    return PromptSource(
+        config, tokenizer, rows, name="train", seed=seed, per_step=config.prompts_per_step
+    )
+
+
+def held_out_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
+    """The prompts that a run is evaluated on, which may have fields of their own."""
+    fields = {
+        "prompt_field": config.eval_prompt_field or config.prompt_field,
+        "answer_field": config.eval_answer_field or config.answer_field,
+    }
+    rows = open_rows(config.eval, split=config.eval_split)
+    own = config.model_copy(update=fields)
+    return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 
 def _load(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, split: str
+    config: PromptConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSource
 ) -> datasets.Dataset:
-    """The worded and tokenized rows of a split, over-long ones included."""
-    name = _name(config, split)
-    if not name:
-        raise ConfigError(f"data.{split} is empty; name a data set")
+    """The worded and tokenized rows of a data set, over-long ones included."""
     if config.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             'data.template = "chat", but the tokenizer has no chat template; set data.template to '
             "a text with {prompt} in it"
         )
-    if name == "sandbox":
-        from laser_fast.sandbox import task as sandbox
-
-        rows = enumerate(sandbox.rows(split, seed=seed))
-        source = RowSource(name, (), lambda _: ((f"sandbox row {i}", row) for i, row in rows))
-        # Small: no file, no cache.
-        records = list(_tokenize(source, config, tokenizer))
-        return datasets.Dataset.from_list(records, features=_FEATURES)
-    source = open_rows(name, split=config.train_split if split == "train" else config.eval_split)
-    _log.info("data.%s = %s: wording and tokenizing, unless the cache has it", split, name)
-    if split == "eval":
-        config = config.model_copy(
-            update={
-                "prompt_field": config.eval_prompt_field or config.prompt_field,
-                "answer_field": config.eval_answer_field or config.answer_field,
-            }
-        )
+    _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
     try:
         return datasets.Dataset.from_generator(
-            lambda: _tokenize(source, config, tokenizer),
+            lambda: _tokenize(rows, config, tokenizer),
             features=_FEATURES,
-            fingerprint=_fingerprint(source, config, tokenizer),
+            fingerprint=_fingerprint(rows, config, tokenizer),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
@@ -209,7 +192,7 @@ def _load(
 
 
 def _tokenize(
-    source: RowSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Yield one record of `_FEATURES` per row."""
     fields: Fields = {
@@ -217,10 +200,10 @@ def _tokenize(
         config.answer_field: "data.answer_field",
     }
     word = wording(config, tokenizer)
-    rows = iter(source.read(fields))
-    num_rows = 0
+    rows = source.read(fields)
+    is_empty = True
     while batch := list(islice(rows, _BATCH)):
-        num_rows += len(batch)
+        is_empty = False
         questions = [question_text(row, fields, config.prompt_field, place) for place, row in batch]
         answers = [answer_text(row, fields, config.answer_field, place) for place, row in batch]
         texts = [word(question + config.prompt_suffix) for question in questions]
@@ -232,31 +215,28 @@ def _tokenize(
             # Over-long prompts are counted here and need no warning of their own.
             verbose=False,
         )["input_ids"]
-        for (place, _), text, answer, prompt_ids in zip(
-            batch, texts, answers, encoded, strict=True
-        ):
-            if not prompt_ids:
+        for (place, _), text, answer, ids in zip(batch, texts, answers, encoded, strict=True):
+            if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-            yield {
-                "text": text,
-                "answer": answer,
-                "prompt_ids": prompt_ids,
-                "num_tokens": len(prompt_ids),
-            }
-    if num_rows == 0:
+            yield {"text": text, "answer": answer, "prompt_ids": ids, "num_tokens": len(ids)}
+    if is_empty:
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
-def wording(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+def wording(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """Return the function from a question to the text that the model reads."""
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
-    return lambda question: tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    return lambda question: str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
     )
 
 
-def _fingerprint(source: RowSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(
+    source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     parts = [
         _FORMAT,

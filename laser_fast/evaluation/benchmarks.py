@@ -9,83 +9,79 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laser_fast.config import ConfigError
 
-MAX_NEW_TOKENS = 8192
-MAX_PROMPT_TOKENS = 2048
 # The released evaluation appends this to a base model's prompt, after a line break.
 PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-FILE_SAMPLES = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """One set of problems.
 
-    `source` is a local file, a hub data set or "sandbox". Empty fields and `reward_kind` leave the
-    choice to the configuration.
+    `source` is a local file or a hub data set. Empty fields and `reward_kind` leave the choice to
+    the configuration, which may also change the wording and the lengths.
     """
 
     name: str
     source: str
-    split: str = "test"
     prompt_field: str = ""
     answer_field: str = ""
     reward_kind: str = ""
-    samples: int = FILE_SAMPLES
+    samples: int = 8
+    split: str = "test"
+    template: str = "chat"
+    prompt_suffix: str = PROMPT_SUFFIX
+    max_prompt_tokens: int = 2048
+    max_new_tokens: int = 8192
 
 
-def _on_hub(
-    name: str, source: str, samples: int, fields: str = "problem answer", **options: str
-) -> Benchmark:
-    prompt_field, answer_field = fields.split()
-    return Benchmark(
-        name=name,
-        source=source,
-        samples=samples,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        **{"reward_kind": "math"} | options,
+_SANDBOX = Benchmark(
+    "sandbox",
+    "",  # the command line makes the file
+    "problem",
+    "answer",
+    "sandbox",
+    template="{prompt}",
+    prompt_suffix="",
+    max_prompt_tokens=24,
+    max_new_tokens=48,
+)
+_NAMED = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("math500", "HuggingFaceH4/MATH-500", "problem", "answer", "math", 2),
+        Benchmark("amc23", "math-ai/amc23", "question", "answer", "math", 32),
+        Benchmark("aime24", "HuggingFaceH4/aime_2024", "problem", "answer", "math", 32, "train"),
+        Benchmark("aime25", "math-ai/aime25", "problem", "answer", "math", 32),
+        Benchmark("olympiadbench", "math-ai/olympiadbench", "question", "final_answer", "math", 2),
+        Benchmark("gsm8k", "openai/gsm8k:main", "question", "answer", "gsm8k"),
+        _SANDBOX,
     )
-
-
-SANDBOX = Benchmark(
-    name="sandbox",
-    source="sandbox",
-    prompt_field="problem",
-    answer_field="answer",
-    reward_kind="laser_fast.sandbox.task:reward",
-)
-_NAMED = (
-    _on_hub("math500", "HuggingFaceH4/MATH-500", 2),
-    _on_hub("amc23", "math-ai/amc23", 32, "question answer"),
-    _on_hub("aime24", "HuggingFaceH4/aime_2024", 32, split="train"),
-    _on_hub("aime25", "math-ai/aime25", 32),
-    _on_hub("olympiadbench", "math-ai/olympiadbench", 2, "question final_answer"),
-    _on_hub("gsm8k", "openai/gsm8k:main", 8, "question answer", reward_kind="gsm8k"),
-    SANDBOX,
-)
-NAMES = tuple(benchmark.name for benchmark in _NAMED)
-# The files that the authors publish call the question so, and the answer "answer".
+}
+NAMES = tuple(_NAMED)
+# What the files of the authors call the question; the answer is always "answer".
 _FILE_PROMPT_FIELD = {"gsm8k": "question"}
 
 
-def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
+def find_benchmark(
+    name: str, *, data_dir: Path | None = None, files: Mapping[str, Path] | None = None
+) -> Benchmark:
     """The benchmark that `name` means.
 
-    A known name is looked for in `data_dir`, as NAME.jsonl, eval/NAME.jsonl or NAME/test.jsonl,
-    and without a `data_dir` on the hub. Anything with a slash or a suffix is a file or a hub data
-    set of the user's, named by its last part.
-
-    Raises:
-        ConfigError: an unknown name, or a file that is not there.
+    A known name is looked for in `files`, then in `data_dir`, as NAME.jsonl, eval/NAME.jsonl or
+    NAME/test.jsonl, and without a `data_dir` on the hub. Anything with a slash or a suffix is a
+    file or a hub data set of the user's, named by its last part.
     """
-    if name in NAMES:
-        known = _NAMED[NAMES.index(name)]
-        return known if data_dir is None or known is SANDBOX else _in_folder(known, data_dir)
+    if name in _NAMED:
+        known = _NAMED[name]
+        if files and name in files:
+            return replace(known, source=str(files[name]))
+        return known if data_dir is None else _in_folder(known, data_dir)
     if "/" not in name and not Path(name).suffix:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
         hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
@@ -95,8 +91,8 @@ def find_benchmark(name: str, *, data_dir: Path | None = None) -> Benchmark:
         )
     path = Path(name.rstrip("/"))
     own_name = path.stem if path.is_file() else path.name
-    # It names a folder too.
-    return Benchmark(name=re.sub(r"[^\w.-]+", "_", own_name), source=name)
+    # The name is also that of the folder with the samples.
+    return Benchmark(re.sub(r"[^\w.-]+", "_", own_name), name)
 
 
 def _in_folder(known: Benchmark, folder: Path) -> Benchmark:

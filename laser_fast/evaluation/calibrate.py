@@ -13,32 +13,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from laser_fast.algorithm.score import WARN_TARGET
-from laser_fast.config import Config, ConfigError
+from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.benchmarks import find_benchmark
-from laser_fast.evaluation.model import (
-    make_packer,
-    open_engine,
-    open_vocabulary,
-    read_last_token,
-)
-from laser_fast.evaluation.settings import build_config, refuse_overrides
-from laser_fast.model.distributed import World, open_world
-from laser_fast.model.policy import build_policy, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, reserved_tokens
-from laser_fast.records import Prompt, Sampling
-from laser_fast.rollout.engine import draw_seed
+from laser_fast.data.rows import open_rows
+from laser_fast.evaluation.benchmarks import Benchmark
+from laser_fast.model.distributed import World, check_world, open_world
+from laser_fast.model.logprobs import last_token_logprobs
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy, check_lengths, load_model_config
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
+from laser_fast.records import Prompt
+from laser_fast.rollout.engine import make_engine, make_sampling
 
-# The paper's beta; with c_ref near -23 the rule alone would allow half of it.
+# The paper's beta; with c_ref near -23 the rule by itself would allow half of it.
 MIN_BETA = 0.1
-_GIVEN_ELSEWHERE = {
+# Keys that have no effect on a calibration, and what to use instead.
+GIVEN_ELSEWHERE = {
     "score.token": "say --token",
     "score.beta": "say --beta",
     "score.ref_logprob": "it is what calibrate measures",
@@ -59,21 +56,17 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One token with its spreads, "all" first."""
+    """One token with its spreads, "all" first, and the rule's beta, which may be infinite."""
 
     token: str
     token_id: int
     spreads: tuple[Spread, ...]
+    beta: float
 
     @property
     def ref_logprob(self) -> float:
         """c_ref."""
         return self.spreads[0].mean
-
-    @property
-    def beta(self) -> float:
-        """The rule's beta, rounded up to two digits and not below the paper's; inf: impossible."""
-        return propose_beta(self.ref_logprob)
 
     @property
     def noise(self) -> float:
@@ -102,110 +95,92 @@ class Reading:
 
 
 def calibrate(
-    model: str,
-    data: str,
+    config: MeasureConfig,
+    data: Benchmark,
     *,
     token: str | None = None,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
-    data_dir: Path | None = None,
     prompts: int = 64,
     samples: int = 4,
     templates: Sequence[str] = (),
 ) -> Calibration | None:
-    """Sample `model` on the prompts of `data`; see `laser-fast calibrate --help`.
+    """Sample the model on the prompts of `data`; see `laser-fast calibrate --help`.
 
-    Returns:
-        The ranked candidates; None on all ranks but the first.
-
-    Raises:
-        ConfigError: options, data or model do not fit, or no completion ended.
+    All ranks but the first return None. A ConfigError names what does not fit, or says that no
+    completion ended.
     """
-    refuse_overrides(overrides, _GIVEN_ELSEWHERE)
-    if token is not None:
-        overrides = [f"score.token={token}", *overrides]
-    benchmark = find_benchmark(data, data_dir=data_dir)
-    settings = build_config(model, benchmark, config=config, overrides=overrides)
+    wordings = [
+        PromptConfig.parse(config.data.model_dump() | {"template": text}, source="--template")
+        for text in templates or (config.data.template,)
+    ]
     with open_world() as world:
-        vocabulary = open_vocabulary(settings, has_token=token is not None)
-        tokens = {token: vocabulary.score_token_id}
-        if token is None:
-            num_rows = load_model_config(settings.model).vocab_size
-            eos_token_ids = vocabulary.eos_token_ids
-            tokens = reserved_tokens(vocabulary.tokenizer, eos_token_ids, num_rows=num_rows)
-        drawn = [
-            (template, prompt)
-            for template in tuple(templates) or (settings.data.template,)
-            for prompt in _prompts(settings, template, vocabulary, prompts)
-        ]
-        rows = _measure(drawn, list(tokens.values()), settings, vocabulary, samples, world)
-        is_main = world.is_main
-    return rank_candidates(rows, tokens) if is_main else None
-
-
-def _prompts(config: Config, template: str, vocabulary: Vocabulary, count: int) -> list[Prompt]:
-    if template != "chat" and "{prompt}" not in template:
-        raise ConfigError(f"--template {template!r}: put {{prompt}} into it, or say chat")
-    data = config.data.model_copy(update={"template": template, "prompts_per_step": count})
-    source = PromptSource(data, vocabulary.tokenizer, seed=config.seed, split="train")
-    # A small file would give its prompts again, as if they were others.
-    return source.prompts(0)[: source.num_prompts]
+        model_config = load_model_config(config.model)
+        check_world(config, world.size)
+        check_lengths(config, model_config.max_position_embeddings)
+        vocabulary = load_vocabulary(
+            config.model.path, score_token=token, model_config=model_config
+        )
+        tokenizer, special = vocabulary.tokenizer, vocabulary.special
+        tokens = {} if token is None else {token: special.score_token_id}
+        tokens = tokens or reserved_tokens(
+            tokenizer, special.eos_token_ids, num_rows=model_config.vocab_size
+        )
+        rows = open_rows(data.source, split=config.data.eval_split)
+        drawn: list[tuple[str, Prompt]] = []
+        for wording in wordings:
+            source = PromptSource(
+                wording, tokenizer, rows, name="train", seed=config.seed, per_step=prompts
+            )
+            # A small file would give its prompts again, as if they were others.
+            found = source.prompts(0)[: source.num_prompts]
+            drawn.extend((wording.template, prompt) for prompt in found)
+        own = drawn[world.rank :: world.size]
+        readings = _measure(own, list(tokens.values()), config, vocabulary, samples, world)
+        readings = world.gather(readings)
+    return rank_candidates(readings, tokens) if world.is_main else None
 
 
 def _measure(
     prompts: Sequence[tuple[str, Prompt]],
     token_ids: Sequence[int],
-    config: Config,
+    config: MeasureConfig,
     vocabulary: Vocabulary,
     samples: int,
     world: World,
 ) -> list[Reading]:
-    """The completions of all ranks with the log-probs of the candidates after the EOS."""
-    own = prompts[world.rank :: world.size]
-    sampling = Sampling(
-        group_size=samples,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=draw_seed(config.seed, "calibrate"),
-        needs_score=False,
+    """Completions of this rank's prompts, with the candidates' log-probs after EOS. Collective."""
+    sampling = make_sampling(config, "calibrate", group_size=samples, needs_score=False)
+    policy = build_policy(config.model, world)
+    with closing(make_engine(config, policy, vocabulary.special)) as engine:
+        engine.sync(policy.stream_weights(world.device))
+        groups = engine.generate([prompt for _, prompt in prompts], sampling)
+    packer = Packer(
+        budget=max(config.optim.tokens_per_microbatch, config.max_sequence_tokens),
+        score_token_id=vocabulary.special.score_token_id,
+        temperature=1.0,
+        device=world.device,
+        agree=world.max,
     )
-    policy, packer = build_policy(config.model, world), make_packer(config, vocabulary, world)
-    with open_engine(config, policy, vocabulary, world) as engine:
-        groups = engine.generate([prompt for _, prompt in own], sampling)
-    drawn = [
-        (template, group.prompt, completion)
-        for (template, _), group in zip(own, groups, strict=True)
-        for completion in group.completions
-    ]
-    ended = [
-        prompt.prompt_ids + completion.completion_ids
-        for _, prompt, completion in drawn
-        if completion.is_finished
-    ]
-    found = iter(read_last_token(policy, ended, packer, token_ids).tolist())
+    members = [(group.prompt, c) for group in groups for c in group.completions]
+    ended = [prompt.prompt_ids + c.completion_ids for prompt, c in members if c.is_finished]
+    found = iter(last_token_logprobs(policy, ended, packer, token_ids).tolist())
+    templates = [template for template, _ in prompts for _ in range(samples)]
     name = vocabulary.tokenizer.convert_ids_to_tokens
-    rows = [
+    return [
         Reading(
             template=template,
             prompt_id=prompt.prompt_id,
-            eos=name(completion.completion_ids[-1]) if completion.is_finished else None,
-            completion_ids=completion.completion_ids,
-            logprobs=next(found) if completion.is_finished else None,
+            eos=str(name(c.completion_ids[-1])) if c.is_finished else None,
+            completion_ids=c.completion_ids,
+            logprobs=next(found) if c.is_finished else None,
         )
-        for template, prompt, completion in drawn
+        for template, (prompt, c) in zip(templates, members, strict=True)
     ]
-    return world.gather(rows)
 
 
 def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calibration:
     """Spread of every candidate over all completions, by template and by EOS token.
 
-    Args:
-        rows: completions with the log-probs of all candidates.
-        tokens: the candidates with their ids, in the order of the log-probs.
-
-    Raises:
-        ConfigError: no completion ended, or the model writes every candidate by itself.
+    `tokens` are the candidates with their ids, in the order of the rows' log-probs.
     """
     finished = [row for row in rows if row.logprobs is not None]
     if not finished:
@@ -217,41 +192,32 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
     for i, row in enumerate(finished):
         groups.setdefault(f"template {row.template!r}", []).append(i)
         groups.setdefault(f"after {row.eos}", []).append(i)
-    # With one template or one EOS token, that group is everything again.
-    groups = {
-        name: members
-        for name, members in groups.items()
-        if name == "all" or len(members) < len(finished)
-    }
     logprobs = np.array([row.logprobs for row in finished])  # [N, C]
+    prompt_ids = np.array([row.prompt_id for row in finished])
     # A token that the model writes by itself is not free to carry a score.
     written = {token_id for row in rows for token_id in row.completion_ids}
-    candidates = [
-        Candidate(
-            token=token,
-            token_id=token_id,
-            spreads=tuple(
-                spread(name, logprobs[members, c], [finished[i].prompt_id for i in members])
-                for name, members in groups.items()
-            ),
+    candidates = []
+    for c, (token, token_id) in enumerate(tokens.items()):
+        if token_id in written:
+            continue
+        spreads = tuple(
+            spread(name, logprobs[members, c], prompt_ids[members])
+            for name, members in groups.items()
+            # With one template or one EOS token, that group is everything again.
+            if name == "all" or len(members) < len(finished)
         )
-        for c, (token, token_id) in enumerate(tokens.items())
-        if token_id not in written
-    ]
+        beta = propose_beta(spreads[0].mean)
+        candidates.append(Candidate(token=token, token_id=token_id, spreads=spreads, beta=beta))
     if not candidates:
         raise ConfigError("every reserved token occurs in completions; name one with --token")
+    candidates.sort(key=lambda candidate: candidate.noise)
     return Calibration(
-        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.noise)),
-        num_completions=len(rows),
-        num_finished=len(finished),
+        candidates=tuple(candidates), num_completions=len(rows), num_finished=len(finished)
     )
 
 
 def propose_beta(ref_logprob: float) -> float:
-    """Smallest beta of the rule, rounded up to two digits, at least `MIN_BETA`.
-
-    Example: -11.7 gives 0.12 (1 / 8.7 = 0.115), -23.1 gives 0.1, -3 and above inf.
-    """
+    """Smallest beta of the rule, in two digits, at least `MIN_BETA`; -11.7 gives 0.12."""
     margin = WARN_TARGET - ref_logprob
     if margin <= 0:
         return math.inf
@@ -261,7 +227,7 @@ def propose_beta(ref_logprob: float) -> float:
     return max(round(digits * 10**exponent, 12), MIN_BETA)
 
 
-def spread(group: str, logprobs: NDArray[np.float64], clusters: Sequence[str]) -> Spread:
+def spread(group: str, logprobs: NDArray[np.float64], clusters: ArrayLike) -> Spread:
     """Mean, standard deviation and clustered standard error of log-probs [N].
 
     se^2 = P / (P - 1) sum_p (sum_{i in p} (x_i - mean))^2 / N^2 over P clusters; nan for one.

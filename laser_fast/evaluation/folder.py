@@ -2,7 +2,7 @@
 
 settings.json         what decides the samples; its presence marks the folder as taken
 NAME/samples.jsonl    one line per completion, appended chunk by chunk
-NAME/plots.png        accuracy against k, reliability, scores by class
+NAME/plots.png        drawn by the command line: accuracy against k, reliability, scores by class
 report.json           all numbers; its presence marks the evaluation as finished
 """
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samples
-from laser_fast.log.jsonl import read_json, replace_text, to_line, to_text
+from laser_fast.log.jsonl import read_json, replace_text, to_text
+from laser_fast.log.samples import SampleRecord, read_samples, to_line, write_samples
 
 
 class EvalFolder:
@@ -45,15 +44,11 @@ class EvalFolder:
         if self.report.exists():
             raise ConfigError(
                 f"{self.path} holds a finished evaluation; choose another --out, --overwrite it, "
-                f"or compute it anew from its samples with --rescore {self.path}"
+                f"or compute it again from its samples with `laser-fast rescore {self.path} OUT`"
             )
 
     def prepare(self, settings: dict[str, Any], *, overwrite: bool) -> None:
-        """Take a new folder, or continue one that was begun with the same settings.
-
-        Raises:
-            ConfigError: the folder is finished, another evaluation's, or holds something else.
-        """
+        """Take a new folder, or continue one that was begun with the same settings."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; name a folder for the evaluation")
         if overwrite:
@@ -63,9 +58,8 @@ class EvalFolder:
             _check_same(self.path, self.read_settings(), settings)
         elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} holds other files; choose another --out")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            replace_text(self.settings, to_text(settings))
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.settings, to_text(settings))
         for name in settings["benchmarks"]:
             self.samples(name).parent.mkdir(exist_ok=True)
 
@@ -74,7 +68,7 @@ class EvalFolder:
     ) -> int:
         """Drop what a kill left of a chunk; the number of prompts that are done.
 
-        A chunk (of so many prompts) is repeated whole: completions depend on their neighbours in
+        A chunk, of `chunk` prompts, is repeated whole: completions depend on their neighbours in
         the batch, if only by rounding, and a continued evaluation gives the numbers of an
         undisturbed one. `ids` are all prompts in the order of sampling, each with `size` samples.
         """
@@ -96,7 +90,7 @@ class EvalFolder:
     def append(self, benchmark: str, records: Iterable[SampleRecord]) -> None:
         """Add one chunk and see it on the disk."""
         with open(self.samples(benchmark), "a", encoding="utf-8") as file:
-            file.writelines(to_line(asdict(record)) for record in records)
+            file.writelines(map(to_line, records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -117,7 +111,7 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     """Refuse to mix samples of two evaluations."""
     # Benchmarks last: a seed or a length, say, changes their entries too.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "benchmarks", key)):
-        if key != "score" and before.get(key) != now.get(key):
+        if key not in ("score", "golds") and before.get(key) != now.get(key):
             was, wanted = (_short(settings.get(key)) for settings in (before, now))
             raise ConfigError(
                 f"{path} was begun with another {key}: {was} against {wanted}; choose another "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from laser_fast.config import RewardConfig
 from laser_fast.rewards import Grader
@@ -13,21 +14,21 @@ from laser_fast.rewards.gsm8k import last_number
 _NOBODY = "-7919.25"
 
 
-class Graders:
-    """One `Grader` per reward configuration, started when first asked for; a context.
+class Graders(ExitStack):
+    """One `Grader` per reward configuration, started when it is first asked for.
 
-    Args:
-        reward: deadline and number of workers of the comparisons of answers.
+    `votes` has the deadline and the number of workers of the comparisons of answers.
     """
 
-    def __init__(self, reward: RewardConfig) -> None:
-        self._votes = reward.model_copy(update={"kind": "math", "format_gate": False})
+    def __init__(self, votes: RewardConfig) -> None:
+        super().__init__()
+        self._votes = votes.model_copy(update={"kind": "math", "format_gate": False})
         self._open: dict[RewardConfig, Grader] = {}
 
     def of(self, config: RewardConfig) -> Grader:
         """The grader of a configuration."""
         if config not in self._open:
-            self._open[config] = Grader(config)
+            self._open[config] = self.enter_context(Grader(config))
         return self._open[config]
 
     def same_answer(self, first: str, second: str) -> bool:
@@ -37,19 +38,12 @@ class Graders:
         """
         return self.of(self._votes).same_answer(first, second)
 
-    def __enter__(self) -> Graders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for grader in self._open.values():
-            grader.close()
-
 
 def answer_of(kind: str) -> Callable[[str], str | None]:
     r"""The function from a completion to the answer that votes, as the reward `kind` reads it.
 
-    Mostly the content of the last \boxed{}. "gsm8k" votes with the number as an exact fraction,
-    "exact" with the whole text where there is no box.
+    Most kinds vote with the content of the last \boxed{}, "gsm8k" with the number as an exact
+    fraction, "exact" with the whole text where there is no box.
     """
 
     def answer(text: str) -> str | None:
@@ -67,10 +61,9 @@ def answer_of(kind: str) -> Callable[[str], str | None]:
 def check_golds(golds: Sequence[str], *, kind: str, grader: Grader) -> tuple[list[int], list[int]]:
     r"""Grade every gold, in a \boxed{}, against itself, and a wrong answer against every gold.
 
-    Returns:
-        Indices of golds that are rejected, not even equal to themselves, so that no answer can be
-        right; and of golds that are unreadable, since they match only the very same text, so that
-        any other right answer fails to be graded and is dropped.
+    Returns the indices of golds that are rejected, not even equal to themselves, so that no answer
+    can be right; and of golds that are unreadable, since they match only the very same text, so
+    that any other right answer fails to be graded and is dropped.
     """
     extract = answer_of(kind)
     boxed = [rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds]

@@ -7,11 +7,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from laser_fast.config_errors import ConfigError
+
+if TYPE_CHECKING:
+    from laser_fast.config import MeasureConfig
 
 Item = TypeVar("Item")
 
@@ -74,6 +79,25 @@ def open_world() -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def check_world(config: MeasureConfig, size: int) -> None:
+    """Refuse a number of ranks over which engines, replicas or a step's prompts do not divide."""
+    for key, parts in (
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+        ("model.replicas", config.model.replicas),
+    ):
+        if size % parts:
+            raise ConfigError(
+                f"{key} = {parts} does not divide the {size} ranks of the run; set it to 1 or "
+                "start another number of ranks"
+            )
+    prompts = getattr(config.data, "prompts_per_step", 0)  # a measurement has no steps
+    if prompts % size:
+        raise ConfigError(
+            f"data.prompts_per_step = {prompts} does not divide over {size} ranks; choose a "
+            f"multiple of {size}"
+        )
 
 
 class StopRun(Exception):  # noqa: N818 (control flow, not an error)

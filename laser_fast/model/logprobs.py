@@ -74,8 +74,6 @@ def last_token_logprobs(
     sequences: Sequence[tuple[int, ...]],
     packer: Packer,
     token_ids: Sequence[int],
-    *,
-    on_progress: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Log-probs of each of C tokens after each of N sequences, [N, C] float32 on the CPU.
 
@@ -88,7 +86,6 @@ def last_token_logprobs(
         sequences: ids of prompt, completion and EOS; none empty or above the packer's budget.
         packer: its budget bounds one forward; its own score token is not read.
         token_ids: the C tokens.
-        on_progress: told the number of sequences of every finished forward.
     """
     rows = [
         TrainingSequence(prompt_ids=ids, completion_ids=(), rollout_logprobs=(), has_score_row=True)
@@ -109,7 +106,6 @@ def last_token_logprobs(
     batches = (packer.pack([rows[index] for index in members]) for members in bins)
     for members, found in zip(bins, _read(policy, batches, head_of), strict=True):
         result[members] = found.cpu()
-        on_progress(len(members))
     return result
 
 

@@ -34,7 +34,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.records import Microbatch
 
 if TYPE_CHECKING:
-    from laser_fast.config import ModelConfig
+    from laser_fast.config import MeasureConfig, ModelConfig
 
 # Architectures whose logits are lm_head(body(x)) without bias, scaling, soft-capping or sliding
 # windows, so that a fused head on lm_head.weight is the whole head.
@@ -117,6 +117,16 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     return model_config
 
 
+def check_lengths(config: MeasureConfig, available: int) -> None:
+    """Refuse lengths that the model's `available` positions cannot hold."""
+    if config.max_sequence_tokens > available:
+        raise ConfigError(
+            "data.max_prompt_tokens + rollout.max_new_tokens + 1 score position = "
+            f"{config.max_sequence_tokens} exceeds the {available} positions of the model; lower "
+            "one of them"
+        )
+
+
 def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """Dtype of forward and backward; parameters and optimizer state are always float32."""
     if config.compute_dtype == "auto":
@@ -158,10 +168,6 @@ def build_policy(config: ModelConfig, world: World) -> Policy:
 
 def shard(policy: Policy, config: ModelConfig, world: World) -> None:
     """`fully_shard` every block, then the policy; masters and reductions stay float32."""
-    if world.size % config.replicas:
-        raise ConfigError(
-            f"model.replicas = {config.replicas} does not divide the world size {world.size}"
-        )
     if config.replicas > 1:
         mesh = init_device_mesh(
             world.device.type,

@@ -7,7 +7,7 @@ completion is dropped and counted, never treated as wrong.
 Workers import this package, so importing it loads neither torch, pydantic nor math-verify.
 """
 
-from laser_fast.rewards.grader import Grader, grade
+from laser_fast.rewards.grader import Grader, grade, grade_groups
 from laser_fast.rewards.user import RewardError
 
-__all__ = ["Grader", "RewardError", "grade"]
+__all__ = ["Grader", "RewardError", "grade", "grade_groups"]

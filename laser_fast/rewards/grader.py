@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from laser_fast.rewards.gate import passes_gate
@@ -155,6 +156,21 @@ class Grader:
 
     def _run(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._pool.run(function, calls, deadline_s=self._config.timeout_s)
+
+
+def grade_groups(
+    grader: Grader, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
+) -> list[Group]:
+    """The groups with a reward for every completion, None where grading failed."""
+    members = [(group.prompt, c) for group in groups for c in group.completions]
+    rewards = iter(
+        grader.grade(
+            [decode(completion.completion_ids) for _, completion in members],
+            [prompt.answer for prompt, _ in members],
+            prompts=[prompt.text for prompt, _ in members],
+        )
+    )
+    return [replace(g, rewards=tuple(islice(rewards, len(g.completions)))) for g in groups]
 
 
 def grade(

@@ -16,7 +16,7 @@ from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialToken
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from laser_fast.config import Config
+    from laser_fast.config import MeasureConfig
     from laser_fast.model.policy import Policy
 
 
@@ -56,7 +56,7 @@ class CopyingEngine(Engine, Protocol):
         """
 
 
-def make_engine(config: Config, policy: Policy | None, tokens: SpecialTokens) -> Engine:
+def make_engine(config: MeasureConfig, policy: Policy | None, tokens: SpecialTokens) -> Engine:
     """The engine that `rollout.engine` names; only "hf" samples with the policy itself."""
     if config.rollout.engine == "vllm":
         from laser_fast.rollout.vllm import VllmEngine
@@ -77,6 +77,19 @@ def make_engine(config: Config, policy: Policy | None, tokens: SpecialTokens) ->
     assert policy is not None
     return HfEngine(
         policy.hf, tokens, max_num_seqs=config.rollout.max_num_seqs, unsharded=policy.unsharded
+    )
+
+
+def make_sampling(
+    config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
+) -> Sampling:
+    """How the completions of a draw are sampled; `draw` names it, as for `draw_seed`."""
+    return Sampling(
+        group_size=group_size,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=draw_seed(config.seed, *draw),
+        needs_score=needs_score,
     )
 
 

@@ -14,19 +14,18 @@ from pathlib import Path
 
 from torch.optim import AdamW
 
-from laser_fast.algorithm.score import SelfScore, check_score_target
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config, OptimConfig, dump_config
-from laser_fast.config_errors import ConfigError
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.grading import answer_of
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.run_folder import open_run_folder
 from laser_fast.log.run_log import Log, NullLog, RunLog, spread_indices
 from laser_fast.log.samples import SampleRecord, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
-from laser_fast.model.distributed import StopRun, StopSignal, World
+from laser_fast.model.distributed import StopRun, StopSignal, World, check_world
 from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
@@ -115,10 +114,10 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
     vocabulary = load_vocabulary(
         config.model.path, score_token=config.score.token, model_config=model_config
     )
-    prompts = PromptSource(config.data, vocabulary.tokenizer, seed=config.seed, split="train")
+    prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
     held_out: list[Prompt] = []
     if config.data.eval:
-        source = PromptSource(config.data, vocabulary.tokenizer, seed=config.seed, split="eval")
+        source = held_out_prompts(config.data, vocabulary.tokenizer)
         held_out = source.all()[world.rank :: world.size]
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
@@ -191,21 +190,16 @@ def build_optimizer(policy: Policy, config: OptimConfig) -> AdamW:
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
     """The score with c_ref from the checkpoint, the configuration, or a measurement. Collective."""
     config = sampler.config.score
-    trains_score = config.loss_coef > 0
     if saved is not None:
         ref_logprob = saved
     elif config.ref_logprob != "auto":
         ref_logprob = config.ref_logprob
-    elif trains_score or sampler.config.data.eval:
+    elif config.loss_coef > 0 or sampler.config.data.eval:
         ref_logprob = sampler.measure_ref_logprob()
         logger.info("measured score.ref_logprob = %.3f", ref_logprob)
     else:
         ref_logprob = float("nan")  # nobody reads a score
-    if trains_score:
-        try:
-            check_score_target(beta=config.beta, ref_logprob=ref_logprob)
-        except ValueError as error:
-            raise ConfigError(f"score.beta = {config.beta:g}: {error}") from None
+    config.check_target(ref_logprob)
     token_id = sampler.vocabulary.special.score_token_id
     return SelfScore(token_id=token_id, beta=config.beta, ref_logprob=ref_logprob)
 

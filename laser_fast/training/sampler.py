@@ -21,7 +21,7 @@ from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.ahead import RolloutAhead
-from laser_fast.rollout.engine import CopyingEngine, Engine, draw_seed
+from laser_fast.rollout.engine import CopyingEngine, Engine, make_sampling
 from laser_fast.training.schedule import is_due
 
 # 256 completions put the standard error of c_ref, whose spread is .04 to 1.2 nats
@@ -145,10 +145,11 @@ class Sampler:
         self, prompts: Sequence[Prompt], *draw: int | str, group_size: int
     ) -> list[Group]:
         """Groups outside of training, with scores by engine or policy; call `sync` before."""
-        sampling = self._sampling(*draw, group_size=group_size, needs_score=True)
+        is_off = self.config.rollout.score == "off"
+        sampling = make_sampling(self.config, *draw, group_size=group_size, needs_score=not is_off)
         groups = self.engine.generate(prompts, sampling)
         self.engine.sleep()
-        if self.config.rollout.score == "off":
+        if is_off:
             groups = with_scores(self.policy, groups, self.packer)
         return groups
 

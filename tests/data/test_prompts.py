@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from laser_fast.config import ConfigError, DataConfig
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import held_out_prompts, train_prompts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CHAT = (
@@ -59,9 +59,9 @@ def numbered(path, num_rows):
     return write_jsonl(path, [{"problem": f"{i}+1=", "answer": i + 1} for i in range(num_rows)])
 
 
-def source(train, tokenizer, *, seed=0, split="train", **keys):
+def source(train, tokenizer, *, seed=0, **keys):
     config = DataConfig(train=train, **({"template": "{prompt}", "prompts_per_step": 4} | keys))
-    return PromptSource(config, tokenizer, seed=seed, split=split)
+    return train_prompts(config, tokenizer, seed=seed)
 
 
 def row_of(prompt):
@@ -134,25 +134,22 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
 def test_eval_keeps_the_order_of_the_file_and_its_limit(tmp_path, tokenizer):
     path = numbered(tmp_path / "a.jsonl", 7)
     config = DataConfig(train="x", eval=path, eval_limit=3, template="{prompt}")
-    prompts = PromptSource(config, tokenizer, seed=0, split="eval")
+    prompts = held_out_prompts(config, tokenizer)
     assert [prompt.prompt_id for prompt in prompts.all()] == ["eval-0", "eval-1", "eval-2"]
     assert [prompt.text for prompt in prompts.all()] == ["0+1=", "1+1=", "2+1="]
     assert prompts.num_prompts == 3
-    with pytest.raises(ConfigError, match="data.eval is empty"):
-        PromptSource(DataConfig(train=path), tokenizer, seed=0, split="eval")
+    with pytest.raises(ConfigError, match="is empty; set data.train or data.eval"):
+        held_out_prompts(DataConfig(train=path), tokenizer)
+
+
+def test_eval_may_have_fields_of_its_own(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "2+3?", "problem": "?", "gold": 5}])
+    keys = {"template": "{prompt}", "answer_field": "gold", "eval_prompt_field": "q"}
+    [prompt] = held_out_prompts(DataConfig(train="x", eval=path, **keys), tokenizer).all()
+    assert (prompt.text, prompt.answer) == ("2+3?", "5")
 
 
 # Sources
-
-
-def test_the_sandbox_is_a_data_set(tokenizer):
-    config = DataConfig(train="sandbox", eval="sandbox", template="{prompt}", prompts_per_step=4)
-    train, train_again, other, held_out = (
-        PromptSource(config, tokenizer, seed=seed, split=split)
-        for seed, split in [(0, "train"), (0, "train"), (1, "train"), (0, "eval")]
-    )
-    assert train.prompts(3) == train_again.prompts(3) != other.prompts(3)
-    assert {p.text for p in train.all()}.isdisjoint(p.text for p in held_out.all())
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the evaluation sets of ../shared/data are absent")
@@ -232,7 +229,7 @@ def test_a_step_larger_than_the_data_set_repeats_rows_under_new_names(tmp_path, 
 
 def test_wrong_shares_are_refused(tmp_path, tokenizer):
     prompts = source(numbered(tmp_path / "a.jsonl", 3), tokenizer, prompts_per_step=4)
-    with pytest.raises(ConfigError, match="prompts_per_step = 4 .* 3 processes.* multiple of 3"):
+    with pytest.raises(ValueError, match="4 do not divide over 3 processes"):
         prompts.prompts(0, world_size=3)
     for wrong in ({"attempt": 1}, {"rank": 1}, {"attempt": -1, "rounds": 1}):
         with pytest.raises(ValueError, match="expected step >= 0"):

@@ -1,11 +1,13 @@
 """Records by the handful, a few-step sandbox model, and the real evaluation files if present."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from laser_fast.evaluation.samples import SampleRecord
+from laser_fast.evaluation.benchmarks import find_benchmark
+from laser_fast.log.samples import SampleRecord
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -25,6 +27,16 @@ def sandbox_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "sandbox"
     make_sandbox_model(folder, seed=0, steps=20)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory):
+    """The sandbox as a benchmark, with the problems of seed 0."""
+    from laser_fast.sandbox.task import rows
+
+    file = tmp_path_factory.mktemp("sandbox") / "eval.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows("eval", seed=0)))
+    return find_benchmark("sandbox", files={"sandbox": file})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from laser_fast.cli import _measured
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import NAMES, find_benchmark
 
@@ -22,6 +23,23 @@ def test_a_name_is_found_in_the_data_folder(place, tmp_path):
     # The published file and the hub's copy call the question differently.
     assert (found.prompt_field, found.answer_field) == ("problem", "answer")
     assert find_benchmark("amc23").prompt_field == "question"
+
+
+def test_files_stand_in_for_a_name(tmp_path):
+    files = {"sandbox": tmp_path / "a.jsonl"}
+    found = find_benchmark("sandbox", data_dir=tmp_path, files=files)
+    assert (found.name, found.source) == ("sandbox", str(tmp_path / "a.jsonl"))
+
+
+def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("laser_fast.sandbox.files.eval_file", lambda seed: f"seed-{seed}.jsonl")
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 3\n")
+    for config, overrides, seed in ((None, [], 0), (file, [], 3), (file, ["seed=5"], 5)):
+        [(benchmark, measured)] = _measured(
+            ["sandbox"], None, "m", config=config, overrides=overrides
+        )
+        assert (benchmark.source, measured.seed) == (f"seed-{seed}.jsonl", seed)
 
 
 def test_a_missing_file_of_a_name_says_where_it_was_looked_for(tmp_path):

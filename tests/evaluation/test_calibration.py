@@ -1,12 +1,21 @@
 """Spread, beta and the choice of a token, by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibrate import Reading, propose_beta, rank_candidates, spread
+from laser_fast.evaluation.benchmarks import find_benchmark
+from laser_fast.evaluation.calibrate import (
+    Reading,
+    calibrate,
+    propose_beta,
+    rank_candidates,
+    spread,
+)
+from laser_fast.evaluation.settings import build_config
 
 
 @pytest.mark.parametrize(
@@ -90,3 +99,15 @@ def test_tokens_that_the_model_writes_cannot_serve():
 def test_nothing_finished_is_an_error():
     with pytest.raises(ConfigError, match="none of 2 completions ended"):
         rank_candidates([_row(None, eos=None)] * 2, {"z": 40})
+
+
+def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):
+    rows = [{"problem": f"{i}a+2=", "answer": str(i + 2)} for i in range(3)]
+    file = tmp_path / "three.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data.template={prompt}", "data.prompt_suffix=", "rollout.max_new_tokens=24"]
+    overrides += ["data.max_prompt_tokens=64"]
+    benchmark = find_benchmark(str(file))
+    config = build_config(str(sandbox_model), benchmark, overrides=overrides)
+    found = calibrate(config, benchmark, prompts=8, samples=2)
+    assert found.num_completions == 3 * 2

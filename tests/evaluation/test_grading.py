@@ -6,7 +6,8 @@ from laser_fast.config import RewardConfig
 from laser_fast.data.rows import answer_text, open_rows
 from laser_fast.evaluation.benchmarks import find_benchmark
 from laser_fast.evaluation.grading import answer_of, check_golds
-from laser_fast.rewards import Grader
+from laser_fast.records import Completion, Group, Prompt
+from laser_fast.rewards import Grader, grade_groups
 
 NUM_ROWS = {
     "math500": 500,
@@ -51,6 +52,31 @@ class ScriptedGrader:
 def test_golds_that_cannot_be_right_are_found():
     found = check_golds(["1", "bad", "?", "2"], kind="math", grader=ScriptedGrader())
     assert found == ([1, 2], [2])
+
+
+def test_groups_are_graded_in_one_call():
+    class LengthGrader:
+        def grade(self, texts, answers, *, prompts):
+            assert (texts, answers, prompts) == (["a", "ab", "c"], ["1", "1", "2"], ["p", "p", "q"])
+            return [1.0, None, 3.0]
+
+    def group(prompt, answer, *texts):
+        return Group(
+            prompt=Prompt(prompt_id=prompt, text=prompt, prompt_ids=(1,), answer=answer),
+            completions=tuple(
+                Completion(
+                    completion_ids=tuple(map(ord, text)),
+                    rollout_logprobs=(-1.0,) * len(text),
+                    finish_reason="length",
+                )
+                for text in texts
+            ),
+        )
+
+    groups = [group("p", "1", "a", "ab"), group("q", "2", "c")]
+    graded = grade_groups(LengthGrader(), groups, lambda ids: "".join(map(chr, ids)))
+    assert [one.rewards for one in graded] == [(1.0, None), (3.0,)]
+    assert [one.completions for one in graded] == [one.completions for one in groups]
 
 
 @pytest.mark.parametrize("name", NUM_ROWS)

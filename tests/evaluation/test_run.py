@@ -11,12 +11,14 @@ import pytest
 
 from laser_fast.cli import main
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.calibrate import calibrate
+from laser_fast.evaluation.benchmarks import find_benchmark
+from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE, calibrate
 from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.rescore import rescore_evaluation
-from laser_fast.evaluation.samples import read_samples
+from laser_fast.evaluation.settings import build_config
 from laser_fast.evaluation.statistics import ReportOptions
+from laser_fast.log.samples import read_samples
 
 FEW = ReportOptions(num_resamples=20)
 
@@ -31,19 +33,23 @@ def _also(model, *overrides):
     return {**model, "overrides": [*model["overrides"], *overrides]}
 
 
-def _options(out, **given):
-    known = {"benchmarks": ["sandbox"], "samples": 4, "limit": 9, "report": FEW}
-    return {"out": out, **known, **given}
+@pytest.fixture(scope="module")
+def evaluate(sandbox):
+    """Evaluate nine problems of the sandbox, four samples each, unless told otherwise."""
+
+    def run(out, model, overrides=(), benchmarks=(sandbox,), **options):
+        measured = [(b, build_config(model, b, overrides=overrides)) for b in benchmarks]
+        return run_evaluation(measured, out, **{"samples": 4, "limit": 9, "report": FEW} | options)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def finished(model, tmp_path_factory):
+def finished(evaluate, model, tmp_path_factory):
     """One undisturbed evaluation: nine problems in chunks of two."""
     moves = []
     out = tmp_path_factory.mktemp("eval") / "out"
-    conclusion = run_evaluation(
-        **model, **_options(out), on_progress=lambda *move: moves.append(move)
-    )
+    conclusion = evaluate(out, **model, on_progress=lambda *move: moves.append(move))
     assert [done for _, done, _ in moves] == [0, 2, 4, 6, 8, 9]
     return conclusion
 
@@ -52,7 +58,7 @@ def _samples(conclusion, name="sandbox"):
     return read_samples(conclusion.folder.samples(name))
 
 
-def test_report_samples_and_plots(finished):
+def test_report_and_samples(finished):
     folder = finished.folder
     assert json.loads(folder.report.read_text()) == finished.report
     report = finished.report["benchmarks"]["sandbox"]
@@ -67,38 +73,52 @@ def test_report_samples_and_plots(finished):
     assert ended and all(
         record.score == pytest.approx(0.2 * (record.score_logprob + 9.5)) for record in ended
     )
-    assert folder.plots("sandbox").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_evaluation_continues_to_the_same_numbers(finished, model, tmp_path):
+def test_a_killed_evaluation_continues_to_the_same_numbers(finished, evaluate, model, tmp_path):
     def kill(name, done, total):
         if done == 4:
             raise KeyboardInterrupt
 
-    options = _options(tmp_path / "out")
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_evaluation(**model, **options, on_progress=kill)
-    path = EvalFolder(options["out"]).samples("sandbox")
+        evaluate(out, **model, on_progress=kill)
+    path = EvalFolder(out).samples("sandbox")
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 16
     # Killed while it wrote the next chunk: three lines and a half.
     own = finished.folder.samples("sandbox").read_text().splitlines(keepends=True)
     path.write_text("".join(lines + own[16:19]) + own[19][:40])
-    conclusion = run_evaluation(**model, **options)
+    conclusion = evaluate(out, **model)
     assert _samples(conclusion) == _samples(finished)
     assert conclusion.report == finished.report
 
 
-def test_a_kill_between_samples_and_report_needs_no_model(finished, model, tmp_path, monkeypatch):
-    options = _options(tmp_path / "out")
-    run_evaluation(**model, **options)
-    EvalFolder(options["out"]).report.unlink()
-    monkeypatch.setattr("laser_fast.evaluation.evaluate.open_engine", None)
-    assert run_evaluation(**model, **options).report == finished.report
+def test_a_kill_between_samples_and_report_needs_no_model(
+    finished, evaluate, model, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    evaluate(out, **model)
+    EvalFolder(out).report.unlink()
+    monkeypatch.setattr("laser_fast.evaluation.evaluate.build_policy", None)
+    assert evaluate(out, **model).report == finished.report
+
+
+def test_a_continued_evaluation_may_have_another_score(finished, evaluate, model, tmp_path):
+    out = tmp_path / "out"
+    evaluate(out, **model, limit=4)
+    EvalFolder(out).report.unlink()
+    changed = evaluate(out, **_also(model, "score.beta=0.4"), limit=4)
+    for record, before in zip(_samples(changed), _samples(finished), strict=False):
+        assert record.score == pytest.approx(2 * before.score)
+    # A rescore starts from what the folder says.
+    rescored = rescore_evaluation(out, tmp_path / "again", report=FEW)
+    assert rescored.report["score"]["beta"] == 0.4
+    assert _samples(rescored) == _samples(changed)
 
 
 @pytest.mark.slow
-def test_sigkill_from_outside(model, tmp_path):
+def test_sigkill_from_outside(evaluate, model, tmp_path):
     """The same through the command line and a real kill, with chunks small enough to be cut."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "laser_fast", "eval", model["model"], "-b", "sandbox"]
@@ -126,7 +146,7 @@ def test_sigkill_from_outside(model, tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert second.returncode == 0, second.stderr
     assert "40 problems, 4 completions each; accuracy (avg@4)" in second.stdout
-    undisturbed = run_evaluation(**model, **_options(tmp_path / "again", limit=40))
+    undisturbed = evaluate(tmp_path / "again", **model, limit=40)
     assert read_samples(samples) == _samples(undisturbed)
     report = json.loads(EvalFolder(out).report.read_text())["benchmarks"]["sandbox"]
     again = undisturbed.report["benchmarks"]["sandbox"]
@@ -134,32 +154,28 @@ def test_sigkill_from_outside(model, tmp_path):
     assert values == {name: entry["value"] for name, entry in again["metrics"].items()}
 
 
-def test_outputs_are_not_overwritten_unasked(finished, model):
+def test_outputs_are_not_overwritten_unasked(finished, evaluate, model):
     out = finished.folder.path
     before = finished.folder.report.read_text()
     with pytest.raises(ConfigError, match="holds a finished evaluation"):
-        run_evaluation(**model, **_options(out))
+        evaluate(out, **model)
     assert finished.folder.report.read_text() == before
 
 
-def test_other_settings_do_not_continue(finished, model, tmp_path):
-    options = _options(tmp_path / "out", limit=2)
-    run_evaluation(**model, **options)
-    EvalFolder(options["out"]).report.unlink()
+def test_other_settings_do_not_continue(finished, evaluate, model, tmp_path):
+    out = tmp_path / "out"
+    evaluate(out, **model, limit=2)
+    EvalFolder(out).report.unlink()
     with pytest.raises(ConfigError, match="begun with another seed: 0 against 1"):
-        run_evaluation(**_also(model, "seed=1"), **options)
+        evaluate(out, **_also(model, "seed=1"), limit=2)
     with pytest.raises(ConfigError, match="begun with another benchmarks"):
-        run_evaluation(**model, **_options(tmp_path / "out", limit=3))
-    overwritten = run_evaluation(
-        **_also(model, "seed=1"), **_options(tmp_path / "out", limit=2, overwrite=True)
-    )
+        evaluate(out, **model, limit=3)
+    overwritten = evaluate(out, **_also(model, "seed=1"), limit=2, overwrite=True)
     assert _samples(overwritten) != _samples(finished)[:8]
 
 
-def test_c_ref_of_the_model_itself(model, finished, tmp_path):
-    conclusion = run_evaluation(
-        **_also(model, "score.ref_logprob=auto"), **_options(tmp_path / "out", limit=4)
-    )
+def test_c_ref_of_the_model_itself(evaluate, model, finished, tmp_path):
+    conclusion = evaluate(tmp_path / "out", **_also(model, "score.ref_logprob=auto"), limit=4)
     ended = [r.score_logprob for r in _samples(finished)[:16] if r.is_finished]
     mean = sum(ended) / len(ended)
     assert conclusion.report["score"]["ref_logprob"] == pytest.approx(mean)
@@ -168,14 +184,13 @@ def test_c_ref_of_the_model_itself(model, finished, tmp_path):
     assert sum(scores) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_without_scores_nothing_about_them_is_needed(model, tmp_path):
-    plain = {"model": model["model"]}
-    conclusion = run_evaluation(**plain, **_options(tmp_path / "out", limit=2, needs_score=False))
+def test_without_scores_nothing_about_them_is_needed(evaluate, model, tmp_path):
+    conclusion = evaluate(tmp_path / "out", model["model"], limit=2, needs_score=False)
     assert "score" not in conclusion.report
     metrics = conclusion.report["benchmarks"]["sandbox"]["metrics"]
     assert metrics["accuracy"]["value"] is not None and "auroc" not in metrics
     with pytest.raises(ConfigError, match="a score needs c_ref"):
-        run_evaluation(**plain, **_options(tmp_path / "other"))
+        evaluate(tmp_path / "other", model["model"])
 
 
 def test_rescoring_needs_no_model(finished, tmp_path):
@@ -217,6 +232,7 @@ def test_rescoring_needs_no_model(finished, tmp_path):
         rescore_evaluation(source, source, overwrite=True)
     with pytest.raises(ConfigError, match="expected the folder of an evaluation"):
         rescore_evaluation(tmp_path / "none", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_equal_benchmarks_are_drawn_independently(finished, tmp_path):
@@ -231,32 +247,26 @@ def test_equal_benchmarks_are_drawn_independently(finished, tmp_path):
     assert mean < 0.85 * min(one, two)
 
 
-def test_rescoring_refuses_what_it_does_not_read(finished, tmp_path, monkeypatch, capsys):
-    def refusal(*options):
-        source = str(finished.folder.path)
-        arguments = ["laser-fast", "eval", *options, "--rescore", source]
-        monkeypatch.setattr(sys, "argv", arguments)
+def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["laser-fast", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()
-        assert stop.value.code == 2
-        return capsys.readouterr().err
+        return stop.value.code or 0, capsys.readouterr()
 
-    out = ["--out", str(tmp_path / "out")]
-    for option in (
-        ["--samples", "2"],
-        ["--limit", "3"],
-        ["--token", "z"],
-        ["--config", "x"],
-        ["--engine", "hf"],
-        ["--seed", "0"],
-        ["--data-dir", "x"],
-        ["--benchmark", "x"],
-        ["--no-score"],
-    ):
-        assert refusal(*option, *out).endswith(f"takes no model; drop {option[0]}\n")
-    assert "drop a model, overrides" in refusal("m", "seed=1", *out)
-    assert "needs --out" in refusal()
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    code, shown = run("rescore", finished.folder.path, out, "--beta", "0.4", "--k", "2")
+    assert code == 0 and f"plots: {out}" in shown.out.replace("\n", "")
+    assert (out / "sandbox" / "plots.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "report.json").read_text())["score"]["beta"] == 0.4
+    # What needs a model is no option of it.
+    for option in ("--samples", "--token", "--config", "--engine", "--seed", "--benchmark"):
+        code, shown = run("rescore", finished.folder.path, tmp_path / "x", option, "2")
+        assert code == 2 and f"No such option: {option}" in shown.err
+    for option in ("--rescore", "--reward"):
+        code, shown = run("eval", "model", option, "x")
+        assert code == 2 and f"No such option: {option}" in shown.err
+    assert not (tmp_path / "x").exists()
 
 
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
@@ -285,16 +295,16 @@ def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
         ('{"problem": "1a+2=", "answer": null}\n', 'field "answer".* is null'),
     ],
 )
-def test_broken_files_name_the_place(model, tmp_path, content, message):
+def test_broken_files_name_the_place(evaluate, model, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
-    options = _options(tmp_path / "out", benchmarks=[str(tmp_path / "bad.jsonl")])
+    benchmarks = [find_benchmark(str(tmp_path / "bad.jsonl"))]
     template = ["data.template={prompt}", "rollout.max_new_tokens=8", "data.max_prompt_tokens=64"]
     with pytest.raises(ConfigError, match=message):
-        run_evaluation(**_also(model, *template), **options)
+        evaluate(tmp_path / "out", **_also(model, *template), benchmarks=benchmarks)
     assert not (tmp_path / "out").exists()
 
 
-def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
+def test_answers_of_every_kind_and_equal_ids(evaluate, model, tmp_path, caplog):
     rows = [
         {"id": 1, "problem": "1a+2=", "answer": 3},
         {"id": 1, "problem": "1a+2=", "answer": 0.5},
@@ -304,9 +314,9 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["data.template={prompt}", "data.prompt_suffix="]
     overrides += ["rollout.max_new_tokens=24", "data.max_prompt_tokens=64"]
-    conclusion = run_evaluation(
-        **_also(model, *overrides),
-        **_options(tmp_path / "out", benchmarks=[str(file)], samples=2),
+    benchmarks = [find_benchmark(str(file))]
+    conclusion = evaluate(
+        tmp_path / "out", **_also(model, *overrides), benchmarks=benchmarks, samples=2
     )
     records = _samples(conclusion, "mine")
     assert [(r.prompt_id, r.gold) for r in records[::2]] == [
@@ -317,29 +327,29 @@ def test_answers_of_every_kind_and_equal_ids(model, tmp_path, caplog):
     assert "mine: 1 problems repeat an earlier one and count again" in caplog.text
 
 
-def test_options_that_do_not_fit(model, tmp_path):
-    def refuse(match, **given):
+def test_options_that_do_not_fit(evaluate, sandbox, model, tmp_path):
+    def refuse(match, *overrides, **given):
         with pytest.raises(ConfigError, match=match):
-            run_evaluation(**model, **_options(tmp_path / "out", **given))
+            evaluate(tmp_path / "out", **_also(model, *overrides), **given)
 
     refuse("--k 8 needs as many samples, and sandbox gets 4", report=ReportOptions(ks=(8,)))
     refuse("name at least one --benchmark", benchmarks=[])
-    refuse('two benchmarks are called "sandbox"', benchmarks=["sandbox", "sandbox"])
-    refuse('benchmark "nope": expected', benchmarks=["nope"])
-    chat = _also(model, "data.template=chat")
-    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
-        run_evaluation(**chat, **_options(tmp_path / "out"))
+    refuse('two benchmarks are called "sandbox"', benchmarks=[sandbox, sandbox])
+    refuse("the tokenizer has no chat template", "data.template=chat")
+    refuse("exceeds the 128 positions of the model", "rollout.max_new_tokens=104")
+    refuse("model.replicas = 2 does not divide the 1 ranks", "model.replicas=2")
     assert not (tmp_path / "out").exists()
 
 
-def test_real_files_end_to_end(random_model, data_dir, tmp_path):
+def test_real_files_end_to_end(evaluate, random_model, data_dir, tmp_path):
     """A random model on the first problems of every real file: prompts, grades, votes, report."""
     names = ["math500", "amc23", "aime24", "aime25", "olympiadbench", "gsm8k"]
     overrides = ["score.token=<|reserved_0|>", "score.ref_logprob=auto"]
     overrides += ["data.template={prompt}", "rollout.max_new_tokens=12"]
-    model = {"model": str(random_model), "overrides": overrides}
-    options = _options(tmp_path / "out", benchmarks=names, data_dir=data_dir, limit=4)
-    conclusion = run_evaluation(**model, **options)
+    benchmarks = [find_benchmark(name, data_dir=data_dir) for name in names]
+    conclusion = evaluate(
+        tmp_path / "out", str(random_model), overrides, benchmarks=benchmarks, limit=4
+    )
     for name in names:
         report = conclusion.report["benchmarks"][name]
         assert (report["num_prompts"], report["num_failed_grades"]) == (4, 0)
@@ -351,40 +361,27 @@ def test_real_files_end_to_end(random_model, data_dir, tmp_path):
     assert average["metrics"]["accuracy"]["value"] < 0.2
 
 
-def test_calibration_of_the_sandbox_model(model, finished):
+def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
-    options = {"data": "sandbox", "prompts": 6, "samples": 4}
-    model = {**model, "overrides": ["rollout.max_num_seqs=8"]}
-    everything = calibrate(**model, **options)
+    layers = {"instead": GIVEN_ELSEWHERE, "is_held_out": False}
+    config = build_config(model["model"], sandbox, overrides=["rollout.max_num_seqs=8"], **layers)
+    options = {"prompts": 6, "samples": 4}
+    everything = calibrate(config, sandbox, **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
     assert {c.token for c in everything.candidates} <= {f"<|reserved_{i}|>" for i in range(5)}
-    one = calibrate(**model, token="<|reserved_2|>", **options)
+    one = calibrate(config, sandbox, token="<|reserved_2|>", **options)
     assert [c.token for c in one.candidates] == ["<|reserved_2|>"]
     ended = [r.score_logprob for r in _samples(finished) if r.is_finished]
     [own] = [c for c in everything.candidates if c.token == "<|reserved_0|>"]
     # Other prompts of the same kind, so the same number up to a few standard errors.
     assert own.ref_logprob == pytest.approx(sum(ended) / len(ended), abs=0.5)
-    two = calibrate(
-        **model,
-        token="<|reserved_0|>",
-        **options,
-        templates=("{prompt}", "0{prompt}"),
-    )
+    templates = ("{prompt}", "0{prompt}")
+    two = calibrate(config, sandbox, token="<|reserved_0|>", templates=templates, **options)
     groups = {part.group: part.count for part in two.candidates[0].spreads}
     assert groups["all"] == two.num_finished
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
-    with pytest.raises(ConfigError, match="put {prompt} into it"):
-        calibrate(**model, **options, templates=("none",))
+    with pytest.raises(ConfigError, match="--template: .* put {prompt} into it"):
+        calibrate(config, sandbox, **options, templates=("none",))
     for key in ("score.token", "score.beta", "score.ref_logprob", "data.prompts_per_step"):
         with pytest.raises(ConfigError, match=f"{key} has no effect here"):
-            calibrate(**_also(model, f"{key}=1"), **options)
-
-
-def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):
-    rows = [{"problem": f"{i}a+2=", "answer": str(i + 2)} for i in range(3)]
-    file = tmp_path / "three.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["data.template={prompt}", "data.prompt_suffix=", "rollout.max_new_tokens=24"]
-    overrides += ["data.max_prompt_tokens=64"]
-    found = calibrate(str(sandbox_model), str(file), overrides=overrides, prompts=8, samples=2)
-    assert found.num_completions == 3 * 2
+            build_config("m", sandbox, overrides=[f"{key}=1"], **layers)

@@ -6,16 +6,19 @@ import math
 
 import pytest
 
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.samples import (
+from laser_fast.evaluation.statistics import summarize
+from laser_fast.log.samples import (
     SampleRecord,
     read_samples,
     rescore,
     to_records,
     write_samples,
 )
-from laser_fast.evaluation.statistics import summarize
 from laser_fast.records import Completion, Group, Prompt, Sampling
+from laser_fast.rewards import grade_groups
+from laser_fast.rewards.boxed import extract_boxed
 
 EOS = 0
 
@@ -56,8 +59,9 @@ class ExactGrader:
         ]
 
 
-def collect(prompts, *, engine, sampling, **parts):
-    return to_records(engine.generate(prompts, sampling), **parts)
+def collect(prompts, *, engine, sampling, grader, **parts):
+    groups = grade_groups(grader, engine.generate(prompts, sampling), parts["decode"])
+    return to_records(groups, extract=extract_boxed, **parts)
 
 
 def evaluate(prompts, *, same_answer=None, **parts):
@@ -84,8 +88,7 @@ def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
         "decode": _decode,
         "grader": ExactGrader(),
         "sampling": sampling,
-        "beta": 0.1,
-        "ref_logprob": -20.0,
+        "score": SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0),
     }
 
 
@@ -203,8 +206,9 @@ def test_rescoring_offline_equals_scoring_online():
     records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
     assert records[0].score == pytest.approx(0.1)
     assert records[6].score == 0.0 and not records[6].is_finished
-    other = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts() | {"ref_logprob": -15.0})
-    assert rescore(records, beta=0.1, ref_logprob=-15.0) == other != records
+    score = SelfScore(token_id=7, beta=0.1, ref_logprob=-15.0)
+    other = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts() | {"score": score})
+    assert rescore(records, score) == other != records
 
 
 def test_samples_round_trip(tmp_path):

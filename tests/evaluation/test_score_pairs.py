@@ -8,14 +8,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.score_pairs import score_pairs
+from laser_fast.evaluation.settings import build_config
 
 EOS, SCORE = 1, 2  # <eos> and <|reserved_0|> of the sandbox's tokenizer
 
 
 @pytest.fixture
-def model(sandbox_model):
+def build(sandbox_model):
     overrides = ["score.token=<|reserved_0|>", "score.beta=0.2", "score.ref_logprob=-9"]
-    return {"model": str(sandbox_model), "overrides": [*overrides, "data.template={prompt}"]}
+    overrides.append("data.template={prompt}")
+    return lambda *changes: build_config(str(sandbox_model), overrides=[*overrides, *changes])
 
 
 def _write(path, rows):
@@ -23,13 +25,13 @@ def _write(path, rows):
     return path
 
 
-def _score(model, tmp_path, rows, **given):
+def _score(config, tmp_path, rows, **given):
     out = tmp_path / "out.jsonl"
-    totals = score_pairs(source=_write(tmp_path / "in.jsonl", rows), out=out, **model, **given)
+    totals = score_pairs(config, _write(tmp_path / "in.jsonl", rows), out, **given)
     return totals, [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_text_and_ids_against_full_logits(model, tmp_path, sandbox_model):
+def test_text_and_ids_against_full_logits(build, tmp_path, sandbox_model):
     tokenizer = AutoTokenizer.from_pretrained(sandbox_model)
     prompt, response = "7a*3b+4=", r"a7*3=1b1+4=5\boxed{5}"
     prompt_ids = tokenizer(prompt)["input_ids"]
@@ -41,7 +43,7 @@ def test_text_and_ids_against_full_logits(model, tmp_path, sandbox_model):
         {"prompt": "1a+1=", "completion_ids": [completion_ids[-2], EOS], "finish_reason": "stop"},
     ]
     moves = []
-    totals, lines = _score(model, tmp_path, rows, on_progress=lambda *move: moves.append(move))
+    totals, lines = _score(build(), tmp_path, rows, on_progress=lambda *move: moves.append(move))
     reference = AutoModelForCausalLM.from_pretrained(sandbox_model).double()
 
     @torch.no_grad()
@@ -62,7 +64,7 @@ def test_text_and_ids_against_full_logits(model, tmp_path, sandbox_model):
     assert moves[-1] == ("in.jsonl", 4, 4)
 
 
-def test_what_cannot_be_read_gets_a_reason(model, tmp_path):
+def test_what_cannot_be_read_gets_a_reason(build, tmp_path):
     ids = [10, 11]
     rows = [
         {"prompt_ids": ids, "completion_ids": [12, 13]},
@@ -73,7 +75,7 @@ def test_what_cannot_be_read_gets_a_reason(model, tmp_path):
         {"prompt_ids": ids, "completion_ids": [12] * 126 + [EOS]},
         {"prompt_ids": ids, "completion_ids": [12] * 125 + [EOS]},
     ]
-    totals, lines = _score(model, tmp_path, rows)
+    totals, lines = _score(build(), tmp_path, rows)
     reasons = ["truncated", "empty", "empty", "empty", "truncated", "too long", None]
     assert [line["reason"] for line in lines] == reasons
     for line in lines[:-1]:
@@ -84,24 +86,24 @@ def test_what_cannot_be_read_gets_a_reason(model, tmp_path):
     assert totals.unscored == {"truncated": 2, "empty": 3, "too long": 1}
 
 
-def test_nothing_readable_still_gives_every_line(model, tmp_path):
-    totals, lines = _score(model, tmp_path, [{"prompt_ids": [9], "completion_ids": []}] * 3)
+def test_nothing_readable_still_gives_every_line(build, tmp_path):
+    totals, lines = _score(build(), tmp_path, [{"prompt_ids": [9], "completion_ids": []}] * 3)
     assert totals.num_scored == 0 and [line["reason"] for line in lines] == ["empty"] * 3
 
 
-def test_an_output_is_not_overwritten_unasked(model, tmp_path):
+def test_an_output_is_not_overwritten_unasked(build, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     row = {"prompt_ids": [9], "completion_ids": [9, EOS]}
     with pytest.raises(ConfigError, match="exists; choose another file or --overwrite"):
-        _score(model, tmp_path, [row])
+        _score(build(), tmp_path, [row])
     assert (tmp_path / "out.jsonl").read_text() == "mine"
-    _, lines = _score(model, tmp_path, [row], overwrite=True)
+    _, lines = _score(build(), tmp_path, [row], overwrite=True)
     assert lines[0]["score"] is not None
     with pytest.raises(ConfigError, match="is a folder; name a file"):
-        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path, overwrite=True, **model)
-    # A broken input leaves the earlier output alone, and no partial one.
+        score_pairs(build(), tmp_path / "in.jsonl", tmp_path, overwrite=True)
+    # A broken input leaves the earlier output as it was, and no partial one.
     with pytest.raises(ConfigError, match="in.jsonl:1: expected the field"):
-        _score(model, tmp_path, [{}], overwrite=True)
+        _score(build(), tmp_path, [{}], overwrite=True)
     assert json.loads((tmp_path / "out.jsonl").read_text()) == lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
@@ -120,22 +122,21 @@ def test_an_output_is_not_overwritten_unasked(model, tmp_path):
         ("[1]\n3\n", "in.jsonl:1: expected an object, got list"),
     ],
 )
-def test_broken_input_names_the_place(model, tmp_path, content, message):
+def test_broken_input_names_the_place(build, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", **model)
+        score_pairs(build(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
-def test_options_that_do_not_fit(model, tmp_path):
+def test_options_that_do_not_fit(build, sandbox_model, tmp_path):
     row = {"prompt": "1a+1=", "response": "2"}
     with pytest.raises(ConfigError, match="--ref-logprob auto: pairs of unknown origin"):
-        _score({**model, "overrides": ["score.ref_logprob=auto"]}, tmp_path, [row])
+        _score(build("score.ref_logprob=auto"), tmp_path, [row])
     with pytest.raises(ConfigError, match=r"measures it on the base model\)$"):
-        _score({**model, "overrides": []}, tmp_path, [row])
-    chat = {**model, "overrides": [*model["overrides"], "data.template=chat"]}
+        _score(build_config(str(sandbox_model)), tmp_path, [row])
     with pytest.raises(ConfigError, match="no chat template; give prompt_ids, or set data.templ"):
-        _score(chat, tmp_path, [row])
+        _score(build("data.template=chat"), tmp_path, [row])
     with pytest.raises(ConfigError, match="expected a .jsonl or .json file"):
-        score_pairs(source=tmp_path / "in.csv", out=tmp_path / "out.jsonl", **model)
+        score_pairs(build(), tmp_path / "in.csv", tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="no such folder"):
-        score_pairs(source=tmp_path / "in.jsonl", out=tmp_path / "none" / "out", **model)
+        score_pairs(build(), tmp_path / "in.jsonl", tmp_path / "none" / "out")

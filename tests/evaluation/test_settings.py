@@ -3,11 +3,11 @@
 import pytest
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, SANDBOX, find_benchmark
+from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, find_benchmark
 from laser_fast.evaluation.settings import (
     build_config,
+    known_ref_logprob,
     read_score_settings,
-    score_of,
     write_score_settings,
 )
 
@@ -20,8 +20,7 @@ def test_defaults_are_the_papers_protocol():
     config = build(find_benchmark("aime24"))
     assert (config.rollout.temperature, config.rollout.max_new_tokens) == (1.0, 8192)
     assert config.data.prompt_suffix == PROMPT_SUFFIX
-    assert config.data.eval == "HuggingFaceH4/aime_2024" and config.data.eval_split == "train"
-    assert config.optim.tokens_per_microbatch >= 8192 + config.data.max_prompt_tokens
+    assert config.data.eval_split == "train" and config.data.max_prompt_tokens == 2048
 
 
 def test_later_layers_win(tmp_path):
@@ -37,11 +36,14 @@ def test_later_layers_win(tmp_path):
     assert config.data.prompt_suffix == " Go." and config.data.template == "{prompt}!"
     assert config.data.prompt_field == "question" and config.reward.kind == "gsm8k"
     assert config.rollout.engine == "hf" and config.rollout.score == "auto"
-    own = build(find_benchmark("x/y"), config=file)
-    assert own.data.prompt_field == "q" and own.reward.kind == "exact"
     # The benchmark's fields also replace those of the run's own evaluation set.
-    assert config.data.eval_prompt_field == config.data.eval_answer_field == ""
-    assert (own.data.eval_prompt_field, own.data.eval_answer_field) == ("task", "key")
+    own = build(find_benchmark("x/y"), config=file)
+    assert (own.data.prompt_field, own.data.answer_field) == ("task", "key")
+    assert own.reward.kind == "exact"
+    typed = build(find_benchmark("x/y"), "data.prompt_field=p", config=file)
+    assert (typed.data.prompt_field, typed.data.answer_field) == ("p", "key")
+    like_training = build_config("m", find_benchmark("x/y"), config=file, is_held_out=False)
+    assert (like_training.data.prompt_field, like_training.data.answer_field) == ("q", "answer")
     typed = ["score.beta=0.3", "data.prompt_field=p", "reward.kind=math"]
     changed = build(find_benchmark("gsm8k"), *typed, config=file)
     assert changed.score.beta == 0.3
@@ -56,20 +58,35 @@ def test_later_layers_win(tmp_path):
         ("rollout.score=off", "eval gets --no-score"),
         ("score.loss_coef=0.1", "only training"),
         ("advantage.score_coef=0.1", "only training"),
+        ("output_dir=runs", "only training"),
+        ("rollout.group_size=4", "--samples"),
+        ("data.train_split=test", "data.eval_split"),
+        ("data.eval_prompt_field=q", "data.prompt_field"),
     ],
 )
 def test_overrides_without_effect_are_refused(override, advice, tmp_path):
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"{key}.* has no effect here; .*{advice}"):
         build(None, override)
-    section, _, line = override.replace("off", '"off"').partition(".")
-    (tmp_path / "run.toml").write_text(f"[{section}]\n{line}\n")
-    build(config=tmp_path / "run.toml")  # a run's file may hold it
+    # A run's file may hold it.
+    value = override.partition("=")[2]
+    line = override if value[0].isdigit() else f'{key}="{value}"'
+    (tmp_path / "run.toml").write_text(f"{line}\n")
+    build(config=tmp_path / "run.toml")
+
+
+def test_sections_as_overrides_are_read_key_by_key():
+    config = build(None, "data={template = '{prompt}', prompt_suffix = '!'}", "rollout={}")
+    assert (config.data.template, config.data.prompt_suffix) == ("{prompt}", "!")
+    with pytest.raises(ConfigError, match="rollout.group_size has no effect here"):
+        build(None, "rollout={group_size = 2}")
 
 
 def test_ways_to_read_a_score_may_be_typed():
-    config = build(None, "rollout.engine=vllm", "rollout.score=request")
-    assert config.rollout.score == "request"
+    config = build(None, "rollout.engine=vllm", "rollout.score=inline")
+    assert config.rollout.score == "inline"
+    with pytest.raises(ConfigError, match='"rollout.score" has changed: write rollout.score=inl'):
+        build(None, "rollout.engine=vllm", "rollout.score=request")
 
 
 def test_an_empty_section_keeps_the_defaults(tmp_path):
@@ -87,30 +104,32 @@ def test_tensor_parallel_is_a_runs_or_typed(tmp_path):
 
 
 def test_the_sandbox_brings_its_wording():
-    config = build(SANDBOX)
+    config = build(find_benchmark("sandbox"))
     assert config.data.template == "{prompt}" and config.data.prompt_suffix == ""
-    assert config.reward.kind == "laser_fast.sandbox.task:reward"
+    assert (config.data.max_prompt_tokens, config.rollout.max_new_tokens) == (24, 48)
+    assert config.reward.kind == "sandbox"
 
 
 def test_an_exported_model_knows_its_score(tmp_path):
     write_score_settings(tmp_path, token="<z>", beta=0.15, ref_logprob=-11.5)
-    score = score_of(build(model=str(tmp_path)))
+    score = build(model=str(tmp_path)).score
+    assert known_ref_logprob(score) == -11.5
     assert (score.token, score.beta, score.ref_logprob) == ("<z>", 0.15, -11.5)
     # "auto" in a run's file means that training measured it: the exported number stands.
     file = tmp_path / "run.toml"
     file.write_text('[score]\nref_logprob = "auto"\nbeta = 0.2\n')
-    score = score_of(build(model=str(tmp_path), config=file))
+    score = build(model=str(tmp_path), config=file).score
     assert (score.beta, score.ref_logprob) == (0.2, -11.5)
 
 
 def test_c_ref_must_be_known_or_asked_for():
     with pytest.raises(ConfigError, match="needs c_ref.*calibrate.*--ref-logprob auto"):
-        score_of(build())
+        known_ref_logprob(build().score)
     with pytest.raises(ConfigError, match=r"on the base model\)$"):
-        score_of(build(), may_measure=False)
+        known_ref_logprob(build().score, may_measure=False)
     for given in ("score.ref_logprob=auto", 'score.ref_logprob="auto"'):
-        assert score_of(build(None, given)).ref_logprob == "auto"
-    assert score_of(build(None, "score.ref_logprob=-23.1")).ref_logprob == -23.1
+        assert known_ref_logprob(build(None, given).score) == "auto"
+    assert known_ref_logprob(build(None, "score.ref_logprob=-23.1").score) == -23.1
     with pytest.raises(ConfigError, match="expected a number or 'auto', got 'x'"):
         build(None, "score.ref_logprob=x")
 

@@ -93,7 +93,7 @@ def _sample(step, trains_score):
 
 
 def make_evaluation(folder, skills, *, is_scored=True, problems=20, samples=4):
-    """Let `laser-fast eval --rescore` write an evaluation of drawn completions.
+    """Let `laser-fast rescore` write an evaluation of drawn completions.
 
     `skills` maps a benchmark to the probability of a correct answer, which scores tell with noise.
     """
@@ -110,7 +110,7 @@ def make_evaluation(folder, skills, *, is_scored=True, problems=20, samples=4):
             ],
         )
     score = ("--beta", "0.1", "--ref-logprob", "-20") if is_scored else ()
-    arguments = ["eval", "--rescore", str(source), "--out", str(folder), *score]
+    arguments = ["rescore", str(source), str(folder), *score]
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     shutil.rmtree(source)
     return folder

@@ -4,12 +4,12 @@ import policy_ranks
 import pytest
 import torch
 from policy_ranks import LARGEST, MODEL_CASES, OBJECTIVE, PROMPTS, SAMPLING, SEQUENCES, TEMPERATURE
-from tiny_models import make_model, naive_loss
+from tiny_models import make_config, make_model, naive_loss
 
 from laser_fast.config import ConfigError, ModelConfig
-from laser_fast.model.distributed import World
+from laser_fast.model.distributed import check_world
 from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, load_model_config, shard
+from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 
 SIZES = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
 
@@ -156,11 +156,30 @@ def test_only_labelled_rows_reach_the_head(world, model_folders):
     assert shapes == ((num_rows, 32), (97, 32))
 
 
-def test_replicas_must_divide_the_world():
-    world = World(rank=0, size=4, device=torch.device("cpu"))
-    policy = Policy(make_model(), attention="sdpa", compute_dtype=torch.float32)
-    with pytest.raises(ConfigError, match="model.replicas = 3 does not divide the world size 4"):
-        shard(policy, ModelConfig(path="m", replicas=3), world)
+@pytest.mark.parametrize(
+    ("sections", "size", "message"),
+    [
+        ({"model": {"replicas": 3}}, 4, "model.replicas = 3 does not divide the 4 ranks"),
+        (
+            {"rollout": {"engine": "vllm", "tensor_parallel": 2}},
+            3,
+            "rollout.tensor_parallel = 2 does not divide the 3 ranks",
+        ),
+        ({"data": {"prompts_per_step": 6}}, 4, "prompts_per_step = 6 does not divide over 4 ranks"),
+    ],
+)
+def test_the_world_must_divide(sections, size, message):
+    config = make_config(**{"data": {"prompts_per_step": 12}} | sections)
+    with pytest.raises(ConfigError, match=message):
+        check_world(config, size)
+    check_world(config, 6)
+
+
+def test_lengths_must_fit_the_model():
+    config = make_config()
+    check_lengths(config, config.max_sequence_tokens)
+    with pytest.raises(ConfigError, match="= 35 exceeds the 34 positions of the model"):
+        check_lengths(config, 34)
 
 
 @pytest.mark.parametrize(
