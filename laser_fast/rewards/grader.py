@@ -223,19 +223,3 @@ def _log_failures(outcomes: Sequence[Any]) -> None:
     for reason, count in Counter(failure.reason for failure in failures).items():
         example = next(failure.summary for failure in failures if failure.reason == reason)
         _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)
-
-
-def grade_groups(
-    grader: Grader, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
-) -> list[Group]:
-    """The groups with their rewards; `decode` turns completion ids into text."""
-    rewards = iter(
-        grader.grade(
-            [decode(c.completion_ids) for group in groups for c in group.completions],
-            [group.prompt.answer for group in groups for _ in group.completions],
-            prompts=[group.prompt.text for group in groups for _ in group.completions],
-        )
-    )
-    return [
-        replace(group, rewards=tuple(next(rewards) for _ in group.completions)) for group in groups
-    ]

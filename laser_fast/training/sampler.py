@@ -186,21 +186,12 @@ class Sampler:
         )
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
-        group_size = self.config.rollout.group_size
-        needs_score = self.config.score.loss_coef > 0
-        return self._sampling(
-            "train", step, attempt, group_size=group_size, needs_score=needs_score
-        )
-
-    def _sampling(self, *draw: int | str, group_size: int, needs_score: bool) -> Sampling:
-        """How the completions of the named draw are sampled."""
-        config = self.config.rollout
-        return Sampling(
-            group_size=group_size,
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            seed=draw_seed(self.config.seed, *draw),
-            needs_score=needs_score and config.score != "off",
+        config = self.config
+        return make_sampling(
+            config,
+            *("train", step, attempt),
+            group_size=config.rollout.group_size,
+            needs_score=config.score.loss_coef > 0 and config.rollout.score != "off",
         )
 
 
