@@ -72,10 +72,18 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """A prompt and its G completions; rewards and advantages are relative to the group."""
+    """A prompt and its G completions; rewards and advantages are relative to the group.
+
+    `rewards` holds one number per completion, None where grading failed; it is empty before the
+    group is graded.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
+    rewards: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.rewards or len(self.rewards) == len(self.completions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

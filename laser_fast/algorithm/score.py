@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +24,31 @@ from torch import Tensor
 MAX_TARGET = -1.0
 WARN_TARGET = -3.0
 
+Logprobs = TypeVar("Logprobs", float, Tensor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfScore:
+    """The score token z_c of a model, and how its log-probs become scores (eq. 11).
+
+    `ref_logprob` is c_ref; it is nan where nobody reads a score, and every score is then undefined.
+    """
+
+    token_id: int
+    beta: float
+    ref_logprob: float
+
+    def of(self, logprobs: Logprobs) -> Logprobs:
+        """Scores r_s of log-probs of the score token, of any shape."""
+        return self_reward_score(logprobs, beta=self.beta, ref_logprob=self.ref_logprob)
+
 
 def self_reward_score(
-    logprobs: Tensor,  # any shape
+    logprobs: Logprobs,  # any shape
     *,
     beta: float,
     ref_logprob: float,
-) -> Tensor:
+) -> Logprobs:
     """Score of log-probs of the reserved token: beta (logprobs - ref_logprob), eq. 11.
 
     0 is the untrained model, 1 the target of a correct answer. Not clamped; votes and advantages

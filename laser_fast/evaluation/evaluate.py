@@ -21,9 +21,9 @@ from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of, check_golds
 from laser_fast.evaluation.model import open_engine, open_vocabulary
 from laser_fast.evaluation.rescore import Conclusion, conclude
-from laser_fast.evaluation.samples import to_records
 from laser_fast.evaluation.settings import Score, build_config, score_of
 from laser_fast.evaluation.statistics import DEFAULTS, ReportOptions
+from laser_fast.log.samples import to_records
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.policy import build_policy
 from laser_fast.model.vocabulary import Vocabulary

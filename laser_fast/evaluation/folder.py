@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.samples import SampleRecord, read_samples, write_samples
 from laser_fast.log.jsonl import read_json, replace_text, to_line, to_text
+from laser_fast.log.samples import SampleRecord, read_samples, write_samples
 
 
 class EvalFolder:

@@ -16,13 +16,6 @@ from typing import Any
 from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of
-from laser_fast.evaluation.samples import (
-    SampleRecord,
-    group_by_prompt,
-    read_samples,
-    rescore,
-    write_samples,
-)
 from laser_fast.evaluation.settings import Score
 from laser_fast.evaluation.statistics import (
     DEFAULTS,
@@ -33,6 +26,13 @@ from laser_fast.evaluation.statistics import (
     build_report,
 )
 from laser_fast.log.jsonl import read_json, replace_text, to_text
+from laser_fast.log.samples import (
+    SampleRecord,
+    group_by_prompt,
+    read_samples,
+    rescore,
+    write_samples,
+)
 from laser_fast.report.charts import evaluation_diagrams, save_png
 from laser_fast.rewards import Grader
 

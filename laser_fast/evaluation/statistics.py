@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from laser_fast.algorithm.verification import auroc, finished_rate, readings, reliability, verify
-from laser_fast.evaluation.samples import SampleRecord, group_by_prompt
 from laser_fast.evaluation.votes import (
     answer_classes,
     best_at_k,
@@ -39,6 +38,7 @@ from laser_fast.evaluation.votes import (
     vote_at_k,
 )
 from laser_fast.log.jsonl import plain_value
+from laser_fast.log.samples import SampleRecord, group_by_prompt
 
 Report = dict[str, Any]
 Draws = dict[str, NDArray[np.float64]]  # by metric, [R]

@@ -14,10 +14,11 @@ from pathlib import Path
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import PromptSource
-from laser_fast.evaluation.samples import to_records
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.run_folder import RunFolder, open_run_folder
-from laser_fast.log.run_log import NullLog, RunLog
+from laser_fast.log.run_log import Log as NullLog
+from laser_fast.log.run_log import RunLog
+from laser_fast.log.samples import to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
 from laser_fast.model.distributed import StopRun, StopSignal, World, open_world
 from laser_fast.model.packing import Packer

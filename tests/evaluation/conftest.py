@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.evaluation.samples import SampleRecord
+from laser_fast.log.samples import SampleRecord
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

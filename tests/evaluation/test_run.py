@@ -15,8 +15,8 @@ from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.rescore import rescore_evaluation
-from laser_fast.evaluation.samples import read_samples
 from laser_fast.evaluation.statistics import ReportOptions
+from laser_fast.log.samples import read_samples
 
 FEW = ReportOptions(num_resamples=20)
 

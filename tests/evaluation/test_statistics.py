@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from laser_fast.evaluation.samples import group_by_prompt
 from laser_fast.evaluation.statistics import (
     ReportOptions,
     average,
@@ -18,6 +17,7 @@ from laser_fast.evaluation.statistics import (
     interval,
     summarize,
 )
+from laser_fast.log.samples import group_by_prompt
 
 FEW = ReportOptions(num_resamples=50)
 

@@ -4,11 +4,11 @@ import random
 import shutil
 import subprocess
 
-from typer.testing import CliRunner
-
-from laser_fast.cli import app
+from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import dump_config, parse_config
+from laser_fast.evaluation.statistics import average, build_report
 from laser_fast.log import jsonl
+from laser_fast.log.samples import read_samples, rescore, write_samples
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
@@ -82,53 +82,63 @@ def _evaluation(step):
 
 
 def _sample(step, trains_score):
+    reward = None if step == 4 else float(step % 2)
     return {
         "step": step,
+        **_completion(f"train-{step}", 0, f"\\boxed{{{step}}}", reward, None),
         "prompt": f"question {step}",
-        "completion": f"\\boxed{{{step}}}",
-        "reward": None if step == 4 else float(step % 2),
         "score": step / 50 if trains_score else None,
-        "finish_reason": "stop",
     }
 
 
 def make_evaluation(folder, skills, *, is_scored=True, problems=20, samples=4):
-    """Let `laser-fast eval --rescore` write an evaluation of drawn completions.
+    """Write a folder as `laser-fast eval` does, of drawn completions.
 
     `skills` maps a benchmark to the probability of a correct answer, which scores tell with noise.
     """
-    source = folder.with_name(f"{folder.name}-drawn")
+    score = SelfScore(token_id=0, beta=0.1, ref_logprob=-20.0)
+    reports, draws = {}, []
     for benchmark, skill in skills.items():
         rng = random.Random(benchmark)
-        (source / benchmark).mkdir(parents=True)
+        (folder / benchmark).mkdir(parents=True)
+        path = folder / benchmark / "samples.jsonl"
+        drawn = [_draw(rng, i // samples, i % samples, skill) for i in range(problems * samples)]
         jsonl.write_lines(
-            source / benchmark / "samples.jsonl",
-            [
-                _completion(rng, problem, sample, skill, is_scored)
-                for problem in range(problems)
-                for sample in range(samples)
-            ],
+            path, drawn if is_scored else [d | {"score_logprob": None} for d in drawn]
         )
-    score = ("--beta", "0.1", "--ref-logprob", "-20") if is_scored else ()
-    arguments = ["eval", "--rescore", str(source), "--out", str(folder), *score]
-    CliRunner().invoke(app, arguments, catch_exceptions=False)
-    shutil.rmtree(source)
+        records = rescore(read_samples(path), score)
+        write_samples(path, records)
+        reports[benchmark], resampled = build_report(records, name=benchmark)
+        draws.append(resampled)
+    content = {"benchmarks": reports}
+    if is_scored:
+        measured = {"ref_logprob_is_measured": False}
+        content["score"] = {"token": None, "beta": 0.1, "ref_logprob": -20.0, **measured}
+    if len(reports) > 1:
+        content["average"] = average(list(reports.values()), draws)
+    (folder / "settings.json").write_text(jsonl.to_text({"model": "random", "seed": 0}))
+    (folder / "report.json").write_text(jsonl.to_text(content))
     return folder
 
 
-def _completion(rng, problem, sample, skill, is_scored):
+def _draw(rng, problem, sample, skill):
     is_correct = rng.random() < skill
     answer = "7" if is_correct else str(rng.randrange(3))
+    logprob = rng.gauss(-11 if is_correct else -17, 3)
+    return _completion(f"{problem}", sample, answer, float(is_correct), logprob)
+
+
+def _completion(prompt_id, sample, answer, reward, score_logprob):
     return {
-        "prompt_id": f"{problem}",
+        "prompt_id": prompt_id,
         "sample": sample,
-        "prompt": f"question {problem}",
+        "prompt": f"question {prompt_id}",
         "gold": "7",
-        "text": f"\\boxed{{{answer}}}",
+        "text": answer,
         "answer": answer,
-        "reward": float(is_correct),
+        "reward": reward,
         "score": None,
-        "score_logprob": rng.gauss(-11 if is_correct else -17, 3) if is_scored else None,
+        "score_logprob": score_logprob,
         "finish_reason": "stop",
         "num_tokens": 5,
     }

@@ -1,7 +1,8 @@
-"""One evaluated completion as a record: all that the metrics need, without model or tokenizer."""
+"""One completion as a line of samples.jsonl, in the folder of a run and of an evaluation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,17 +10,15 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from laser_fast.algorithm.score import is_correct, self_reward_score
+from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.config import ConfigError
 from laser_fast.log import jsonl
 from laser_fast.records import FinishReason, Group
-from laser_fast.rewards import Grader
-from laser_fast.rewards.boxed import extract_boxed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRecord:
-    r"""One graded and scored completion of a held-out prompt.
+    r"""One graded and scored completion: all that metrics need, without model or tokenizer.
 
     Example: the second of eight completions of "2+3=" is `SampleRecord(prompt_id="eval-17",
     sample=1, prompt="2+3=", gold="5", text="2+3 is \boxed{5}", answer="5", reward=1.0,
@@ -27,10 +26,12 @@ class SampleRecord:
 
     `answer` is what votes, None if the completion gave none. `reward` is None if grading failed.
     `score` is 0 for an unfinished completion and None for a finished one that was not scored.
+    `step` is the training step that sampled it, None in an evaluation.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
+    step: int | None = None
     prompt_id: str
     sample: int
     prompt: str
@@ -58,69 +59,56 @@ def to_records(
     groups: Sequence[Group],
     *,
     decode: Callable[[Sequence[int]], str],
-    grader: Grader,
-    beta: float,
-    ref_logprob: float,
-    extract: Callable[[str], str | None] = extract_boxed,
+    score: SelfScore,
+    extract: Callable[[str], str | None],
+    step: int | None = None,
+    limit: int | None = None,
 ) -> list[SampleRecord]:
-    """Grade and score sampled completions.
+    """Graded groups as records, or `limit` of their completions, evenly spread.
 
-    Args:
-        groups: completions, of this rank alone; may be empty.
-        decode: completion ids, EOS included, to text.
-        grader: rewards of texts against gold answers.
-        beta: scale of the score.
-        ref_logprob: c_ref of the score.
-        extract: the answer of a text that enters the votes, the last boxed one by default.
+    `extract` finds the answer of a text that enters the votes.
     """
-    members = [
-        (group.prompt, sample, completion)
-        for group in groups
-        for sample, completion in enumerate(group.completions)
-    ]
-    texts = [decode(completion.completion_ids) for _, _, completion in members]
-    rewards = grader.grade(
-        texts,
-        [prompt.answer for prompt, _, _ in members],
-        prompts=[prompt.text for prompt, _, _ in members],
-    )
-    records = [
-        SampleRecord(
-            prompt_id=prompt.prompt_id,
-            sample=sample,
-            prompt=prompt.text,
-            gold=prompt.answer,
+    members = [(group, i) for group in groups for i in range(len(group.completions))]
+    if limit is not None:
+        count = min(limit, len(members))
+        members = [members[index * len(members) // count] for index in range(count)]
+    records = []
+    for group, i in members:
+        completion, text = group.completions[i], decode(group.completions[i].completion_ids)
+        record = SampleRecord(
+            step=step,
+            prompt_id=group.prompt.prompt_id,
+            sample=i,
+            prompt=group.prompt.text,
+            gold=group.prompt.answer,
             text=text,
             answer=extract(text),
-            reward=reward,
+            reward=group.rewards[i],
             score=None,
             score_logprob=completion.score_logprob,
             finish_reason=completion.finish_reason,
             num_tokens=len(completion.completion_ids),
         )
-        for (prompt, sample, completion), text, reward in zip(members, texts, rewards, strict=True)
-    ]
-    return rescore(records, beta=beta, ref_logprob=ref_logprob)
+        records.append(record)
+    return rescore(records, score)
 
 
-def rescore(
-    records: Iterable[SampleRecord], *, beta: float, ref_logprob: float
-) -> list[SampleRecord]:
-    """The records with scores beta (score_logprob - ref_logprob) (eq. 11), 0 where unfinished."""
+def rescore(records: Iterable[SampleRecord], score: SelfScore) -> list[SampleRecord]:
+    """The records with the scores of their log-probs (eq. 11), 0 where unfinished."""
     rescored = []
     for record in records:
-        score = None if record.is_finished else 0.0
+        value = None if record.is_finished else 0.0
         if record.score_logprob is not None:
-            score = self_reward_score(record.score_logprob, beta=beta, ref_logprob=ref_logprob)
-        rescored.append(replace(record, score=score))
+            value = score.of(record.score_logprob)
+        is_defined = value is not None and math.isfinite(value)
+        rescored.append(replace(record, score=value if is_defined else None))
     return rescored
 
 
 def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]:
     """The k records of each prompt, samples in order, prompts in the order of their first record.
 
-    Raises:
-        ValueError: no records, a (prompt, sample) twice, or prompts with different k.
+    A ValueError says that there are none, a sample appears twice, or prompts differ in k.
     """
     if not records:
         raise ValueError("group_by_prompt: expected at least one record, got none")
@@ -133,34 +121,33 @@ def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]
                 "twice; gather every rank's records once and give each prompt its own id"
             )
         samples[record.sample] = record
-    expected = len(problems[records[0].prompt_id])
+    k = len(problems[records[0].prompt_id])
     for prompt_id, samples in problems.items():
-        if len(samples) != expected:
+        if len(samples) != k:
             raise ValueError(
-                f"group_by_prompt: expected {expected} samples of every prompt, "
-                f"got {len(samples)} of {prompt_id}"
+                f"group_by_prompt: expected {k} samples of every prompt, got {len(samples)} of "
+                f"{prompt_id}"
             )
     return [[samples[index] for index in sorted(samples)] for samples in problems.values()]
 
 
+def to_line(record: SampleRecord) -> str:
+    """One record as one line of JSON; `step` is left out where there is none."""
+    fields = asdict(record).items()
+    return jsonl.to_line({key: value for key, value in fields if (key, value) != ("step", None)})
+
+
 def write_samples(path: str | Path, records: Iterable[SampleRecord]) -> None:
-    """Write the records as JSON lines, whole or not at all; `read_samples` gives them back."""
-    jsonl.write_lines(path, (asdict(record) for record in records))
+    """Write a file whole or not at all; `read_samples` gives the records back."""
+    jsonl.replace_text(path, "".join(map(to_line, records)))
 
 
 def read_samples(path: str | Path) -> list[SampleRecord]:
-    """Read what `write_samples` wrote.
-
-    Raises:
-        ConfigError: a line that is no such record; the message names file, line and field.
-    """
-    validate = TypeAdapter(SampleRecord).validate_python
-    records = []
-    for number, line in enumerate(jsonl.read_lines(path), 1):
-        try:
-            records.append(validate(line))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"]))
-            raise ConfigError(f"{path}, line {number}: {field}: {problem['msg']}") from None
-    return records
+    """Read samples.jsonl; a line that is no such record is a ConfigError."""
+    try:
+        return TypeAdapter(list[SampleRecord]).validate_python(jsonl.read_lines(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        index, *field = problem["loc"]
+        place = f"{path}, line {int(index) + 1}: {'.'.join(map(str, field))}"
+        raise ConfigError(f"{place}: {problem['msg']}") from None
