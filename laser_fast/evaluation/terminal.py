@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from laser_fast.config import ConfigError
 from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 
 if TYPE_CHECKING:
-    from laser_fast.evaluation.calibrate import Calibration, Spread
+    from laser_fast.evaluation.calibrate import Calibration
     from laser_fast.evaluation.rescore import Conclusion
     from laser_fast.evaluation.score_pairs import ScoreTotals
 
@@ -64,16 +65,16 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
     A ConfigError says that no token, or not this beta, leaves a correct answer's target improbable.
     """
     console = Console(stderr=True)
-    candidates, best = calibration.candidates, calibration.candidates[0]
+    best, left_out = calibration.candidates[0], len(calibration.candidates) - _NUM_CANDIDATES
     rows = [
-        (c.token, c.token_id, *_spread(c.spreads[0]), f"{c.beta:g}", f"{c.noise:.3f}")
-        for c in candidates[:_NUM_CANDIDATES]
+        (c.token, c.token_id, *astuple(c.spreads[0])[1:], f"{c.beta:g}", c.noise)
+        for c in calibration.candidates[:_NUM_CANDIDATES]
     ]
     _print_table(console, ("token", "id", *_SPREAD, "beta", "noise"), rows)
-    parts = [(part.group, *_spread(part)) for part in best.spreads[1:]]
+    parts = list(map(astuple, best.spreads[1:]))
     _print_table(console, (f"{best.token} by completion", *_SPREAD), parts)
-    if len(candidates) > _NUM_CANDIDATES:
-        _say(console, f"and {len(candidates) - _NUM_CANDIDATES} more with more noise")
+    if left_out > 0:
+        _say(console, f"and {left_out} more with more noise")
     finished, total = calibration.num_finished, calibration.num_completions
     _say(console, f"{finished} of {total} completions ended with an EOS token")
     beta = best.beta if beta is None else beta
@@ -89,10 +90,8 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
         raise ConfigError(f"{best.token}: {error}") from None
     noise = beta * best.spreads[0].std
     if noise > _MAX_NOISE:
-        text = (
-            f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the score "
-            "by that much; choose a token with less spread, or one template"
-        )
+        text = f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the "
+        text += "score by that much; choose a token with less spread, or one template"
         _say(console, text, style="yellow")
     score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
     print(tomli_w.dumps({"score": score}), end="")
@@ -152,14 +151,9 @@ def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequen
     for column in columns:
         table.add_column(escape(column), no_wrap=True)
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(f"{c:.3f}" if isinstance(c, float) else str(c)) for c in row))
     if rows:
         console.print(table)
-
-
-def _spread(spread: Spread) -> tuple[str, ...]:
-    numbers = (spread.mean, spread.std, spread.standard_error)
-    return (str(spread.count), *(f"{number:.3f}" for number in numbers))
 
 
 def _cell(report: Mapping[str, Any], key: str) -> str:

@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,11 +34,6 @@ MAX_POINTS = 400
 _NUM_BINS = 30
 
 
-def draw_curves(run: Run, path: Path) -> None:
-    """Draw what a run has logged into a PNG, four diagrams in a row."""
-    figure(run_diagrams([run]), columns=4).savefig(path, dpi=100)
-
-
 def svg(diagram: Diagram) -> tuple[str, str]:
     """The title of a diagram and its SVG, an element of a page with its text as text."""
     file = io.StringIO()
@@ -56,8 +50,8 @@ def figure(diagrams: Sequence[Diagram], *, columns: int) -> Figure:
     drawn = Figure(figsize=(4.75 * columns, 3.6 * rows))
     grid = drawn.subplots(rows, columns, squeeze=False).flatten()
     # Fixed margins: matplotlib's layouts take longer than all the rest.
-    left, bottom, top = 0.14 / columns, 0.14 / rows, 1 - 0.1 / rows
-    drawn.subplots_adjust(left, bottom, 1 - 0.04 / columns, top, wspace=0.17, hspace=0.32)
+    left, bottom, top = 0.16 / columns, 0.14 / rows, 1 - 0.1 / rows
+    drawn.subplots_adjust(left, bottom, 1 - 0.04 / columns, top, wspace=0.2, hspace=0.32)
     for axes in grid[len(diagrams) :]:
         axes.set_axis_off()
     for axes, (title, draw) in zip(grid, diagrams, strict=False):
@@ -101,13 +95,17 @@ def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def stage_times(run: Run) -> dict[str, NDArray[np.float64]]:
-    """Seconds [S] of the stages that take time; those without a colour are `other`."""
+    """Seconds [S] of the stages with a colour and at least a hundredth of the time, and `other`."""
     times = {name: np.zeros(len(run.steps)) for name in (*STAGES, "other")}
     for index, record in enumerate(run.steps):
         for key in record:
             if key.startswith("time/"):
                 name = key.removeprefix("time/")
                 times[name if name in STAGES else "other"][index] += number(record[key]) or 0.0
+    total = np.sum([*times.values()])
+    for name in STAGES:
+        if times[name].sum() < 0.01 * total:
+            times["other"] += times.pop(name)
     return {name: values for name, values in times.items() if values.any()}
 
 
@@ -252,5 +250,5 @@ def _style(axes: Axes, label: str) -> None:
     if label == "step":
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.tick_params(which="both", length=0, colors=_SOFT)
+    axes.tick_params(which="both", length=0, colors=_SOFT, labelsize=9)
     axes.tick_params(axis="x", pad=8)  # clear of the lowest label of the y axis

@@ -31,17 +31,20 @@ class Evaluation:
     samples: Mapping[str, Sequence[Record]]
 
 
-def find_evaluations(folder: Path, *, run: int) -> list[Evaluation]:
-    """The finished evaluations below a run folder."""
-    return [
-        read_evaluation(path.parent, name=str(path.parent.relative_to(folder)), run=run)
+def read_evaluations(runs: Sequence[Path], named: Sequence[Path]) -> list[Evaluation]:
+    """The finished evaluations below the folders of runs, and those that are named."""
+    places: list[tuple[Path, str, int | None]] = [
+        (path.parent, str(path.parent.relative_to(folder)), index)
+        for index, folder in enumerate(runs)
         for path in sorted(folder.rglob("report.json"))
         if (path.parent / "settings.json").is_file()
     ]
+    places += [(path, str(path), None) for path in named]
+    return [_read(*place) for place in places]
 
 
-def read_evaluation(folder: Path, *, name: str, run: int | None = None) -> Evaluation:
-    """Read a folder of `laser-fast eval`; a ConfigError says what is missing or broken."""
+def _read(folder: Path, name: str, run: int | None) -> Evaluation:
+    """One folder of `laser-fast eval`; a ConfigError says what is missing or broken."""
     for file in ("settings.json", "report.json"):
         if not (folder / file).is_file():
             raise ConfigError(
@@ -64,7 +67,7 @@ def read_evaluation(folder: Path, *, name: str, run: int | None = None) -> Evalu
 
 def save_plots(folder: Path) -> None:
     """Draw NAME/plots.png for each benchmark of a finished evaluation."""
-    found = read_evaluation(folder, name=str(folder))
+    (found,) = read_evaluations((), [folder])
     for name, samples in found.samples.items():
         diagrams = evaluation_diagrams(found.benchmarks[name], samples)
         figure(diagrams, columns=len(diagrams)).savefig(folder / name / "plots.png", dpi=100)
@@ -73,8 +76,7 @@ def save_plots(folder: Path) -> None:
 def compare_benchmarks(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Every benchmark, and the mean over them, as the evaluations that have it see it.
 
-    The members are (evaluation, report, figures); the rows of the tables are a label and, for
-    every member, {value, low, high} or {}.
+    The members are (evaluation, report, figures).
     """
     names = dict.fromkeys(name for one in evaluations for name in one.benchmarks)
     compared = []
@@ -102,7 +104,10 @@ def sizes(reports: Sequence[Record]) -> list[str]:
 
 
 def _tables(reports: Sequence[Record]) -> dict[str, list[tuple[str, list[Record]]]]:
-    """Answers and self-verification, a column per report; rows without any number are left out."""
+    """Answers and self-verification, rows of a label and {value, low, high} or {} per report.
+
+    Rows without any number are left out.
+    """
     ks = sorted({k for report in reports for k in report.get("ks", ()) if k > 1})
     tables: dict[str, list[tuple[str, list[Record]]]] = {}
     for metric in shown_at(BENCHMARK):

@@ -17,14 +17,8 @@ from laser_fast.config import ConfigError
 from laser_fast.log.jsonl import replace_text
 from laser_fast.log.metrics import RUN, TILE, shown_at
 from laser_fast.log.run_folder import RunFolder
-from laser_fast.report.charts import draw_curves, run_diagrams, svg
-from laser_fast.report.evaluations import (
-    Evaluation,
-    compare_benchmarks,
-    find_evaluations,
-    read_evaluation,
-    sizes,
-)
+from laser_fast.report.charts import figure, run_diagrams, svg
+from laser_fast.report.evaluations import Evaluation, compare_benchmarks, read_evaluations, sizes
 from laser_fast.report.runs import Record, Run, number, read_run
 
 FILE_NAME = "report.html"
@@ -40,7 +34,7 @@ def write_run_files(folder: str | Path) -> dict[str, Path]:
     run, files = read_run(folder), RunFolder(Path(folder))
     if not run.steps:
         return {}
-    draw_curves(run, files.curves)
+    figure(run_diagrams([run]), columns=4).savefig(files.curves, dpi=100)
     return {"curves": files.curves, "report": write_report(folder)}
 
 
@@ -56,8 +50,7 @@ def write_report(
     if len(folders) == 2 and folders[0].resolve() == folders[1].resolve():
         raise ConfigError(f"{run} and {other} are the same run; name two different ones")
     runs = [read_run(folder) for folder in folders]
-    found = [one for i, folder in enumerate(folders) for one in find_evaluations(folder, run=i)]
-    found += [read_evaluation(Path(path), name=str(path)) for path in evaluations]
+    found = read_evaluations(folders, [Path(path) for path in evaluations])
     path = folders[0] / FILE_NAME
     replace_text(path, render_report(runs, found))
     return path
