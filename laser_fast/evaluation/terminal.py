@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError
-from laser_fast.report.evaluations import SCORE_LABELS
+from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 
 if TYPE_CHECKING:
-    from laser_fast.evaluation.calibrate import Calibration, Spread
+    from laser_fast.evaluation.calibrate import Calibration
     from laser_fast.evaluation.rescore import Conclusion
     from laser_fast.evaluation.score_pairs import ScoreTotals
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
 _MAX_NOISE = 0.05
-_SPREAD = ("c_ref", "std", "std error")
-_VOTES = (
-    ("pass", "pass"),
-    ("majority", "majority"),
-    ("weighted majority", "weighted_majority"),
-    ("best of k", "best_of"),
-)
+_CORRECTED = "_corrected"  # ends the names of numbers after the class-prior correction
+_SPREAD = ("n", "c_ref", "std", "std error")
 
 
 @contextmanager
@@ -40,7 +36,7 @@ def progress_bar(*, is_shown: bool = True) -> Iterator[Callable[[str, int, int],
     """A function (name, done, total) that moves one bar per name; on stderr, so output pipes."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
-        bars: dict[str, Any] = {}
+        bars: dict[str, TaskID] = {}
 
         def move(name: str, done: int, total: int) -> None:
             if name not in bars:
@@ -66,23 +62,17 @@ def print_totals(totals: ScoreTotals, out: Path) -> None:
 def print_calibration(calibration: Calibration, *, beta: float | None = None) -> None:
     """Tables and warnings on stderr; on stdout only what belongs into a configuration.
 
-    Raises:
-        ConfigError: no token, or not this beta, leaves the target of a correct answer improbable.
+    A ConfigError says that no token, or not this beta, leaves a correct answer's target improbable.
     """
     console = Console(stderr=True)
-    best = calibration.candidates[0]
-    table = _table("token", "id", "n", *_SPREAD, "beta", "noise")
-    for candidate in calibration.candidates[:_NUM_CANDIDATES]:
-        cells = _spread_cells(candidate.spreads[0])
-        ends = (f"{candidate.beta:g}", f"{candidate.noise:.3f}")
-        table.add_row(escape(candidate.token), str(candidate.token_id), *cells, *ends)
-    console.print(table)
-    if len(best.spreads) > 1:
-        table = _table(f"{escape(best.token)} by completion", "n", *_SPREAD)
-        for part in best.spreads[1:]:
-            table.add_row(escape(part.group), *_spread_cells(part))
-        console.print(table)
-    left_out = len(calibration.candidates) - _NUM_CANDIDATES
+    best, left_out = calibration.candidates[0], len(calibration.candidates) - _NUM_CANDIDATES
+    rows = [
+        (c.token, c.token_id, *astuple(c.spreads[0])[1:], f"{c.beta:g}", c.noise)
+        for c in calibration.candidates[:_NUM_CANDIDATES]
+    ]
+    _print_table(console, ("token", "id", *_SPREAD, "beta", "noise"), rows)
+    parts = list(map(astuple, best.spreads[1:]))
+    _print_table(console, (f"{best.token} by completion", *_SPREAD), parts)
     if left_out > 0:
         _say(console, f"and {left_out} more with more noise")
     finished, total = calibration.num_finished, calibration.num_completions
@@ -100,10 +90,8 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
         raise ConfigError(f"{best.token}: {error}") from None
     noise = beta * best.spreads[0].std
     if noise > _MAX_NOISE:
-        text = (
-            f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the score "
-            "by that much; choose a token with less spread, or one template"
-        )
+        text = f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the "
+        text += "score by that much; choose a token with less spread, or one template"
         _say(console, text, style="yellow")
     score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
     print(tomli_w.dumps({"score": score}), end="")
@@ -111,63 +99,45 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The content of an evaluation's report.json as tables."""
-    score = report.get("score")
-    if score:
+    if score := report.get("score"):
         measured = ", measured on these completions" if score["ref_logprob_is_measured"] else ""
         beta, ref_logprob = f"beta {score['beta']:g}", f"c_ref {score['ref_logprob']:.3f}"
         _say(console, f"score {score['token']}: {beta}, {ref_logprob}{measured}")
-    for name, benchmark in report["benchmarks"].items():
-        _print_benchmark(name, benchmark, console)
-    if "average" in report:
-        metrics = report["average"]["metrics"]
-        _say(console, "\nmean over benchmarks")
-        _print_votes(report["average"], console)
-        table = _table("", "value")
-        for key, label in {"accuracy": "accuracy", **SCORE_LABELS}.items():
-            if metrics.get(key, {}).get("value") is not None:
-                table.add_row(label, _cell(metrics, key))
-        console.print(table)
+    for name, one in report["benchmarks"].items():
+        truncated = one["metrics"].get("truncated", {}).get("value")
+        _say(
+            console,
+            f"\n{name}: {one['num_prompts']} problems, {one['samples_per_prompt']} completions "
+            f"each; accuracy (avg@{one['samples_per_prompt']}) {_cell(one, 'accuracy')}, "
+            f"{'-' if truncated is None else format(truncated, '.1%')} truncated, "
+            f"{one['num_failed_grades']} grades failed",
+        )
+        _print_metrics(one, console)
+    if average := report.get("average"):
+        _say(console, f"\nmean over benchmarks: accuracy {_cell(average, 'accuracy')}")
+        _print_metrics(average, console)
 
 
-def _print_benchmark(name: str, report: Mapping[str, Any], console: Console) -> None:
-    metrics, num_samples = report["metrics"], report["samples_per_prompt"]
-    truncated = metrics.get("truncated", {}).get("value")
-    share = "-" if truncated is None else f"{truncated:.1%}"
-    _say(
-        console,
-        f"\n{name}: {report['num_prompts']} problems, {num_samples} completions each; "
-        f"accuracy (avg@{num_samples}) {_cell(metrics, 'accuracy')}, {share} truncated, "
-        f"{report['num_failed_grades']} grades failed",
-    )
-    _print_votes(report, console)
-    if not report["reliability"]:
-        return
-    if report["uses_scores"]:
-        largest = report["ks"][-1]
-        gain = _cell(metrics, f"weighted_gain@{largest}")
-        _say(console, f"weighted minus plain majority at k = {largest}: {gain}")
-    else:
+def _print_metrics(report: Mapping[str, Any], console: Console) -> None:
+    """Votes by k, and self-verification beside the same after the class-prior correction."""
+    ks = report["ks"]
+    rules = [rule for rule in VOTES if any(_cell(report, f"{rule.name}@{k}")[1:] for k in ks)]
+    rows = [(k, *(_cell(report, f"{rule.name}@{k}") for rule in rules)) for k in ks if rules]
+    _print_table(console, ("k", *(rule.label for rule in rules)), rows)
+    rows = [
+        (metric.label, cell, _cell(report, metric.name + _CORRECTED))
+        for metric in shown_at(BENCHMARK)
+        if metric.stage == "score" and _CORRECTED not in metric.name
+        if (cell := _cell(report, metric.name))[1:]  # a number
+    ]
+    if rows and report.get("uses_scores"):
+        gain = _cell(report, f"weighted_gain@{ks[-1]}")
+        _say(console, f"weighted minus plain majority at k = {ks[-1]}: {gain}")
+    elif rows and "score_std" in report:
         spread = "-" if report["score_std"] is None else f"{report['score_std']:.3f}"
         _say(console, f"the scores spread by {spread} only: they do not weight votes yet")
-    table = _table("self-verification", "score", f"at base rate {report['base_rate']:.3f}")
-    for key, label in SCORE_LABELS.items():
-        table.add_row(label, _cell(metrics, key), _cell(metrics, f"{key}_corrected"))
-    console.print(table)
-
-
-def _print_votes(report: Mapping[str, Any], console: Console) -> None:
-    metrics, ks = report["metrics"], report["ks"]
-    rules = [
-        (label, key)
-        for label, key in _VOTES
-        if any(metrics.get(f"{key}@{k}", {}).get("value") is not None for k in ks)
-    ]
-    if not rules:
-        return
-    table = _table("k", *(label for label, _ in rules))
-    for k in ks:
-        table.add_row(str(k), *(_cell(metrics, f"{key}@{k}") for _, key in rules))
-    console.print(table)
+    rate = f"at base rate {report['base_rate']:.3f}" if "base_rate" in report else "prior corrected"
+    _print_table(console, ("self-verification", "score", rate), rows)
 
 
 def _say(console: Console, text: str, **options: Any) -> None:
@@ -175,27 +145,24 @@ def _say(console: Console, text: str, **options: Any) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True, **options)
 
 
-def _table(*columns: str) -> Table:
-    """A table without rules, so that four intervals fit into 80 columns."""
+def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table without rules, so that four intervals fit into 80 columns; none without rows."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
+        table.add_column(escape(column), no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(f"{c:.3f}" if isinstance(c, float) else str(c)) for c in row))
+    if rows:
+        console.print(table)
 
 
-def _spread_cells(spread: Spread) -> tuple[str, ...]:
-    numbers = (spread.mean, spread.std, spread.standard_error)
-    return (str(spread.count), *(f"{number:.3f}" for number in numbers))
-
-
-def _cell(metrics: Mapping[str, Any], key: str) -> str:
-    """A value with its interval, as `.509 (.463, .552)`; empty for what there is not."""
-    if key not in metrics:
-        return ""
-    value, low, high = (metrics[key][part] for part in ("value", "low", "high"))
-    if value is None:
-        return "-"
-    return _short(value) if low is None else f"{_short(value)} ({_short(low)}, {_short(high)})"
+def _cell(report: Mapping[str, Any], key: str) -> str:
+    """A value with its interval, as `.509 (.463, .552)`; `-` if undefined, empty if not there."""
+    entry = report["metrics"].get(key, {"value": ""})
+    if not isinstance(entry["value"], float):
+        return "-" if entry["value"] is None else ""
+    value, *ends = [_short(entry[k]) for k in ("value", "low", "high") if entry[k] is not None]
+    return f"{value} ({', '.join(ends)})" if ends else value
 
 
 def _short(value: float) -> str:

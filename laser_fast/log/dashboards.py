@@ -1,87 +1,69 @@
-"""TensorBoard, Weights & Biases and Trackio behind one small interface."""
+"""TensorBoard, Weights & Biases and Trackio behind one function per step."""
 
 from __future__ import annotations
 
 import importlib
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from laser_fast.config import Config
 from laser_fast.log.run_folder import RunFolder
 
+Send = Callable[[int, Mapping[str, float]], None]
+
 
 def open_dashboards(
-    config: Config, folder: RunFolder, *, resume_step: int | None, last_step: int
-) -> list[TensorBoard | HostedRun]:
-    """Those that the config asks for; a resumed run continues its old curves.
+    config: Config, folder: RunFolder, stack: ExitStack, *, resume_step: int | None, last_step: int
+) -> list[Send]:
+    """What sends a step to each that the config asks for; `stack` closes them.
 
-    Args:
-        config: `log` names the projects; the whole of it is shown with the run.
-        folder: names the run.
-        resume_step: the step that comes next in a resumed run, None in a new one.
-        last_step: the last step that the interrupted run sent, -1 in a new run.
+    A resumed run, whose next step is `resume_step`, continues its curves, which end at `last_step`.
     """
-    dashboards: list[TensorBoard | HostedRun] = []
-    if config.log.tensorboard:
-        dashboards.append(TensorBoard(folder, resume_step=resume_step))
-    for package, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
-        if project:
-            run = _start_run(package, project, config, folder)
-            dashboards.append(HostedRun(run, last_step=last_step))
-    return dashboards
+    senders = [_tensorboard(folder, stack, resume_step)] if config.log.tensorboard else []
+    for package in ("wandb", "trackio"):
+        if getattr(config.log, package):
+            senders.append(_hosted(package, config, folder, stack, last_step))
+    return senders
 
 
-class TensorBoard:
-    """Event files in the run folder."""
+def _tensorboard(folder: RunFolder, stack: ExitStack, resume_step: int | None) -> Send:
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: RunFolder, *, resume_step: int | None):
-        from torch.utils.tensorboard import SummaryWriter
+    # purge_step hides what the interrupted run wrote at or after the step that comes again.
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=resume_step)
+    stack.callback(writer.close)
 
-        # purge_step hides what the interrupted run wrote at or after the step that comes again.
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=resume_step)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write scalars."""
+    def send(step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
+    return send
 
 
-class HostedRun:
-    """A run of Weights & Biases or of Trackio, which has the same interface.
-
-    Neither takes steps back, and a resumed run repeats them exactly: those that it already has are
-    not sent again.
-    """
-
-    def __init__(self, run: Any, *, last_step: int):
-        self._run, self._last_step = run, last_step
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step."""
-        if step > self._last_step:
-            self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Upload what is left."""
-        self._run.finish()
-
-
-def _start_run(package: str, project: str, config: Config, folder: RunFolder) -> Any:
-    """The run of a package; its id is kept in the run folder so that a resumed run finds it."""
-    path = folder.path / f"{package}_id"
+def _hosted(
+    package: str, config: Config, folder: RunFolder, stack: ExitStack, last_step: int
+) -> Send:
+    """A run of Weights & Biases or of Trackio, which has the same interface."""
+    # The id is kept in the run folder so that a resumed run finds it.
+    path, name = folder.path / f"{package}_id", folder.path.name
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
-    run_id, name = path.read_text(), folder.path.name
-    # Trackio knows a run by its name alone.
-    identity: dict[str, Any] = {"name": f"{name}-{run_id}"}
-    if package == "wandb":
-        identity = {"name": name, "id": run_id, "dir": str(folder.path)}
-    return importlib.import_module(package).init(
-        project=project, resume="allow", config=config.model_dump(mode="json"), **identity
+    identity = {"name": name, "id": path.read_text(), "dir": str(folder.path)}
+    if package == "trackio":  # it knows a run only by its name
+        identity = {"name": f"{name}-{path.read_text()}"}
+    run = importlib.import_module(package).init(
+        project=getattr(config.log, package),
+        resume="allow",
+        config=config.model_dump(mode="json"),
+        **identity,
     )
+    stack.callback(run.finish)
+
+    def send(step: int, metrics: Mapping[str, float]) -> None:
+        # Neither takes steps back, and a resumed run repeats them exactly.
+        if step > last_step:
+            run.log(dict(metrics), step=step)
+
+    return send

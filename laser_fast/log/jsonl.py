@@ -25,64 +25,38 @@ def plain_value(value: Any) -> Any:
     return value
 
 
-def to_line(record: Mapping[str, Any]) -> str:
-    """One record as one line of JSON, newline included."""
-    return _dump(record) + "\n"
-
-
-def to_text(record: Mapping[str, Any]) -> str:
+def to_text(record: Mapping[str, Any], *, indent: int | None = 2) -> str:
     """One record as a JSON file for people."""
-    return _dump(record, indent=2) + "\n"
-
-
-def _dump(record: Mapping[str, Any], indent: int | None = None) -> str:
     text = json.dumps(plain_value(record), ensure_ascii=False, allow_nan=False, indent=indent)
     # UTF-8 has no lone surrogates; written as \\udXXX they are JSON's own escape.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One record as one line of JSON, newline included."""
+    return to_text(record, indent=None)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file; a last line without its newline was torn by a crash and is dropped.
-
-    Raises:
-        ConfigError: a line that is no JSON object; the message names file and line.
-    """
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:60]}")
-        records.append(record)
-    return records
+    """The records of a file; a last line without its newline was torn by a crash and is dropped."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: the file holds no JSON object; the message names it.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {str(content)[:60]}")
-    return content
+    """The object in a JSON file."""
+    return _object(Path(path).read_text(encoding="utf-8"), str(path))
 
 
 def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file whole or not at all."""
-    replace_text(path, "".join(to_line(record) for record in records))
+    replace_text(path, "".join(map(to_line, records)))
 
 
 def keep_lines(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the records that `keep` refuses, and a torn last line; a missing file stays missing."""
     if Path(path).exists():
-        write_lines(path, filter(keep, read_lines(path)))
+        write_lines(path, (line for line in read_lines(path) if keep(line)))
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -91,3 +65,13 @@ def replace_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _object(text: str, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{place}: expected a JSON object, got {text[:60]}")
+    return found

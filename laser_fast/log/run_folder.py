@@ -1,43 +1,21 @@
-"""The folder of a run: whether it is free, which config may continue it, and what it says."""
+"""The folder of a run: what lies in it, whether it is free, and which config may continue it."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from laser_fast.config import Config, ConfigError, LogConfig, all_keys, load_config
-from laser_fast.log import jsonl
+from laser_fast.config import Config, ConfigError, all_keys, load_config
 
-Record = Mapping[str, Any]
-
-# A resumed run must repeat the undisturbed one, so only keys that leave its numbers alone may
-# change: how long it goes on, where it writes, and what costs memory or time. The evaluation data
-# stays, since the summary compares before with after.
 _FREE_SECTIONS = ("log.", "checkpoint.")
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "optim.steps",
-        "optim.tokens_per_microbatch",
-        "model.gradient_checkpointing",
-        "model.cpu_offload",
-        "model.compile",
-        "model.replicas",
-        "data.eval_every",
-        "reward.workers",
-        "rollout.max_num_seqs",
-        "rollout.max_disagreement",
-        "rollout.tensor_parallel",
-        "rollout.gpu_memory_fraction",
-        "rollout.server_url",
-        "rollout.sync_buffer_mb",
-    }
-)
+_FREE_KEYS = frozenset((
+    "output_dir", "optim.steps", "optim.tokens_per_microbatch", "model.gradient_checkpointing",
+    "model.cpu_offload", "model.compile", "model.replicas", "data.eval_every", "reward.workers",
+    "rollout.max_num_seqs", "rollout.max_disagreement", "rollout.tensor_parallel",
+    "rollout.gpu_memory_fraction", "rollout.server_url", "rollout.sync_buffer_mb",
+))  # fmt: skip
 
 
 class RunFolder:
@@ -59,40 +37,19 @@ class RunFolder:
         return tuple(path for name, path in vars(self).items() if name != "path")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """What a run has logged; `config` is flat, by dotted key."""
-
-    name: str
-    config: Mapping[str, Any]
-    config_text: str
-    steps: Sequence[Record] = ()  # by step, one record each
-    evaluations: Sequence[Record] = ()  # by step, one record each
-    samples: Sequence[Record] = ()
-    summary: Record = field(default_factory=dict)
-
-    @property
-    def method(self) -> str:
-        """The algorithm, from the two coefficients that switch the score on."""
-        if not number(self.config.get("score.loss_coef")):
-            return "GRPO"
-        if not number(self.config.get("advantage.score_coef")):
-            return "LaSeR without advantage mixing"
-        return "LaSeR"
-
-
 def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
     """Check, before any model is loaded, that the run can write where and what it wants to.
 
     Reads only, so every rank may call it; rank 0's `RunLog` writes config.toml later, when a
     barrier or any collective has let the other ranks pass this check.
-
-    Raises:
-        ConfigError: a new run whose folder holds a run or is no folder; a resumed one whose folder
-            holds none or whose config differs; a dashboard whose package is missing.
     """
     folder = RunFolder(Path(config.output_dir))
-    _check_dashboards(config.log)
+    for name in ("wandb", "trackio"):
+        if getattr(config.log, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f'log.{name} needs the package {name}; pip install "laser-fast[{name}]" or set '
+                f'log.{name} = ""'
+            )
     if resume:
         _check_resume(folder, config)
         return folder
@@ -107,66 +64,46 @@ def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
     return folder
 
 
-def read_run(path: str | Path) -> Run:
-    """Read a run folder; a run that is still going, or was killed, lacks files and that is fine.
+def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
+    """A configuration of a run that lies in `folder` now, and lay in `recorded` or its output_dir.
 
-    Raises:
-        ConfigError: the folder holds no run, or a file of it is broken.
+    Model and data below the old folder have moved with it; a hub id that looks so has not.
     """
-    folder = RunFolder(Path(path))
-    if not folder.config.is_file():
-        raise ConfigError(
-            f"{path} holds no run ({folder.config.name} is missing); name the output_dir of a run"
-        )
-    text = folder.config.read_text(encoding="utf-8")
-    try:
-        # Not load_config: the run of an older version may have keys that are gone.
-        config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{folder.config}: not valid TOML: {error}") from None
-    metrics, evaluations, samples = (
-        jsonl.read_lines(file) if file.is_file() else []
-        for file in (folder.metrics, folder.evaluations, folder.samples)
-    )
-    return Run(
-        name=folder.path.resolve().name,
-        config=_flat(config),
-        config_text=text,
-        steps=_by_step(metrics),
-        evaluations=_by_step(evaluations),
-        samples=samples,
-        summary=jsonl.read_json(folder.summary) if folder.summary.is_file() else {},
-    )
+    before = Path(recorded or config.output_dir)
+
+    def moved(text: str) -> str:
+        if not text or not Path(text).is_relative_to(before):
+            return text
+        path = folder / Path(text).relative_to(before)
+        return str(path) if path.exists() else text
+
+    model = config.model.model_copy(update={"path": moved(config.model.path)})
+    places = {"train": moved(config.data.train), "eval": moved(config.data.eval)}
+    data = config.data.model_copy(update=places)
+    return config.model_copy(update={"output_dir": str(folder), "model": model, "data": data})
 
 
-def number(value: object) -> float | None:
-    """A finite number, else None: missing, null, text, true and false are no values to draw."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+def resumed_config(config: Config) -> Config:
+    """What to resume with, where `config` may still name files of the folder before it moved."""
+    folder = RunFolder(Path(config.output_dir))
+    return moved_config(config, folder.path, recorded=load_config(folder.config).output_dir)
 
 
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The keys, with old and new value, that forbid continuing a run of `old` with `new`.
 
-    Free to change are `output_dir` (a moved folder), `optim.steps` (train longer; a decaying
-    schedule then decays towards the new end), `log.*`, `checkpoint.*`, and keys that cost memory
-    or time but leave the numbers alone up to rounding, such as `optim.tokens_per_microbatch`.
-    With `rollout.steps_ahead` the step after a checkpoint is on-policy, so `checkpoint.every`
-    stays.
+    A resumed run must repeat the undisturbed one, so only keys that leave its numbers alone may
+    change: where it writes, `optim.steps` (a decaying schedule then decays towards the new end),
+    and what costs memory or time. The summary compares before with after on the same data.
     """
-    before, after = _flat(old.model_dump()), _flat(new.model_dump())
-    return {
-        key: (before[key], after[key])
-        for key in all_keys()
-        if before[key] != after[key] and not _is_free(key, new)
-    }
 
+    def is_free(key: str) -> bool:
+        if key == "checkpoint.every" and new.rollout.steps_ahead:
+            return False  # the step after a checkpoint is on-policy
+        return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
 
-def _is_free(key: str, config: Config) -> bool:
-    if key == "checkpoint.every" and config.rollout.steps_ahead:
-        return False
-    return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
+    values = {key: (attrgetter(key)(old), attrgetter(key)(new)) for key in all_keys()}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1] and not is_free(key)}
 
 
 def _check_resume(folder: RunFolder, config: Config) -> None:
@@ -175,7 +112,8 @@ def _check_resume(folder: RunFolder, config: Config) -> None:
             f"output_dir {folder.path} holds no run to resume ({folder.config.name} is missing); "
             "leave --resume out to start one, or point output_dir to the run"
         )
-    differences = config_differences(load_config(folder.config), config)
+    recorded = moved_config(load_config(folder.config), folder.path)
+    differences = config_differences(recorded, resumed_config(config))
     if differences:
         listed = ", ".join(
             f"{key} was {old!r} and is now {new!r}" for key, (old, new) in differences.items()
@@ -184,28 +122,3 @@ def _check_resume(folder: RunFolder, config: Config) -> None:
             f"the run in {folder.path} cannot be resumed with another configuration: {listed}; "
             "restore the old values or start a new run in another output_dir"
         )
-
-
-def _check_dashboards(log: LogConfig) -> None:
-    for name in ("wandb", "trackio"):
-        if getattr(log, name) and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f'log.{name} needs the package {name}; pip install "laser-fast[{name}]" or set '
-                f'log.{name} = ""'
-            )
-
-
-def _by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ordered by step, the last record of a step wins; what has no step cannot be drawn."""
-    found = {record["step"]: record for record in records if number(record.get("step")) is not None}
-    return [found[step] for step in sorted(found)]
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            values |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            values[name] = value
-    return values

@@ -15,37 +15,29 @@ import torch
 class StageTimer:
     """Accumulates the wall time of the stages of a step.
 
-    A stage inside another counts for itself alone, so the stages of a step add up to its time.
-
-    Example:
-        timer = StageTimer(device)
-        with timer("rollout"):
-            groups = engine.generate(prompts, sampling)
-        timer.pop()  # {"time/rollout": 3.1}
+    A stage inside another one counts only for itself, so the stages add up to the step. Example:
+    after `with timer("rollout"): ...`, `timer.pop()` is `{"time/rollout": 3.1}`.
     """
 
     def __init__(
-        self,
-        device: torch.device | None = None,
-        after_stage: Callable[[], None] = lambda: None,
-    ) -> None:
+        self, device: torch.device | None = None, after_stage: Callable[[], None] = lambda: None
+    ):
         """On a CUDA device each stage waits for its kernels, so that their time is its own."""
-        self._device = device
-        self._after_stage = after_stage
+        self._device, self._after_stage = device, after_stage
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._stages: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body of a `with` statement, then call `after_stage`."""
+        """Time a stage, then call `after_stage`: stopped there, a run loses only the step."""
         with self.only(stage):
             yield
         self._after_stage()
 
     @contextmanager
     def only(self, stage: str) -> Iterator[None]:
-        """Time the body of a `with` statement."""
+        """Time a stage without calling `after_stage`."""
         self._charge()
         self._stages.append(stage)
         try:
@@ -73,8 +65,7 @@ class StageTimer:
 def peak_memory_gb(device: torch.device | None = None) -> float:
     """Peak memory in units of 1e9 bytes.
 
-    On a CUDA device the most that tensors held at once since the last call, which restarts the
-    count; otherwise the largest resident size of this process so far.
+    On a CUDA device it is of tensors since the last call, else of this whole process so far.
     """
     if device is not None and device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

@@ -1,272 +1,197 @@
-"""Diagrams of a run and of an evaluation: in curves.png, and as inline SVG in the report.
+"""Diagrams of runs and evaluations, as PNG files and as SVG in the page.
 
-Every `draw_...` returns what it drew, for the legend and for the script of the report. In a
-comparison run A is drawn solid, run B dashed and hollow.
+A diagram is a title and a function that draws into matplotlib's axes. In a comparison run A is
+drawn solid, run B dashed and hollow.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-from laser_fast.log.metrics import BLUE, COLORS, GREEN, GREY, ORANGE, PANELS, RED, STAGES, Panel
-from laser_fast.log.run_folder import Record, Run, number
+from laser_fast.log import metrics
+from laser_fast.log.metrics import METRICS, PANELS, STAGES, VOTES, Panel
+from laser_fast.report.runs import Record, Run, number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+Diagram = tuple[str, Callable[[Axes], None]]
+Limits = tuple[float | None, float | None]
+# Label, colour, (step, value), whether marks are drawn and no line, and the place of the run.
+Curve = tuple[str, str, list[tuple[float, float]], bool, int]
 
-_TEXT, _GRID, _FRAME = "#656d76", "#eceff2", "#d8dee4"
-# The report's style sheet knows the colours by these names, for light and for dark.
-_STYLE_NAMES = {color: f"c{i}" for i, color in enumerate(COLORS)}
-_STYLE_NAMES |= {_TEXT: "soft", _GRID: "grid", _FRAME: "line"}
+_SOFT = "#656d76"
 # More points than pixels only make the file large.
 MAX_POINTS = 400
-MAX_AREAS = 120
 _NUM_BINS = 30
-# The voting rules of an evaluation: name in its report, label, colour.
-RULES = (
-    ("pass", "any of k", GREY),
-    ("best_of", "best of k by score", ORANGE),
-    ("majority", "majority of k", BLUE),
-    ("weighted_majority", "score-weighted majority of k", GREEN),
-)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One metric of one run, as (x, value); `run` is 0 or 1."""
-
-    label: str
-    color: str
-    points: Sequence[tuple[float, float]]
-    kind: Literal["line", "marks", "area"] = "line"
-    run: int = 0
-
-
-# Title, a `draw_...` and what it takes after the axes.
-Diagram = tuple[str, Callable[..., Sequence[Curve]], *tuple[Any, ...]]
+def svg(diagram: Diagram) -> tuple[str, str]:
+    """The title of a diagram and its SVG, an element of a page with its text as text."""
+    file = io.StringIO()
+    # Ids depend on the content only, and differ between the figures of a page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": diagram[0]}):
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure([diagram], columns=1).savefig(file, format="svg", metadata=no_metadata)
+    return diagram[0], file.getvalue()[file.getvalue().index("<svg") :]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A diagram for the report; `data` is what its script shows where the pointer is."""
-
-    title: str
-    svg: str
-    legend: Sequence[tuple[str, str, str]]  # label, kind, name of the colour
-    data: dict[str, Any]
-
-
-def draw_curves(run: Run, path: Path) -> None:
-    """Draw the panels that have data into a PNG, four in a row."""
-    found = [(panel, panel_curves(panel, [run])) for panel in PANELS]
-    save_png(path, [(p.title, draw_panel, p, curves) for p, curves in found if curves], columns=4)
-
-
-def save_png(path: Path, diagrams: Sequence[Diagram], *, columns: int) -> None:
-    """Draw diagrams into a PNG, row by row."""
-    # Drawing takes a second to import; a run without curves need not pay it.
-    from matplotlib.figure import Figure as Canvas
-
+def figure(diagrams: Sequence[Diagram], *, columns: int) -> Figure:
+    """Diagrams in a grid, row by row."""
     rows = max(1, math.ceil(len(diagrams) / columns))
-    canvas = Canvas(figsize=(4.75 * columns, 3.6 * rows))
-    grid = canvas.subplots(rows, columns, squeeze=False).flatten()
+    drawn = Figure(figsize=(4.75 * columns, 3.6 * rows))
+    grid = drawn.subplots(rows, columns, squeeze=False).flatten()
     # Fixed margins: matplotlib's layouts take longer than all the rest.
-    left, bottom, top = 0.14 / columns, 0.14 / rows, 1 - 0.1 / rows
-    canvas.subplots_adjust(left, bottom, 1 - 0.04 / columns, top, wspace=0.17, hspace=0.32)
+    left, bottom, top = 0.16 / columns, 0.14 / rows, 1 - 0.1 / rows
+    drawn.subplots_adjust(left, bottom, 1 - 0.04 / columns, top, wspace=0.2, hspace=0.32)
     for axes in grid[len(diagrams) :]:
         axes.set_axis_off()
-    for axes, (title, draw, *data) in zip(grid, diagrams, strict=False):
-        if draw(axes, *data):
-            axes.legend(fontsize=8, frameon=False)
+    for axes, (title, draw) in zip(grid, diagrams, strict=False):
+        draw(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, edgecolor="none")
         axes.set_title(title, fontsize=11, loc="left")
-    canvas.savefig(path, format="png", dpi=100)
+    return drawn
 
 
-def svg_figure(title: str, draw: Callable[..., Sequence[Curve]], *data: Any) -> Figure:
-    """What `draw(axes, *data)` draws; colours become variables of the page's style."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
-
-    # Text as text; ids that depend on the content alone, and differ between the figures of a page.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}):
-        canvas = Canvas(figsize=(6.1, 3.3), dpi=72)  # a unit of the SVG is 1/72 inch
-        axes = canvas.add_axes((0.115, 0.18, 0.865, 0.79))
-        curves = draw(axes, *data)
-        file = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    svg = re.sub(r"\n *", " ", svg)
-    for color, name in _STYLE_NAMES.items():
-        svg = svg.replace(color, f"var(--{name})")
-    is_comparison = any(curve.run for curve in curves)
-    series = [
-        {
-            "label": f"{'AB'[curve.run]}: {curve.label}" if is_comparison else curve.label,
-            "color": _STYLE_NAMES[curve.color],
-            "points": _positions(axes, curve),
-        }
-        for curve in curves
-    ]
-    # Runs share colours, so a metric is named once.
-    keys = dict.fromkeys((curve.label, curve.kind, _STYLE_NAMES[curve.color]) for curve in curves)
-    left, bottom, right, top = axes.bbox.extents
-    box = [left, canvas.bbox.height - top, right, canvas.bbox.height - bottom]
-    found = {"box": np.round(box, 1).tolist(), "series": series}
-    return Figure(title=title, svg=svg, legend=list(keys), data=found)
-
-
-def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """The metrics of a panel that the runs have."""
-    curves = []
-    for index, run in enumerate(runs):
-        for kind, prefix, metrics, records in (
-            ("line", "", panel.lines, run.steps),
-            ("marks", "held out: ", panel.marks, run.evaluations),
-        ):
-            for key, (label, color) in metrics.items():
-                known = [(record["step"], number(record.get(key))) for record in records]
-                points = [(step, value) for step, value in known if value is not None]
-                if panel.is_log:
-                    points = [(step, value) for step, value in points if value > 0]
-                if points:
-                    names = {"label": prefix + label, "color": color, "kind": kind, "run": index}
-                    curves.append(Curve(points=points, **names))
-    return curves
-
-
-def stage_curves(run: Run) -> list[Curve]:
-    """Seconds of the stages with at least a hundredth of the time, largest first, and the rest."""
-    names = dict.fromkeys(key for record in run.steps for key in record if key.startswith("time/"))
-    seconds = {
-        name.removeprefix("time/"): np.array([number(step.get(name)) or 0.0 for step in run.steps])
-        for name in names
-    }
-    total = sum(values.sum() for values in seconds.values())
-    if total == 0:
-        return []
-    large = {name: values for name, values in seconds.items() if values.sum() >= 0.01 * total}
-    layers = dict(sorted(large.items(), key=lambda item: -item[1].sum()))
-    if len(large) < len(seconds):
-        layers["other"] = sum(values for name, values in seconds.items() if name not in large)
-    # Means over neighbouring steps where there are many.
-    parts = np.array_split(np.arange(len(run.steps)), min(len(run.steps), MAX_AREAS))
-    steps = [np.mean([run.steps[i]["step"] for i in part]) for part in parts]
-    return [
-        Curve(
-            label=f"{name} {values.mean():.3g} s, {values.sum() / total:.0%}",
-            color=STAGES.get(name, GREY),
-            points=[(step, values[part].mean()) for step, part in zip(steps, parts, strict=True)],
-            kind="area",
-        )
-        for name, values in layers.items()
-    ]
-
-
-def draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> Sequence[Curve]:
-    """Lines, smoothed over the faint raw values if those are of one run, and marks."""
-    if panel.guide is not None:
-        axes.axhline(panel.guide, color=_TEXT, linewidth=0.8, linestyle=":")
-    is_comparison = any(curve.run for curve in curves)
-    for curve in curves:
-        x, y = np.array(curve.points, np.float64).T
-        if curve.kind == "marks" or len(x) == 1:
-            fill = "none" if curve.run else "full"
-            axes.plot(x, y, "o", color=curve.color, fillstyle=fill, label=curve.label)
-            continue
-        if not is_comparison:
-            axes.plot(*_thinned(x, y), color=curve.color, linewidth=0.8, alpha=0.35)
-        # A window of a twentieth of the run: noise goes, trends stay.
-        line = _thinned(x, smooth(y, len(y) // 40))
-        dashes = (0, (4, 2.5)) if curve.run else "-"
-        axes.plot(*line, color=curve.color, linewidth=1.8, linestyle=dashes, label=curve.label)
-    if panel.is_log:
-        _scale_log(axes, curves)
-    _style(axes, "step")
-    low, high = panel.limits
-    if low == 0 and high is None:
-        high = 1.06 * max(value for curve in curves for _, value in curve.points) or 1.0
-    axes.set_ylim(low, high)
-    return curves
-
-
-def draw_stages(axes: Axes, curves: Sequence[Curve], top: float) -> Sequence[Curve]:
-    """The stages of `stage_curves` on top of each other; the axis ends a little above `top`."""
-    values = [[value for _, value in curve.points] for curve in curves]
-    colors = [curve.color for curve in curves]
-    axes.stackplot([step for step, _ in curves[0].points], values, colors=colors, linewidth=0)
-    axes.margins(x=0)
-    _style(axes, "step")
-    axes.set_ylim(0, 1.04 * top)
-    return curves
-
-
-def evaluation_diagrams(
-    report: Record,
-    samples: Sequence[Record],
-    limits: tuple[float | None, float | None] = (None, None),
-) -> list[Diagram]:
-    """What a benchmark's report and samples can be drawn as; `limits` are of the votes."""
+def run_diagrams(runs: Sequence[Run]) -> list[Diagram]:
+    """The panels that have data, and the time per stage of each run."""
     diagrams: list[Diagram] = [
-        ("share of problems answered correctly", draw_votes, report, limits),
+        (panel.title, partial(draw_panel, panel=panel, curves=curves))
+        for panel in PANELS
+        if (curves := panel_curves(panel, runs))
     ]
-    if report["reliability"]:
-        title = "reliability: share correct by stated probability"
-        diagrams.append((title, draw_reliability, report))
-        if samples:
-            title = "score by correctness, density within the class"
-            diagrams.append((title, draw_scores, samples))
+    stages = [stage_times(run) for run in runs]
+    # One scale, so that two runs compare.
+    top = max((smooth(np.sum([*times.values()], 0)).max() for times in stages if times), default=0)
+    for name, run, times in zip("AB", runs, stages, strict=False):
+        title = f"seconds per stage ({name})" if len(runs) > 1 else "seconds per stage"
+        if times:
+            diagrams.append((title, partial(draw_stages, run=run, times=times, top=top)))
     return diagrams
 
 
-def draw_votes(
-    axes: Axes, report: Record, limits: tuple[float | None, float | None]
-) -> Sequence[Curve]:
-    """Accuracy of the voting rules against k, with their intervals as bands."""
+def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
+    """The metrics of a panel that the runs have: lines of the steps, then marks of evaluations."""
     curves = []
-    for rule, label, color in RULES:
-        entries = [(k, report["metrics"].get(f"{rule}@{k}", {})) for k in report["ks"]]
-        known = [(k, entry) for k, entry in entries if number(entry.get("value")) is not None]
-        # Scores that do not vote yet leave the weighted rule equal to the plain one.
-        if not known or (rule == "weighted_majority" and not report["uses_scores"]):
+    for index, run in enumerate(runs):
+        for is_marks, records in ((False, run.steps), (True, run.evaluations)):
+            for metric in (metric for metric in METRICS if metric.panel == panel):
+                key = metric.name if is_marks else metric.key
+                known = [(record["step"], number(record.get(key))) for record in records]
+                points = [(x, y) for x, y in known if y is not None and (y > 0 or not panel.is_log)]
+                label = f"held out: {metric.label}" if is_marks else metric.label
+                if points:
+                    curves.append((label, metric.color, points, is_marks, index))
+    return curves
+
+
+def stage_times(run: Run) -> dict[str, NDArray[np.float64]]:
+    """Seconds [S] of the stages with a colour and at least a hundredth of the time, and `other`."""
+    times = {name: np.zeros(len(run.steps)) for name in (*STAGES, "other")}
+    for index, record in enumerate(run.steps):
+        for key in record:
+            if key.startswith("time/"):
+                name = key.removeprefix("time/")
+                times[name if name in STAGES else "other"][index] += number(record[key]) or 0.0
+    total = np.sum([*times.values()])
+    for name in STAGES:
+        if times[name].sum() < 0.01 * total:
+            times["other"] += times.pop(name)
+    return {name: values for name, values in times.items() if values.any()}
+
+
+def draw_panel(axes: Axes, *, panel: Panel, curves: Sequence[Curve]) -> None:
+    """Lines, smoothed over the faint raw values if those are of one run, and marks."""
+    if panel.guide is not None:
+        axes.axhline(panel.guide, color=_SOFT, linewidth=0.8, linestyle=":")
+    is_comparison = any(run for *_, run in curves)
+    for label, color, points, is_marks, run in curves:
+        if label in axes.get_legend_handles_labels()[1]:
+            label = ""  # runs share a colour and its label
+        x, y = np.array(points, np.float64).T
+        if is_marks or len(x) == 1:
+            fill: Literal["none", "full"] = "none" if run else "full"
+            axes.plot(x, y, "o", fillstyle=fill, color=color, label=label)
             continue
-        ks = [k for k, _ in known]
+        if not is_comparison:
+            axes.plot(*_thinned(x, y), color=color, linewidth=0.8, alpha=0.35)
+        x, y = _thinned(x, smooth(y))
+        dash = (0, (4, 2.5)) if run else "-"
+        axes.plot(x, y, color=color, linewidth=1.8, linestyle=dash, label=label)
+    low, high = axes.dataLim.intervaly
+    if panel.is_log and high >= 10 * low:  # fewer decades read better on a linear axis
+        axes.set_yscale("log", subs=(2, 5))
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 1000 * low else "")
+    _style(axes, "step")
+    axes.set_ylim(*panel.limits)
+
+
+def draw_stages(axes: Axes, *, run: Run, times: Mapping[str, NDArray[Any]], top: float) -> None:
+    """The stages of `stage_times` on top of each other; the axis ends a little above `top`."""
+    steps, total = np.array([record["step"] for record in run.steps]), np.sum([*times.values()])
+    labels = [f"{k} {v.mean():.3g} s, {v.sum() / total:.0%}" for k, v in times.items()]
+    layers = [_thinned(steps, smooth(values)) for values in times.values()]
+    colors = [STAGES.get(name, metrics.GREY) for name in times]
+    axes.stackplot(layers[0][0], [y for _, y in layers], colors=colors, labels=labels, linewidth=0)
+    axes.margins(x=0)
+    _style(axes, "step")
+    axes.set_ylim(0, 1.04 * top)
+
+
+def evaluation_diagrams(
+    report: Record, samples: Sequence[Record], limits: Limits = (None, None)
+) -> list[Diagram]:
+    """What a benchmark's report and samples can be drawn as; `limits` are of the votes."""
+    if "reliability" not in report:  # a mean over benchmarks
+        return []
+    votes = partial(draw_votes, report=report, limits=limits)
+    diagrams: list[Diagram] = [("share of problems answered correctly", votes)]
+    if report["reliability"]:
+        draw = partial(draw_reliability, report=report)
+        diagrams.append(("reliability: share correct by stated probability", draw))
+    if report["reliability"] and samples:
+        draw = partial(draw_scores, samples=samples)
+        diagrams.append(("score by correctness, density within the class", draw))
+    return diagrams
+
+
+def draw_votes(axes: Axes, *, report: Record, limits: Limits) -> None:
+    """Accuracy of the voting rules against k, with their intervals as bands."""
+    for metric in VOTES:
+        entries = {k: report["metrics"].get(f"{metric.name}@{k}", {}) for k in report["ks"]}
+        known = {k: entry for k, entry in entries.items() if number(entry.get("value")) is not None}
+        # Scores that do not vote yet leave the weighted rule equal to the plain one.
+        if not known or (metric.name == "weighted_majority" and not report["uses_scores"]):
+            continue
         low, value, high = (
-            np.array([entry[part] for _, entry in known], np.float64)
+            np.array([entry[part] for entry in known.values()], np.float64)
             for part in ("low", "value", "high")
         )
+        ks, color = list(known), metric.color
         axes.fill_between(ks, low, high, color=color, alpha=0.14, linewidth=0)
-        axes.plot(ks, value, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
-        points = list(zip(ks, value.tolist(), strict=True))
-        curves.append(Curve(label=label, color=color, points=points))
+        axes.plot(ks, value, "o-", color=color, linewidth=1.8, markersize=4, label=metric.label)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     _style(axes, "completions per problem, k")
     axes.set_xticks(report["ks"], [str(k) for k in report["ks"]])
     axes.set_ylim(*limits)
-    return curves
 
 
-def draw_reliability(axes: Axes, report: Record) -> Sequence[Curve]:
+def draw_reliability(axes: Axes, *, report: Record) -> None:
     """Share correct against stated probability, per bin; the area of a mark is its share."""
-    axes.plot([0, 1], [0, 1], color=_TEXT, linewidth=0.8, linestyle=":")
-    curves = []
+    axes.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
     for reading, metric, label, color in (
-        ("raw", "ece", "score", BLUE),
-        ("corrected", "ece_corrected", "after class-prior correction", ORANGE),
+        ("raw", "ece", "score", metrics.BLUE),
+        ("corrected", "ece_corrected", "after class-prior correction", metrics.ORANGE),
     ):
         bins = report["reliability"].get(reading, [])
         x, y, count = (
@@ -276,81 +201,38 @@ def draw_reliability(axes: Axes, report: Record) -> Sequence[Curve]:
         label = f"{label}, ECE {'-' if ece is None else format(ece, '.3f')}"
         axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7, label=label)
         axes.scatter(x, y, s=12 + 500 * count / count.sum(), color=color, alpha=0.6, linewidths=0)
-        curves.append(Curve(label=label, color=color, points=list(zip(x, y, strict=True))))
     _style(axes, "probability of being correct, as stated")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    return curves
 
 
-def draw_scores(axes: Axes, samples: Sequence[Record]) -> Sequence[Curve]:
+def draw_scores(axes: Axes, *, samples: Sequence[Record]) -> None:
     """Scores of finished, graded completions, each class with area 1."""
-    known = [
-        (number(sample["score"]), sample["reward"] > 0.5)
-        for sample in samples
-        if sample["finish_reason"] == "stop"
-        and number(sample["score"]) is not None
-        and number(sample["reward"]) is not None
-    ]
-    scores, correct = np.array([s for s, _ in known]), np.array([c for _, c in known], bool)
+    finished = [sample for sample in samples if sample["finish_reason"] == "stop"]
+    pairs = [(number(sample["score"]), number(sample["reward"])) for sample in finished]
+    scores, rewards = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2).T
     # A few far outliers would squeeze everything else into one bin.
-    low, high = np.percentile(scores, [0.5, 99.5]) if known else (0.0, 1.0)
+    low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (0.0, 1.0)
     edges = np.linspace(min(low - 0.05, 0.0), max(high + 0.05, 1.0), _NUM_BINS + 1)
-    curves = []
-    for is_member, name, color in ((correct, "correct", GREEN), (~correct, "incorrect", RED)):
-        members = np.clip(scores[is_member], edges[0], edges[-1])
-        if not len(members):
-            continue
-        heights, _ = np.histogram(members, edges, density=True)
-        points = list(zip((edges[:-1] + edges[1:]) / 2, heights, strict=True))
-        label = f"{name} ({len(members)})"
-        axes.stairs(heights, edges, fill=True, color=color, alpha=0.45, label=label)
-        curves.append(Curve(label=label, color=color, points=points, kind="area"))
-    axes.axvline(0.5, color=_TEXT, linewidth=0.8, linestyle=":")
+    classes = (
+        (rewards > 0.5, "correct", metrics.GREEN),
+        (rewards <= 0.5, "incorrect", metrics.RED),
+    )
+    for is_member, name, color in classes:
+        if is_member.any():
+            members = np.clip(scores[is_member], edges[0], edges[-1])
+            heights, _ = np.histogram(members, edges, density=True)
+            label = f"{name} ({len(members)})"
+            axes.stairs(heights, edges, fill=True, color=color, alpha=0.45, label=label)
+    axes.axvline(0.5, color=_SOFT, linewidth=0.8, linestyle=":")
     _style(axes, "score")
     axes.set_ylim(bottom=0)
-    return curves
 
 
-def smooth(values: ArrayLike, half_width: int) -> NDArray[np.float64]:
-    """Centred moving average over 2 half_width + 1 values, over fewer near the ends."""
-    values = np.asarray(values, np.float64)
-    window = np.ones(min(2 * half_width + 1, 2 * len(values) - 1))
-    sums, counts = (np.convolve(x, window, mode="full") for x in (values, np.ones_like(values)))
-    middle = slice(len(window) // 2, len(window) // 2 + len(values))
-    return sums[middle] / counts[middle]
-
-
-def _style(axes: Axes, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FRAME)
-    axes.set_xlabel(label, color=_TEXT)
-    if label == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(_tick)
-    axes.tick_params(which="both", length=0, colors=_TEXT)
-    axes.tick_params(axis="x", pad=8)  # clear of the lowest label of the y axis
-
-
-def _scale_log(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A logarithmic axis for values of several decades; fewer read better on a linear one."""
-    values = [value for curve in curves for _, value in curve.points]
-    if max(values) < 10 * min(values):
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(_tick if max(values) < 1000 * min(values) else "")
-    axes.yaxis.get_minor_locator().set_params(subs=(2, 5))
-
-
-def _tick(value: float, _: object = None) -> str:
-    """`0.25`, `12000`, `3e-7`."""
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred moving average over a twentieth of the values: noise goes, trends stay."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    sums, counts = (np.convolve(x, window, "same") for x in (values, np.ones_like(values)))
+    return sums / counts
 
 
 def _thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -359,11 +241,14 @@ def _thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[An
     return x[kept], y[kept]
 
 
-def _positions(axes: Axes, curve: Curve) -> list[list[float]]:
-    """Where the points lie across the SVG, and what they are."""
-    x, y = _thinned(*np.array(curve.points, np.float64).T)
-    across = axes.transData.transform(np.stack([x, y], axis=1))[:, 0]
-    return [
-        [round(at, 1), float(f"{step:.6g}"), float(f"{value:.4g}")]
-        for at, step, value in zip(across.tolist(), x, y, strict=True)
-    ]
+def _style(axes: Axes, label: str) -> None:
+    axes.grid(color="#eceff2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#d8dee4")
+    axes.set_xlabel(label, color=_SOFT)
+    if label == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(which="both", length=0, colors=_SOFT, labelsize=9)
+    axes.tick_params(axis="x", pad=8)  # clear of the lowest label of the y axis

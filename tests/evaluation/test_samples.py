@@ -1,4 +1,4 @@
-"""Samples of a scripted sampler as records, and their summary against numbers by hand."""
+"""The summary of a scripted sampler's samples against numbers by hand."""
 
 import dataclasses
 import json
@@ -7,24 +7,19 @@ import math
 import pytest
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import ConfigError
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.samples import (
-    SampleRecord,
-    read_samples,
-    rescore,
-    to_records,
-    write_samples,
-)
+from laser_fast.log.samples import to_records
 from laser_fast.records import Completion, Group, Prompt, Sampling
-from laser_fast.rewards import grade_groups
-from laser_fast.rewards.boxed import extract_boxed
 
 EOS = 0
+SCORE = SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0)
 
 
 class ScriptedEngine:
-    """Samples what it was told: per prompt, (answer id, is finished, score log-prob)."""
+    """Samples what it was told: per prompt, (answer id, is finished, score log-prob).
+
+    A reward is 1 if the answer is the gold one; the digit 9 breaks the grader.
+    """
 
     def __init__(self, script):
         self.script = script
@@ -32,7 +27,7 @@ class ScriptedEngine:
     def generate(self, prompts, sampling):
         groups = []
         for prompt in prompts:
-            completions = []
+            completions, rewards = [], []
             for answer, finished, logprob in self.script[prompt.prompt_id]:
                 ids = (answer, EOS) if finished else (answer,)
                 completions.append(
@@ -43,25 +38,15 @@ class ScriptedEngine:
                         score_logprob=logprob if sampling.needs_score else None,
                     )
                 )
+                rewards.append(None if answer == 9 else float(str(answer) == prompt.answer))
             assert len(completions) == sampling.group_size
-            groups.append(Group(prompt=prompt, completions=tuple(completions)))
+            graded = {"completions": tuple(completions), "rewards": tuple(rewards)}
+            groups.append(Group(prompt=prompt, **graded))
         return groups
 
 
-class ExactGrader:
-    """1 if the boxed digit is the gold one; the digit 9 breaks it."""
-
-    def grade(self, texts, answers, *, prompts):
-        assert prompts == ["?"] * len(texts)
-        return [
-            None if "{9}" in text else float(text == rf"\boxed{{{answer}}}")
-            for text, answer in zip(texts, answers, strict=True)
-        ]
-
-
-def collect(prompts, *, engine, sampling, grader, **parts):
-    groups = grade_groups(grader, engine.generate(prompts, sampling), parts["decode"])
-    return to_records(groups, extract=extract_boxed, **parts)
+def collect(prompts, *, engine, sampling, **parts):
+    return to_records(engine.generate(prompts, sampling), **parts)
 
 
 def evaluate(prompts, *, same_answer=None, **parts):
@@ -70,6 +55,10 @@ def evaluate(prompts, *, same_answer=None, **parts):
 
 def _decode(ids):
     return "".join(rf"\boxed{{{i}}}" for i in ids if i != EOS)
+
+
+def _extract(text):
+    return text.split("{")[-1].strip("}")
 
 
 def _prompt(prompt_id: str, answer: str) -> Prompt:
@@ -86,9 +75,9 @@ def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
     )
     return {
         "decode": _decode,
-        "grader": ExactGrader(),
+        "extract": _extract,
         "sampling": sampling,
-        "score": SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0),
+        "score": SCORE,
     }
 
 
@@ -200,51 +189,3 @@ def test_records_are_refused_when_they_do_not_fit_together():
     unscored = dataclasses.replace(records[0], score=None)
     with pytest.raises(ValueError, match="all 7 finished completions or for none, got 6"):
         summarize([unscored, *records[1:]])
-
-
-def test_rescoring_offline_equals_scoring_online():
-    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
-    assert records[0].score == pytest.approx(0.1)
-    assert records[6].score == 0.0 and not records[6].is_finished
-    score = SelfScore(token_id=7, beta=0.1, ref_logprob=-15.0)
-    other = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts() | {"score": score})
-    assert rescore(records, score) == other != records
-
-
-def test_samples_round_trip(tmp_path):
-    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
-    records[0] = dataclasses.replace(records[0], text='line\nbreak "quote" \u2028 \u00e9')
-    path = tmp_path / "samples.jsonl"
-    write_samples(path, records)
-    assert read_samples(path) == records
-    assert len(path.read_text().split("\n")) == len(records) + 1
-
-
-def test_broken_sample_file_names_the_line(tmp_path):
-    records = collect(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
-    path = tmp_path / "samples.jsonl"
-    write_samples(path, records)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[0] + '{"prompt_id": \n' + lines[1])
-    with pytest.raises(ConfigError, match=r"samples.jsonl, line 2: not valid JSON"):
-        read_samples(path)
-    path.write_text(lines[0] + lines[1].replace('"gold"', '"golden"'))
-    with pytest.raises(ConfigError, match="line 2: gold: Field required"):
-        read_samples(path)
-
-
-def test_answer_is_the_last_boxed():
-    record = collect(PROMPTS[:1], engine=ScriptedEngine(SCRIPT), **_parts())[1]
-    assert record == SampleRecord(
-        prompt_id="a",
-        sample=1,
-        prompt="?",
-        gold="1",
-        text=r"\boxed{1}",
-        answer="1",
-        reward=1.0,
-        score=record.score,
-        score_logprob=-11.0,
-        finish_reason="stop",
-        num_tokens=2,
-    )

@@ -2,17 +2,15 @@
 
 import io
 import tomllib
-from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.calibrate import Reading, rank_candidates
-from laser_fast.evaluation.statistics import ReportOptions, average, build_report
+from laser_fast.evaluation.statistics import ReportOptions, average, build_report, summarize
 from laser_fast.evaluation.terminal import print_calibration, print_report
-from laser_fast.report.charts import evaluation_diagrams, save_png
-from laser_fast.report.evaluations import SCORE_METRICS
+from laser_fast.log.metrics import BENCHMARK, RUN, shown_at
 
 
 @pytest.fixture(scope="module")
@@ -36,37 +34,33 @@ def test_tables_hold_every_number_within_80_columns(content):
     text = console.export_text()
     assert "c_ref -20.000, measured on these completions" in text
     for benchmark in content["benchmarks"].values():
-        for name in ("weighted_majority@2", "f1", "auroc_within", "ece_corrected", "aurc"):
+        for name in ("weighted_majority@2", "f1", "auroc_within", "ece_corrected", "brier"):
             entry = benchmark["metrics"][name]
             shown = [f"{entry[part]:.3f}".lstrip("0") for part in ("value", "low", "high")]
             assert f"{shown[0]} ({shown[1]}, {shown[2]})" in text
     mean = text[text.index("mean over benchmarks") :]
     entry = content["average"]["metrics"]["weighted_majority@2"]
-    assert f"{entry['value']:.3f}".lstrip("0") in mean and "weighted majority" in mean
+    assert f"{entry['value']:.3f}".lstrip("0") in mean and "weighted maj@k" in mean
     assert "..." not in text and "\u2026" not in text
 
 
-def test_labels_are_of_metrics_that_there_are(content):
+def test_labels_are_of_metrics_that_there_are(content, random_records):
     metrics = content["benchmarks"]["two"]["metrics"]
-    assert SCORE_METRICS.keys() <= metrics.keys()
-    assert {key for key in metrics if key.endswith("_corrected")} <= SCORE_METRICS.keys()
+    suffix = {"vote": "@8", "gain": "@8"}
+    shown = {metric.name + suffix.get(metric.stage, "") for metric in shown_at(BENCHMARK)}
+    assert shown <= metrics.keys()
+    assert {key for key in metrics if key.endswith("_corrected")} <= shown
+    assert {metric.name for metric in shown_at(RUN)} <= summarize(random_records(2, 2)).keys()
 
 
-def test_plots_are_drawn_with_and_without_scores(content, random_records, make_record, tmp_path):
-    def width(report, records):
-        diagrams = evaluation_diagrams(report, [asdict(record) for record in records])
-        save_png(tmp_path / "plots.png", diagrams, columns=len(diagrams))
-        return int.from_bytes((tmp_path / "plots.png").read_bytes()[16:20], "big")
-
-    def report_of(records):
-        return build_report(records, options=ReportOptions(num_resamples=2))[0]
-
-    plain = [make_record("a", i, score=None, score_logprob=None) for i in range(2)]
-    alone = width(report_of(plain), plain)
-    # Three panels against one.
-    assert width(content["benchmarks"]["two"], random_records(12, 8)) == 3 * alone
-    ungraded = [make_record("a", i, reward=None) for i in range(2)]
-    assert width(report_of(ungraded), ungraded) == alone
+def test_without_scores_only_votes_are_shown(make_record):
+    records = [make_record("a", i, score=None, score_logprob=None) for i in range(2)]
+    report, _ = build_report(records, options=ReportOptions(num_resamples=2))
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report({"benchmarks": {"plain": report}}, console)
+    text = console.export_text()
+    assert "pass@k" in text and "maj@k" in text and "1 problems, 2 completions" in text
+    assert "weighted" not in text and "self-verification" not in text
 
 
 def _calibration(*logprobs):

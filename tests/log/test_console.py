@@ -5,7 +5,7 @@ import logging
 
 from rich.console import Console
 
-from laser_fast.log.console import StepConsole, step_line
+from laser_fast.log.console import StepConsole, evaluation_line, step_line
 
 METRICS = {
     "reward/mean": 0.5312,
@@ -24,6 +24,13 @@ def test_line_has_what_the_step_has():
         "step  12/120  reward 0.531  score +0.62/-  F1 0.74  grad 0.52  1.9 s"
     )
     assert step_line(0, 5, {}) == "step 0/5"
+
+
+def test_line_of_an_evaluation():
+    report = {"accuracy": 0.8, "f1": None, "auroc": 0.91, "mean_correct": 0.62, "ece": 0.1}
+    assert evaluation_line(5, report) == (
+        "evaluation after 5 steps: accuracy 0.800  score +0.62/-  AUROC 0.91"
+    )
 
 
 def test_plain_lines_without_a_terminal(caplog):

@@ -11,7 +11,9 @@ from laser_fast.log.run_folder import (
     _FREE_SECTIONS,
     RunFolder,
     config_differences,
+    moved_config,
     open_run_folder,
+    resumed_config,
 )
 
 
@@ -84,6 +86,57 @@ def test_resume_with_what_may_change(tmp_path):
         model={"gradient_checkpointing": True},
     )
     assert open_run_folder(changed, resume=True).path == tmp_path / "moved"
+
+
+def _files(folder, **changes):
+    """The sections of a run that keeps its model and data below its own folder."""
+    paths = {name: str(folder / "sandbox" / name) for name in ("model", "train", "eval")} | changes
+    return {
+        "model": {"path": paths["model"]},
+        "data": {"train": paths["train"], "eval": paths["eval"]},
+    }
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """The folder of a run that was moved, with all that lay in it, and the old one."""
+    before, now = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    _start(before, **_files(before))
+    (before / "sandbox" / "model").mkdir(parents=True)
+    for name in ("train", "eval"):
+        (before / "sandbox" / name).write_text("")
+    now.parent.mkdir()
+    before.rename(now)
+    return before, now
+
+
+def test_what_lies_in_a_run_folder_moves_with_it(moved):
+    before, now = moved
+    old = _config(before, **_files(before))
+    assert moved_config(old, now) == _config(now, **_files(now))
+    assert moved_config(old, before) == old
+    outside = _config(before, **_files(before, train="/data/train.jsonl", eval="", model="a/b"))
+    assert moved_config(outside, now) == outside.model_copy(update={"output_dir": str(now)})
+
+
+def test_hub_id_that_looks_like_a_path_in_the_folder_stays(moved, monkeypatch):
+    _, now = moved
+    monkeypatch.chdir(now)
+    config = _config(".", **_files(Path(), model="org/model", train="sandbox/train", eval=""))
+    found = moved_config(config, now)
+    assert found.model.path == "org/model" and found.data.train == str(now / "sandbox" / "train")
+
+
+def test_moved_run_resumes(moved):
+    """With the configuration made for its new place, or with that of before."""
+    before, now = moved
+    for place in (before, now):
+        config = _config(now, **_files(place))
+        assert open_run_folder(config, resume=True).path == now
+        assert resumed_config(config) == _config(now, **_files(now))
+    other = _config(now, **_files(now, train="/data/other.jsonl"))
+    with pytest.raises(ConfigError, match="data.train was '.*moved/sandbox/train' and is now '/da"):
+        open_run_folder(other, resume=True)
 
 
 def test_differences_are_pure_and_complete(tmp_path):

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laser_fast.config import ConfigError, dump_config, load_config, parse_config
 from laser_fast.log.jsonl import read_lines
-from laser_fast.log.run_log import NullLog, RunLog, spread_indices
-from laser_fast.records import Completion, Group, Prompt
+from laser_fast.log.run_log import Log, RunLog
+from laser_fast.log.samples import SampleRecord, read_samples
 
 
 def _config(folder, *, steps=4, **log):
@@ -31,27 +31,24 @@ def _report(accuracy: float) -> dict:
     return {"samples_per_prompt": 8, "accuracy": accuracy, "f1": float("nan"), "majority": 0.9}
 
 
-def _groups() -> tuple[list[Group], list[float | None]]:
-    """Two prompts with two completions each; the last one is truncated."""
-    groups = []
-    for p in range(2):
-        completions = tuple(
-            Completion(
-                completion_ids=(p, g),
-                rollout_logprobs=(-1.0, -1.0),
-                finish_reason="length" if (p, g) == (1, 1) else "stop",
-                score_logprob=None if (p, g) == (1, 1) else -15.0 + p,
-            )
-            for g in range(2)
+def _samples(step: int) -> list[SampleRecord]:
+    return [
+        SampleRecord(
+            step=step,
+            prompt_id=f"id-{index}",
+            sample=0,
+            prompt="question",
+            gold="1",
+            text="answer",
+            answer=None,
+            reward=None,
+            score=0.5,
+            score_logprob=-15.0,
+            finish_reason="stop",
+            num_tokens=3,
         )
-        prompt = Prompt(prompt_id=f"id-{p}", text=f"question {p}", prompt_ids=(1,), answer="1")
-        groups.append(Group(prompt=prompt, completions=completions))
-    return groups, [1.0, 0.0, None, 0.0]
-
-
-def _log_samples(log: RunLog, step: int) -> None:
-    groups, rewards = _groups()
-    log.log_samples(step, groups, rewards, decode=str, ref_logprob=-20.0)
+        for index in range(2)
+    ]
 
 
 def test_files_of_a_run(tmp_path, capsys, caplog):
@@ -62,7 +59,7 @@ def test_files_of_a_run(tmp_path, capsys, caplog):
         log.log_evaluation(0, _report(0.5))
         for step in range(2):
             log.log_step(step, {"reward/mean": torch.tensor(0.5 + step), "score/f1": float("nan")})
-            _log_samples(log, step)
+            log.log_samples(_samples(step))
             # On disk at once: a killed run keeps what it had.
             assert len(read_lines(folder / "metrics.jsonl")) == step + 1
             assert len(read_lines(folder / "samples.jsonl")) == 2 * (step + 1)
@@ -76,43 +73,14 @@ def test_files_of_a_run(tmp_path, capsys, caplog):
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["accuracy_before"] == 0.5 and summary["accuracy_after"] == 0.8
     assert summary["wall_seconds"] == 12.0 and summary["self_verification_f1_after"] is None
-    assert (folder / "curves.png").stat().st_size > 1000
-    assert "curves.png" in capsys.readouterr().out.replace("\n", "")
+    assert read_samples(folder / "samples.jsonl") == _samples(0) + _samples(1)
+    assert "2 steps, 12 s" in capsys.readouterr().out
     assert [record.message for record in caplog.records if "laser_fast" in record.name] == [
         "evaluation after 0 steps: accuracy 0.500",
         "step 0/2  reward 0.500",
         "step 1/2  reward 1.500",
         "evaluation after 2 steps: accuracy 0.800",
     ]
-
-
-def test_samples_have_reward_and_score(tmp_path):
-    with RunLog(tmp_path, _config(tmp_path, samples_per_step=4)) as log:
-        _log_samples(log, 7)
-    samples = read_lines(tmp_path / "samples.jsonl")
-    assert samples[0] == {
-        "step": 7,
-        "prompt_id": "id-0",
-        "prompt": "question 0",
-        "completion": "(0, 0)",
-        "reward": 1.0,
-        "score": pytest.approx(0.5),
-        "finish_reason": "stop",
-    }
-    assert [line["score"] for line in samples[1:]] == [pytest.approx(0.5), pytest.approx(0.6), None]
-    assert [line["reward"] for line in samples] == [1.0, 0.0, None, 0.0]
-
-
-def test_samples_are_spread_over_the_groups(tmp_path):
-    with RunLog(tmp_path, _config(tmp_path, samples_per_step=2)) as log:
-        _log_samples(log, 0)
-    assert [line["prompt_id"] for line in read_lines(tmp_path / "samples.jsonl")] == [
-        "id-0",
-        "id-1",
-    ]
-    assert spread_indices(10, 3) == [0, 3, 6]
-    assert spread_indices(2, 5) == [0, 1]
-    assert spread_indices(5, 0) == spread_indices(0, 5) == []
 
 
 def test_second_new_run_overwrites_nothing(tmp_path):
@@ -129,7 +97,7 @@ def test_resume_counts_nothing_twice(tmp_path):
         log.log_evaluation(0, _report(0.5))
         for step in range(4):
             log.log_step(step, {"reward/mean": float(step)})
-            _log_samples(log, step)
+            log.log_samples(_samples(step))
             log.log_evaluation(step + 1, _report(0.6 + step / 10))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed in the middle of a line
@@ -138,7 +106,7 @@ def test_resume_counts_nothing_twice(tmp_path):
         assert list(log.evaluations()) == [0, 1, 2]
         assert log.evaluations()[0]["accuracy"] == 0.5
         log.log_step(2, {"reward/mean": 2.0})
-        _log_samples(log, 2)
+        log.log_samples(_samples(2))
         log.log_evaluation(2, _report(0.75))
         assert log.evaluations()[2]["accuracy"] == 0.75
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
@@ -146,11 +114,13 @@ def test_resume_counts_nothing_twice(tmp_path):
     assert (tmp_path / "config.toml").read_text() == dump_config(longer)
 
 
-def test_failed_run_closes_its_files_and_draws(tmp_path):
+def test_failed_run_closes_its_files(tmp_path):
     with pytest.raises(RuntimeError, match="boom"), RunLog(tmp_path, _config(tmp_path)) as log:
         log.log_step(0, {"reward/mean": 0.5})
         raise RuntimeError("boom")
-    assert (tmp_path / "curves.png").exists() and not (tmp_path / "summary.json").exists()
+    assert read_lines(tmp_path / "metrics.jsonl") and not (tmp_path / "summary.json").exists()
+    with pytest.raises(ValueError, match="closed file"):
+        log.log_step(1, {})
     log.close()
 
 
@@ -216,17 +186,13 @@ def test_dashboard_gets_finite_numbers_and_no_step_twice(tmp_path, monkeypatch, 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    groups, rewards = _groups()
-    with NullLog() as log:
+    with Log() as log:
         log.log_step(0, {"reward/mean": 0.5})
-        log.log_samples(0, groups, rewards, decode=str, ref_logprob=-20.0)
+        log.log_samples(_samples(0))
         log.log_evaluation(0, _report(0.5))
         assert log.finish(wall_seconds=1.0) == {}
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_null_log_has_every_method_of_the_log():
-    public = {
-        name for name in vars(RunLog) if name.startswith("log_") or name in ("finish", "close")
-    }
-    assert public <= vars(NullLog).keys()
+def test_log_of_a_run_does_what_the_other_ranks_leave():
+    assert {name for name in vars(Log) if not name.startswith("_")} <= vars(RunLog).keys()

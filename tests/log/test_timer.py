@@ -52,6 +52,27 @@ def test_stage_that_fails_is_closed(clock):
     assert timer.pop() == {"time/loss": 1.0, "time/step": 2.0}
 
 
+def test_what_follows_a_stage_is_not_part_of_it(clock):
+    def check():
+        clock.now += 7.0
+        if stages == ["loss"]:
+            raise RuntimeError("stop")
+
+    stages = []
+    timer = StageTimer(after_stage=check)
+    with timer("rollout"):
+        clock.now += 2.0
+    with timer.only("loss"):
+        clock.now += 1.0
+        stages.append("loss")
+    # A stop comes after the stage, and never in place of its own failure.
+    with pytest.raises(RuntimeError, match="stop"), timer("step"):
+        clock.now += 4.0
+    with pytest.raises(ValueError), timer("step"):
+        raise ValueError
+    assert timer.pop() == {"time/rollout": 2.0, "time/loss": 1.0, "time/step": 4.0}
+
+
 def test_peak_memory_of_the_process():
     """The interpreter with torch takes between 100 MB and 20 GB: the unit is right."""
     assert 0.1 < peak_memory_gb(torch.device("cpu")) < 20

@@ -2,30 +2,44 @@
 
 import re
 import struct
+from functools import partial
 from xml.etree import ElementTree
 
+import matplotlib.figure
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-from report_runs import make_run
+from report_runs import make_evaluation, make_run
 
-from laser_fast.log.metrics import BLUE, GREEN, GREY, ORANGE, PANELS, RED, Panel
-from laser_fast.log.run_folder import Run, read_run
+from laser_fast.log.metrics import (
+    BLUE,
+    GREEN,
+    METRICS,
+    ORANGE,
+    PANELS,
+    RED,
+    RUN,
+    STAGES,
+    VOTES,
+    Metric,
+    Panel,
+)
+from laser_fast.report import charts
 from laser_fast.report.charts import (
-    Curve,
-    draw_curves,
     draw_panel,
     draw_reliability,
     draw_scores,
     draw_stages,
     draw_votes,
     evaluation_diagrams,
+    figure,
     panel_curves,
-    save_png,
+    run_diagrams,
     smooth,
-    stage_curves,
-    svg_figure,
+    stage_times,
+    svg,
 )
+from laser_fast.report.evaluations import save_plots
+from laser_fast.report.runs import Run, read_run
 
 
 def _run(steps, evaluations=()):
@@ -33,7 +47,7 @@ def _run(steps, evaluations=()):
 
 
 def _axes():
-    return Figure().add_subplot()
+    return matplotlib.figure.Figure().add_subplot()
 
 
 def _size(path) -> tuple[int, int]:
@@ -43,147 +57,166 @@ def _size(path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
+def _drawn(diagram):
+    """The axes of a figure that holds one diagram."""
+    return figure([diagram], columns=1).axes[0]
+
+
+def _legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_smoothing_by_hand():
-    np.testing.assert_allclose(smooth([1.0, 2.0, 6.0, 3.0], 1), [1.5, 3.0, 11 / 3, 4.5])
-    np.testing.assert_allclose(smooth([1.0, 5.0, 2.0], 0), [1.0, 5.0, 2.0])
-    np.testing.assert_allclose(smooth([4.0], 3), [4.0])
-    np.testing.assert_allclose(smooth([1.0, 3.0], 9), [2.0, 2.0])
+    short = np.array([1.0, 5.0, 2.0])
+    np.testing.assert_allclose(smooth(short), short)
+    values = np.arange(40.0) ** 2
+    smoothed = smooth(values)
+    np.testing.assert_allclose(smoothed[:3], [1 / 2, 5 / 3, 14 / 3])
+    np.testing.assert_allclose(smoothed[-2:], [(37**2 + 38**2 + 39**2) / 3, (38**2 + 39**2) / 2])
 
 
 def test_only_panels_with_data_are_drawn(tmp_path):
-    keys = [key for panel in PANELS for key in panel.lines]
+    keys = [metric.key for metric in METRICS if metric.panel]
     full = [{"step": s} | dict.fromkeys(keys, 0.1 * s) for s in range(5)]
     full[2]["score/f1"] = None
     evaluations = [{"step": 0, "accuracy": 0.5, "f1": None}, {"step": 5, "accuracy": 0.8}]
-    draw_curves(_run(full, evaluations), tmp_path / "full.png")
-    draw_curves(_run([{"step": 0, "reward/mean": 0.5}]), tmp_path / "one.png")
+    one = _run([{"step": 0, "reward/mean": 0.5}])
+    drawn = [run_diagrams([run]) for run in (_run(full, evaluations), one)]
+    assert [title for title, _ in drawn[0]] == [panel.title for panel in PANELS]
+    assert len(PANELS) == 16 and [title for title, _ in drawn[1]] == ["reward"]
+    for name, diagrams in zip(("full.png", "one.png"), drawn, strict=True):
+        figure(diagrams, columns=4).savefig(tmp_path / name)
     width, height = _size(tmp_path / "full.png")
-    assert len(PANELS) == 16 and _size(tmp_path / "one.png") == (width, height // 4)
+    assert _size(tmp_path / "one.png") == (width, height // 4)
 
 
 def test_every_panel_reads_a_documented_stage():
     stages = {"reward", "score", "advantage", "loss", "rollout", "step", "throughput", "memory"}
-    assert {key.split("/")[0] for panel in PANELS for key in panel.lines} <= stages
+    known = {metric.stage for metric in METRICS if metric.panel}
+    assert known - {"vote"} == stages
 
 
-def test_lines_come_from_steps_and_marks_from_evaluations():
-    panel = Panel("p", {"a/b": ("line", BLUE)}, {"c": ("mark", RED)}, is_log=True)
-    steps = [
-        {"step": step, "a/b": value} for step, value in enumerate((0.1, 0.0, None, "x", True, 0.2))
-    ]
-    first, second = _run(steps, [{"step": 6, "c": 0.5}]), _run([{"step": 0}])
+def test_lines_come_from_steps_and_marks_from_evaluations(monkeypatch):
+    panel = Panel("p", is_log=True)
+    metric = Metric("a/b", "label", RUN, panel, GREEN)
+    monkeypatch.setattr(charts, "METRICS", (metric,))
+    values = (0.1, 0.0, None, "x", True, 0.2)
+    steps = [{"step": step, "a/b": value} for step, value in enumerate(values)]
+    first, second = _run(steps, [{"step": 6, "b": 0.5}]), _run([{"step": 0}])
     assert panel_curves(panel, [second, first]) == [
-        Curve(label="line", color=BLUE, points=[(0, 0.1), (5, 0.2)], run=1),
-        Curve(label="held out: mark", color=RED, points=[(6, 0.5)], kind="marks", run=1),
+        ("label", GREEN, [(0, 0.1), (5, 0.2)], False, 1),
+        ("held out: label", GREEN, [(6, 0.5)], True, 1),
     ]
 
 
 def test_raw_values_are_drawn_below_the_smoothed_ones():
     values = np.random.default_rng(0).random(100)
-    curve = Curve(label="up", color=BLUE, points=list(enumerate(values)))
     axes = _axes()
-    draw_panel(axes, Panel("p", {}, guide=0.5, limits=(0.0, None)), [curve])
+    panel = Panel("p", guide=0.5, limits=(0.0, None))
+    draw_panel(axes, panel=panel, curves=[("up", BLUE, list(enumerate(values)), False, 0)])
     guide, raw, line = axes.lines
     assert list(guide.get_ydata()) == [0.5, 0.5]
     np.testing.assert_array_equal(raw.get_ydata(), values)
-    np.testing.assert_array_equal(line.get_ydata(), smooth(values, 2))
+    np.testing.assert_array_equal(line.get_ydata(), smooth(values))
     assert raw.get_alpha() < 0.5 and line.get_alpha() is None
     assert axes.get_ylim()[0] == 0.0 and axes.get_xlabel() == "step"
 
 
 def test_second_run_is_dashed_and_hollow_and_named_once():
-    runs = [Curve(label="reward", color=BLUE, points=[(0, 0.0), (1, 1.0)], run=r) for r in (0, 1)]
-    marks = Curve(label="held out", color=RED, points=[(1, 0.5)], run=1, kind="marks")
-    axes = _axes()
-    draw_panel(axes, Panel("reward", {}), [*runs, marks])
+    curves = [("reward", BLUE, [(0, 0.0), (1, 1.0)], False, run) for run in (0, 1)]
+    curves.append(("held out", RED, [(1, 0.5)], True, 1))
+    axes = _drawn(("reward", partial(draw_panel, panel=Panel("reward"), curves=curves)))
     solid, dashed, hollow = axes.lines
     assert not solid.is_dashed() and dashed.is_dashed() and solid.get_color() == dashed.get_color()
     assert (hollow.get_marker(), hollow.get_fillstyle()) == ("o", "none")
-    figure = svg_figure("reward", lambda axes: draw_panel(axes, Panel("", {}), [*runs, marks]))
-    assert figure.legend == [("reward", "line", "c0"), ("held out", "marks", "c3")]
-    assert [s["label"] for s in figure.data["series"]] == ["A: reward", "B: reward", "B: held out"]
+    assert _legend(axes) == ["reward", "held out"] and axes.get_title(loc="left") == "reward"
 
 
 @pytest.mark.parametrize(
     ("values", "scale", "labels"),
     [
         ((1e-2, 1.0, 1e2), "log", {"0.01", "0.1", "1", "10", "100"}),
-        ((2e-7, 4e-6), "log", {"2e-7", "5e-7", "1e-6", "2e-6"}),
-        ((2e-7, 4e-7), "linear", {"2e-7", "2.5e-7", "3e-7", "3.5e-7", "4e-7"}),
+        ((2e-7, 4e-6), "log", {"2e-07", "5e-07", "1e-06", "2e-06"}),
+        ((2e-7, 4e-7), "linear", {"2e-07", "2.5e-07", "3e-07", "3.5e-07", "4e-07"}),
     ],
 )
 def test_logarithmic_axis(values, scale, labels):
-    curve = Curve(label="norm", color=BLUE, points=list(enumerate(values)))
-    drawn = []
-
-    def draw(axes):
-        drawn.append(axes)
-        return draw_panel(axes, Panel("norm", {}, is_log=True), [curve])
-
-    texts = set(re.findall(r"<text[^>]*>([^<]*)<", svg_figure("norm", draw).svg))
-    assert drawn[0].get_yscale() == scale and labels <= texts
+    curves = [("norm", BLUE, list(enumerate(values)), False, 0)]
+    diagram = ("norm", partial(draw_panel, panel=Panel("norm", is_log=True), curves=curves))
+    texts = set(re.findall(r"<text[^>]*>([^<]*)<", svg(diagram)[1].replace("\u2212", "-")))
+    assert _drawn(diagram).get_yscale() == scale and labels <= texts
 
 
-def test_figure_is_svg_that_follows_the_page():
-    curve = Curve(label="up & on", color=GREEN, points=[(0, 0.0), (10, 0.123456)])
-    figure = svg_figure("a < b", lambda axes: draw_panel(axes, Panel("", {}), [curve]))
-    root = ElementTree.fromstring(figure.svg)
-    assert root.tag.endswith("svg") and "var(--c2)" in figure.svg
-    # No style sheet, no font, no fixed colour but black marks of length 0.
-    assert "<style" not in figure.svg and "font-family" not in figure.svg
-    assert set(re.findall(r"#[0-9a-f]{6}", figure.svg)) <= {"#000000"}
-    path = next(e.get("d") for e in root.iter() if "c2" in (e.get("style") or ""))
-    (x0, y0), (x1, y1) = [map(float, p.split()) for p in re.findall(r"[ML] ([\d.]+ [\d.]+)", path)]
-    (series,) = figure.data["series"]
-    assert series["points"] == [
-        [pytest.approx(x0, abs=0.06), 0, 0],
-        [pytest.approx(x1, abs=0.06), 10, 0.1235],
+def test_figure_is_svg_as_it_comes_and_repeats_itself():
+    curves = [("up & on", GREEN, [(0, 0.0), (10, 0.123456)], False, 0)]
+    diagrams = [
+        (title, partial(draw_panel, panel=Panel(title), curves=curves)) for title in ("a < b", "c")
     ]
-    left, top, right, bottom = figure.data["box"]
+    (title, first), (_, second) = map(svg, diagrams)
+    root = ElementTree.fromstring(first)
+    assert title == "a < b" and root.tag.endswith("svg") and "<metadata" not in first
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"a < b", "up & on", "step"} <= set(texts)
+    path = next(e.get("d") for e in root.iter() if GREEN in (e.get("style") or ""))
+    (x0, y0), (x1, y1) = [map(float, p.split()) for p in re.findall(r"[ML] ([\d.]+ [\d.]+)", path)]
     width, height = map(float, root.get("viewBox").split()[2:])
-    assert 0 < left < x0 < x1 < right < width and 0 < top < y1 < y0 < bottom < height
-    assert svg_figure("a < b", lambda axes: draw_panel(axes, Panel("", {}), [curve])) == figure
+    assert 0 < x0 < x1 < width and 0 < y1 < y0 < height
+    assert svg(diagrams[0]) == (title, first)
+    # What is referred to by its id is not shared by the figures of a page.
+    ids, others = (set(re.findall(r"url\(#(\w+)\)", text)) for text in (first, second))
+    assert ids and not ids & others
 
 
 def test_flat_and_single_values_have_an_axis():
     axes = _axes()
-    draw_panel(axes, Panel("", {}), [Curve(label="one", color=BLUE, points=[(5, 3.0)])])
+    draw_panel(axes, panel=Panel(""), curves=[("one", BLUE, [(5, 3.0)], False, 0)])
     assert axes.lines[0].get_marker() == "o"
     low, high = axes.get_ylim()
     assert low < 3.0 < high
-    for values, top in (((0.0, 0.0), 1.0), ((5.0, 4.0), 5.3)):
+    for values in ((0.0, 0.0), (5.0, 4.0)):
         axes = _axes()
-        curve = Curve(label="flat", color=BLUE, points=list(enumerate(values)))
-        draw_panel(axes, Panel("", {}, limits=(0.0, None)), [curve])
-        assert axes.get_ylim() == (0.0, pytest.approx(top))
+        curves = [("flat", BLUE, list(enumerate(values)), False, 0)]
+        draw_panel(axes, panel=Panel("", limits=(0.0, None)), curves=curves)
+        low, high = axes.get_ylim()
+        assert low == 0.0 and high > max(values)
 
 
 def test_long_curve_keeps_its_ends(tmp_path):
     run = read_run(make_run(tmp_path / "run", steps=3000))
-    panel = Panel("reward", {"reward/mean": ("reward", BLUE)})
-    curves = panel_curves(panel, [run])
-    figure = svg_figure("reward", lambda axes: draw_panel(axes, panel, curves))
-    points = figure.data["series"][0]["points"]
-    assert len(points) == 400 and [points[0][1], points[-1][1]] == [0, 2999]
-    stages = stage_curves(run)
-    assert {len(curve.points) for curve in stages} == {120}
-    assert stages[0].points[0] == (12.0, pytest.approx((24 * 0.75) / 25))
+    for title, draw in run_diagrams([run]):
+        axes = _drawn((title, draw))
+        for line in axes.lines:
+            steps = line.get_xdata()
+            is_short = len(steps) <= 2  # guides and marks
+            assert is_short or len(steps) == 400 and steps[-1] == 2999, title
+        assert all(len(area.get_paths()[0].vertices) < 900 for area in axes.collections)
 
 
 def test_stages_stand_on_each_other(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
-    curves = stage_curves(run)
-    assert [(curve.label, curve.color) for curve in curves] == [
-        ("loss 0.725 s, 74%", ORANGE),
-        ("rollout 0.25 s, 26%", BLUE),
-        ("other 0.0001 s, 0%", GREY),
+    run.steps[3]["time/late"] = 0.03
+    times = stage_times(run)
+    assert list(times) == ["rollout", "loss", "other"]  # pack takes less than a hundredth
+    axes = _drawn(("t", partial(draw_stages, run=run, times=times, top=2.0)))
+    assert _legend(axes) == [
+        "rollout 0.25 s, 26%",
+        "loss 0.725 s, 74%",
+        "other 0.0011 s, 0%",
     ]
-    axes = _axes()
-    draw_stages(axes, curves, 2.0)
     lower, upper = (area.get_paths()[0].vertices for area in axes.collections[:2])
-    assert lower[:, 1].max() == 0.75 and upper[:, 1].max() == 1.0
+    assert lower[:, 1].max() == 0.25 and upper[:, 1].max() == 1.0
     assert axes.get_ylim() == (0.0, 2.08)
-    assert stage_curves(_run([{"step": 0, "time/loss": 0.0}])) == stage_curves(_run([])) == []
+    colors = [area.get_facecolor()[0] for area in axes.collections]
+    assert matplotlib.colors.to_hex(colors[1]) == STAGES["loss"] == ORANGE
+    assert stage_times(_run([{"step": 0, "time/loss": 0.0}])) == stage_times(_run([])) == {}
+
+
+def test_runs_share_the_scale_of_their_stages(tmp_path):
+    runs = [_run([{"step": 0, "time/loss": seconds}]) for seconds in (1.0, 3.0)]
+    (first, draw), (second, draw_second) = run_diagrams(runs)
+    assert (first, second) == ("seconds per stage (A)", "seconds per stage (B)")
+    limits = [_drawn(("", one)).get_ylim() for one in (draw, draw_second)]
+    assert limits == [(0.0, pytest.approx(3.12))] * 2
 
 
 def _votes(**metrics):
@@ -200,15 +233,19 @@ def test_votes_have_bands_and_leave_out_what_does_not_vote():
         **{"weighted_majority@1": (0.4, 0.5, 0.6), "weighted_majority@4": (None, 0.75, None)},
         **{"best_of@1": (None, None, None)},
     )
-    axes = _axes()
-    majority, weighted = draw_votes(axes, report, (0.3, 0.9))
-    assert majority == Curve(label="majority of k", color=BLUE, points=[(1, 0.5), (4, 0.7)])
-    assert weighted.points == [(1, 0.5), (4, 0.75)]
+    axes = _drawn(("votes", partial(draw_votes, report=report, limits=(0.3, 0.9))))
+    majority, weighted = axes.lines
+    labels = {metric.name: metric.label for metric in VOTES}
+    assert _legend(axes) == [labels["majority"], labels["weighted_majority"]]
+    assert list(zip(*majority.get_data(), strict=True)) == [(1, 0.5), (4, 0.7)]
+    assert list(zip(*weighted.get_data(), strict=True)) == [(1, 0.5), (4, 0.75)]
     band = axes.collections[0].get_paths()[0].vertices
     assert {(1.0, 0.4), (1.0, 0.6), (4.0, 0.6), (4.0, 0.8)} <= set(map(tuple, band))
     assert axes.get_ylim() == (0.3, 0.9)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4"]
-    assert draw_votes(_axes(), report | {"uses_scores": False}, (0, 1)) == [majority]
+    axes = _axes()
+    draw_votes(axes, report=report | {"uses_scores": False}, limits=(0, 1))
+    assert len(axes.lines) == 1
 
 
 def test_reliability_marks_grow_with_their_share():
@@ -220,26 +257,36 @@ def test_reliability_marks_grow_with_their_share():
         "reliability": {"raw": bins, "corrected": bins[:1]},
         "metrics": {"ece": {"value": 0.1}, "ece_corrected": {"value": None}},
     }
-    axes = _axes()
-    raw, corrected = draw_reliability(axes, report)
-    assert raw.points == [(0.2, 0.1), (0.8, 0.9)] and corrected.points == [(0.2, 0.1)]
-    assert [raw.label[-9:], corrected.label[-5:]] == ["ECE 0.100", "ECE -"]
+    axes = _drawn(("reliability", partial(draw_reliability, report=report)))
+    _, raw, corrected = axes.lines
+    assert list(zip(*raw.get_data(), strict=True)) == [(0.2, 0.1), (0.8, 0.9)]
+    assert list(zip(*corrected.get_data(), strict=True)) == [(0.2, 0.1)]
+    assert [text[-9:] for text in _legend(axes)] == ["ECE 0.100", "on, ECE -"]
     np.testing.assert_allclose(axes.collections[0].get_sizes(), [12 + 375, 12 + 125])
 
 
 def test_evaluation_as_png(tmp_path):
-    report = _votes(**{"majority@1": (0.4, 0.5, 0.6), "majority@4": (0.6, 0.7, 0.8)})
-    bins = [{"count": 30, "confidence": 0.2, "accuracy": 0.1}]
-    report["metrics"] |= {"ece": {"value": 0.1}, "ece_corrected": {"value": 0.2}}
-    scored = report | {"reliability": {"raw": bins, "corrected": bins}}
+    folders = [
+        make_evaluation(tmp_path / str(is_scored), {"one": 0.7, "two": 0.5}, is_scored=is_scored)
+        for is_scored in (True, False)
+    ]
+    for folder in folders:
+        save_plots(folder)
+    three, alone = (_size(folder / "two" / "plots.png") for folder in folders)
+    assert (folders[0] / "one" / "plots.png").is_file()
+    assert three == (3 * alone[0], alone[1]) == (1425, 360)
+
+
+def test_diagrams_of_an_evaluation():
+    report = _votes(**{"majority@1": (0.4, 0.5, 0.6)}) | {"reliability": {"raw": [{}]}}
     sample = {"score": 0.9, "reward": 1.0, "finish_reason": "stop"}
-    diagrams = evaluation_diagrams(scored, [sample])
-    assert [draw for _, draw, *_ in diagrams] == [draw_votes, draw_reliability, draw_scores]
-    save_png(tmp_path / "three.png", diagrams, columns=3)
-    alone = evaluation_diagrams(report | {"reliability": {}}, [sample])
-    save_png(tmp_path / "one.png", alone, columns=1)
-    (width, height), one = _size(tmp_path / "three.png"), _size(tmp_path / "one.png")
-    assert (width, height) == (3 * one[0], one[1]) == (1425, 360)
+
+    def drawn(report, samples):
+        return [draw.func for _, draw in evaluation_diagrams(report, samples)]
+
+    assert drawn(report, [sample]) == [draw_votes, draw_reliability, draw_scores]
+    assert drawn(report, []) == [draw_votes, draw_reliability]
+    assert drawn(report | {"reliability": {}}, [sample]) == [draw_votes]
 
 
 def test_score_histogram_has_finished_graded_completions():
@@ -248,10 +295,13 @@ def test_score_histogram_has_finished_graded_completions():
 
     samples = [sample(0.9, 1.0)] * 3 + [sample(0.1, 0.0)] * 2
     samples += [sample(0.0, 0.0, "length"), sample(None, 1.0), sample(0.5, None)]
-    correct, incorrect = draw_scores(_axes(), samples)
-    assert (correct.label, incorrect.label) == ("correct (3)", "incorrect (2)")
-    for curve, score in ((correct, 0.9), (incorrect, 0.1)):
-        x, heights = np.array(curve.points).T
-        assert heights.sum() * (x[1] - x[0]) == pytest.approx(1.0)
-        assert abs(x[heights.argmax()] - score) < x[1] - x[0]
-    assert draw_scores(_axes(), []) == []
+    axes = _drawn(("scores", partial(draw_scores, samples=samples)))
+    assert _legend(axes) == ["correct (3)", "incorrect (2)"]
+    for stairs, score in zip(axes.patches, (0.9, 0.1), strict=True):
+        heights, edges, _ = stairs.get_data()
+        width = edges[1] - edges[0]
+        assert heights.sum() * width == pytest.approx(1.0)
+        assert abs(edges[heights.argmax()] + width / 2 - score) < width
+    axes = _axes()
+    draw_scores(axes, samples=[])
+    assert not axes.patches

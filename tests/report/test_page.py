@@ -10,12 +10,17 @@ import pytest
 from report_runs import make_evaluation, make_run
 
 from laser_fast.cli import main
-from laser_fast.config import ConfigError, load_config
+from laser_fast.config import ConfigError
 from laser_fast.log.metrics import PANELS
-from laser_fast.log.run_folder import read_run
-from laser_fast.log.run_log import RunLog
 from laser_fast.report.charts import panel_curves
-from laser_fast.report.page import MAX_CHARACTERS, MAX_SAMPLES, render_report, write_report
+from laser_fast.report.page import (
+    MAX_CHARACTERS,
+    MAX_SAMPLES,
+    render_report,
+    write_report,
+    write_run_files,
+)
+from laser_fast.report.runs import read_run
 
 
 class Page(HTMLParser):
@@ -35,7 +40,7 @@ class Page(HTMLParser):
             value for name, value in attributes if name == "xlink:href" and value[0] != "#"
         ]
         if tag == "figure":
-            self.charts.append("")
+            self.charts.append(dict(attributes)["aria-label"])
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
@@ -50,8 +55,6 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-2:] == ["figure", "h3"]:
-            self.charts[-1] = data
         if self.tables and {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
@@ -79,16 +82,16 @@ def test_report_of_a_run(tmp_path):
         "reward",
         "mean score by class",
         "self-verification",
+        "loss",
+        "gradient norm",
         "disagreement of sampler and policy (nats)",
         "entropy (nats per token)",
-        "gradient norm",
-        "loss",
         "peak memory (GB)",
         "seconds per stage",
     ]
     evaluations, samples = page.tables
     assert evaluations == [
-        ["after step", "accuracy", "majority vote"],
+        ["after step", "accuracy", "maj@k"],
         ["0", "0.500", "0.750"],
         ["30", "0.800", "0.750"],
     ]
@@ -98,29 +101,36 @@ def test_report_of_a_run(tmp_path):
     # Rewards are 1 at odd steps, scores above 0.5 from step 26 on, and step 4 has no reward.
     assert html.count('class="agrees"') == 12 + 2 and html.count('class="differs"') == 13 + 2
     assert "LaSeR &middot; sandbox" in html and "30 of 30 steps logged" in html
-    assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html and "other" in html
+    assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html
 
 
-def test_finished_run_writes_it_and_says_where(tmp_path, capsys):
-    config = load_config(make_run(tmp_path / "template") / "config.toml")
-    with RunLog(tmp_path / "run", config) as log:
-        log.log_step(0, {"reward/mean": 0.5})
-        log.finish(wall_seconds=7.0)
-    path = tmp_path / "run" / "report.html"
-    assert f"report: {path}\n" in capsys.readouterr().out
-    html = path.read_text()
-    assert Page(html).charts == ["reward"] and "7 s" in html
+def test_run_that_is_through_or_was_stopped(tmp_path):
+    run = make_run(tmp_path / "run", evaluations=None, samples=None)
+    files = {"curves": run / "curves.png", "report": run / "report.html"}
+    assert write_run_files(run) == files
+    assert Page(files["report"].read_text()).charts[0] == "reward"
+    assert files["curves"].read_bytes()[:4] == b"\x89PNG"
+    (run / "summary.json").write_text('{"wall_seconds": 7.0}')
+    write_run_files(run)
+    assert "7 s" in files["report"].read_text()
+    early = make_run(tmp_path / "early", metrics=None)
+    before = set(early.iterdir())
+    assert write_run_files(early) == {} and set(early.iterdir()) == before
+
+
+def test_samples_of_older_runs_are_shown(tmp_path):
+    old = {"step": 3, "prompt": "q", "completion": "\\boxed{1}", "reward": 1.0, "score": 0.9}
+    page = _page(make_run(tmp_path / "run", samples=[old]))
+    assert page.tables[1][1] == ["3", "q", "\\boxed{1}", "1", "0.900", "-"]
 
 
 def test_run_without_scores(tmp_path):
     page = _page(make_run(tmp_path / "run", loss_coef=0.0, score_coef=0.0))
     assert "mean score by class" not in page.charts and "reward" in page.charts
     assert page.tables[1][1][4] == "-"
-    assert read_run(tmp_path / "run").method == "GRPO"
-    assert (
-        read_run(make_run(tmp_path / "other", score_coef=0.0)).method
-        == "LaSeR without advantage mixing"
-    )
+    for coefs, method in ((0.0, "GRPO"), (0.1, "LaSeR without advantage mixing")):
+        run = make_run(tmp_path / f"{coefs}", loss_coef=coefs, score_coef=0.0)
+        assert f"{method} &middot; sandbox &middot;" in render_report([read_run(run)])
 
 
 def test_run_that_has_just_begun(tmp_path):
@@ -142,8 +152,8 @@ def test_resumed_run_counts_no_step_twice(tmp_path):
     metrics += [{"step": step, "reward/mean": value} for step, value in ((1, 0.2), (2, None))]
     metrics.append({"reward/mean": 0.3})
     run = read_run(make_run(tmp_path / "run", metrics=metrics))
-    (curve,) = panel_curves(PANELS[0], [run])[:1]
-    assert curve.points == [(0, 0.1), (1, 0.2)]
+    _, _, points, *_ = panel_curves(PANELS[0], [run])[0]
+    assert points == [(0, 0.1), (1, 0.2)]
     assert [record["step"] for record in run.steps] == [0, 1, 2]
 
 
@@ -161,8 +171,7 @@ def test_text_of_the_model_stays_text(tmp_path):
     assert "<script>alert" not in html and "<img" not in html
     page = Page(html)
     assert page.tables[-1][1][1] == evil and page.tables[-1][1][2] == evil + "?"
-    data = re.findall(r'<script type="application/json">(.*?)</script>', html)[-1]
-    assert json.loads(data)["series"][0]["label"] == f"{evil} 1 s, 100%"
+    assert "other 1 s, 100%" in html  # a stage that is not known
 
 
 def test_two_runs_in_comparison(tmp_path):
@@ -178,7 +187,7 @@ def test_two_runs_in_comparison(tmp_path):
     assert ["score.loss_coef", "0.1", "0.0"] in differences
     assert ["optim.steps", "30", "20"] in differences
     assert "seed" not in [row[0] for row in differences]
-    assert "stroke-dasharray" in html and '"A: training prompts"' in html
+    assert "stroke-dasharray" in html and html.count(">training prompts<") == 1
 
 
 def test_long_run_stays_small(tmp_path):
@@ -245,10 +254,11 @@ def test_evaluations_below_a_run_and_named_ones(tmp_path, capsys, monkeypatch):
     report = json.loads((run / "evals" / "final" / "report.json").read_text())
     entry = report["benchmarks"]["chains"]["metrics"]["weighted_majority@4"]
     shown = "{value:.3f} {low:.3f} to {high:.3f}".format(**entry)
-    row = next(row for row in answers if row[0] == "score-weighted majority of 4")
+    row = next(row for row in answers if row[0] == "weighted maj@4")
     assert row[1].split() == shown.split() and row[2] != row[1]
     rows = {row[0]: row[1:] for row in scores[1:]}
-    assert {"F1", "AUROC", "ECE", "ECE, prior corrected", "Brier"} <= rows.keys()
+    known = {"self-verification F1", "AUROC", "ECE", "ECE, prior corrected", "Brier"}
+    assert known <= rows.keys()
     assert "chains: 20 problems, 4 completions each; 95% bootstrap intervals over" in html
     assert page.tables[3][0] == ["correct answers", "evals/final"]
     assert "mean over benchmarks" in html and page.tables[5][0] == page.tables[3][0]
@@ -262,7 +272,7 @@ def test_evaluations_of_two_runs_stand_side_by_side(tmp_path):
     answers = page.tables[1]
     assert answers[0] == ["correct answers", "A eval", "B eval"]
     first, second = (float(cell.split()[0]) for cell in answers[1][1:])
-    assert answers[1][0] == "one completion" and first > second + 0.2
+    assert answers[1][0] == "accuracy" and first > second + 0.2
 
 
 def test_evaluation_says_what_its_numbers_leave_out(tmp_path, evaluation):
@@ -278,7 +288,7 @@ def test_evaluation_says_what_its_numbers_leave_out(tmp_path, evaluation):
     assert html.count(warning) == 1 and f'<b class="run">B</b> eval: {warning}' in html
 
 
-def test_evaluation_without_scores_has_votes_alone(tmp_path):
+def test_evaluation_without_scores_has_only_votes(tmp_path):
     run = make_run(tmp_path / "run")
     make_evaluation(run / "eval", {"chains": 0.7}, is_scored=False)
     page = Page(write_report(run).read_text())

@@ -1,4 +1,4 @@
-"""report.html in a real browser: it has ink, answers the pointer, sorts, searches and fits."""
+"""report.html in a real browser: it has ink, sorts, searches and fits."""
 
 import json
 import re
@@ -14,20 +14,18 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 EVIL = "<script>document.title = 'broken in'</script><img src=x onerror=document.title='in'>"
 
-# Added to a copy of the page: what the browser has laid out, and what the pointer brings up.
+# Added to a copy of the page: what the browser has laid out.
 PROBE = """<script>
-const found = [...document.querySelectorAll(".chart")].map(chart => {
-  const svg = chart.querySelector("svg"), box = svg.getBoundingClientRect();
-  const clientX = box.left + 0.583 * box.width, clientY = box.top + 0.5 * box.height;
-  svg.dispatchEvent(new PointerEvent("pointermove", {clientX, clientY}));
+const found = [...document.querySelectorAll("figure")].map(chart => {
+  const svg = chart.querySelector("svg");
   const ink = [...svg.querySelectorAll("path, use")].filter(
     one => getComputedStyle(one).stroke !== "none" || getComputedStyle(one).fill !== "none");
   const texts = [...svg.querySelectorAll("text")].map(text => text.getBoundingClientRect());
   const overlaps = texts.filter((a, i) => texts.some((b, j) => i < j && a.left < b.right
     && b.left < a.right && a.top < b.bottom - 2 && b.top < a.bottom - 2)).length;
-  return {title: chart.querySelector("h3").textContent, tip: chart.querySelector(".tip").innerText,
-    cursor: svg.querySelector(".cursor").getAttribute("d"), overlaps,
-    width: box.width, lengths: ink.map(one => one.getTotalLength?.() ?? 0)};
+  return {title: chart.getAttribute("aria-label"), overlaps,
+    width: svg.getBoundingClientRect().width,
+    lengths: ink.map(one => one.getTotalLength?.() ?? 0)};
 });
 document.body.dataset.found = JSON.stringify({charts: found, scroll: document.body.scrollWidth,
   window: innerWidth, errors: window.errors, injected: document.querySelectorAll("img").length});
@@ -56,8 +54,8 @@ def _visible(dom):
     return [re.search(r"<pre>(.*?)</pre>", row, re.DOTALL)[1] for row in rows]
 
 
-def test_every_chart_has_ink_and_answers_the_pointer(tmp_path):
-    samples = [{"step": 0, "prompt": EVIL, "completion": "</td></table>", "score": 0.5}]
+def test_every_chart_has_ink(tmp_path):
+    samples = [{"step": 0, "prompt": EVIL, "text": "</td></table>", "score": 0.5}]
     run = make_run(tmp_path / "run", samples=samples)
     make_evaluation(run / "eval", {"chains": 0.7})
     found, dom = _probe(write_report(run), tmp_path / "profile", "--window-size=1400,900")
@@ -67,13 +65,8 @@ def test_every_chart_has_ink_and_answers_the_pointer(tmp_path):
     assert len(charts) == 9 + 3
     for title, chart in charts.items():
         # Axes and grid aside, at least one path runs across a good part of the chart.
-        assert max(chart["lengths"]) > 100 and chart["cursor"], title
+        assert max(chart["lengths"]) > 100, title
         assert chart["overlaps"] == 0 and chart["width"] > 300, title
-    # The pointer stands at 0.583 of the width, which is step 16 of 29.
-    assert charts["peak memory (GB)"]["tip"] == "rank 0 at 16: 1.5"
-    assert charts["reward"]["tip"].splitlines()[0] == "training prompts at 16: 0.66"
-    votes = charts["share of problems answered correctly"]["tip"]
-    assert re.search(r"^majority of k at 2: 0\.\d+$", votes, re.MULTILINE)
 
 
 def test_two_runs_side_by_side_on_a_phone(tmp_path):
@@ -83,10 +76,6 @@ def test_two_runs_side_by_side_on_a_phone(tmp_path):
     found, dom = _probe(write_report(*runs), tmp_path / "profile", "--window-size=500,900")
     assert found["errors"] == [] and found["scroll"] <= found["window"] == 500
     charts = {chart["title"]: chart for chart in found["charts"]}
-    assert charts["reward"]["tip"].splitlines()[::4] == [
-        "A: training prompts at 16: 0.66",
-        "B: held out: accuracy at 30: 0.8",
-    ]
     assert {"seconds per stage (A)", "seconds per stage (B)"} <= charts.keys()
     assert [chart["title"] for chart in found["charts"] if chart["overlaps"]] == []
     assert re.search(r'<b class="run">B</b> eval</th>', dom)
@@ -112,7 +101,7 @@ def test_page_is_drawn_in_light_and_dark(tmp_path):
         pixels[scheme] = (imread(shot)[..., :3] * 255).round().astype(int)
     ground = {scheme: image[-1, 0].tolist() for scheme, image in pixels.items()}
     assert ground == {"dark": [17, 21, 26], "light": [255, 255, 255]}
-    for scheme, blue in (("dark", [0x4A, 0xA8, 0xE0]), ("light", [0x00, 0x72, 0xB2])):
-        is_curve = np.all(np.abs(pixels[scheme] - blue) <= 2, axis=-1)
+    for image in pixels.values():
+        is_curve = np.all(np.abs(image - [0x00, 0x72, 0xB2]) <= 2, axis=-1)
         # The curves of the first rows of panels: lines across most of the page.
         assert is_curve.any(axis=0).mean() > 0.3

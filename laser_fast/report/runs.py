@@ -1,0 +1,71 @@
+"""What a run has logged, as the page reads it: leniently, since older versions wrote it too."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laser_fast.config import ConfigError
+from laser_fast.log import jsonl
+from laser_fast.log.run_folder import RunFolder
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run has logged; `config` is flat, by dotted key."""
+
+    name: str
+    config: Record
+    config_text: str
+    steps: Sequence[Record] = ()  # one record each, as in evaluations
+    evaluations: Sequence[Record] = ()
+    samples: Sequence[Record] = ()
+    summary: Record = field(default_factory=dict)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder; a run that is still going, or was killed, lacks files and that is fine."""
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise ConfigError(
+            f"{path} holds no run ({folder.config.name} is missing); name the output_dir of a run"
+        )
+    text = folder.config.read_text(encoding="utf-8")
+    try:
+        # Not load_config: the run of an older version may have keys that are gone.
+        config = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{folder.config}: not valid TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        is_section = isinstance(value, dict)
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if is_section else {name: value}
+    return Run(
+        name=folder.path.resolve().name,
+        config=flat,
+        config_text=text,
+        steps=_by_step(folder.metrics),
+        evaluations=_by_step(folder.evaluations),
+        samples=jsonl.read_lines(folder.samples) if folder.samples.is_file() else [],
+        summary=jsonl.read_json(folder.summary) if folder.summary.is_file() else {},
+    )
+
+
+def number(value: object) -> float | None:
+    """A finite number, else None: missing, null, text, true and false are no values to draw."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _by_step(path: Path) -> list[Record]:
+    """Ordered by step, the last record of a step wins; what has no step cannot be drawn."""
+    lines = jsonl.read_lines(path) if path.is_file() else []
+    found = {line["step"]: line for line in lines if number(line.get("step")) is not None}
+    return [found[step] for step in sorted(found)]
