@@ -51,14 +51,8 @@ class PromptSource:
     """The prompts of `data.train` or `data.eval`.
 
     Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2. The epoch is in
-    the name because sampling noise is keyed by it: a prompt seen again, be it in the same step,
-    shall be answered anew.
-
-    Args:
-        config: the data section.
-        tokenizer: words and tokenizes the prompts.
-        seed: names the order.
-        split: "train" or "eval".
+    the name because sampling noise is keyed by it: a prompt that comes again, even in the same
+    step, gets other answers. `seed` names the order.
 
     Attributes:
         num_prompts: prompts to draw from (of an evaluation: after `data.eval_limit`).
@@ -80,14 +74,14 @@ class PromptSource:
         self._config = config
         self._seed = seed
         self._split = split
-        self._table = _load(config, tokenizer, seed=seed, split=split)
+        self._table = _load(config, tokenizer, split)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
         self.num_dropped = len(num_tokens) - len(self._rows)
         if len(self._rows) == 0:
             raise ConfigError(
-                f"{_name(config, split)}: no prompt is left, all {len(num_tokens)} are longer than "
-                f"data.max_prompt_tokens = {config.max_prompt_tokens} "
+                f"{getattr(config, split)}: no prompt is left, all {len(num_tokens)} are longer "
+                f"than data.max_prompt_tokens = {config.max_prompt_tokens} "
                 f"(the shortest has {num_tokens.min()} tokens)"
             )
         if split == "eval" and config.eval_limit:
@@ -107,16 +101,8 @@ class PromptSource:
     ) -> list[Prompt]:
         """Return this rank's contiguous share of the prompts of a step.
 
-        Args:
-            step: training step, from 0.
-            attempt: 0 for the step's first prompts, i for those of its i-th resampling.
-            rounds: `rollout.resample_rounds`; the largest `attempt`.
-            rank: index of this process.
-            world_size: number of processes; divides `data.prompts_per_step`.
-
-        Raises:
-            ConfigError: if the world size does not divide `data.prompts_per_step`.
-            ValueError: if `attempt` or `rank` is out of range.
+        Steps count from 0. `attempt` 0 gives the step's first prompts, i those of its i-th
+        resampling, up to `rounds` = `rollout.resample_rounds`.
         """
         per_step = self._config.prompts_per_step
         if per_step % world_size:
@@ -142,17 +128,15 @@ class PromptSource:
         return self._fetch(rows, [str(row) for row in rows])
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
-        columns = self._table[rows]
+        table = self._table[rows]
+        columns = zip(
+            names, *(table[name] for name in ("text", "prompt_ids", "answer")), strict=True
+        )
         return [
             Prompt(
-                prompt_id=f"{self._split}-{name}",
-                text=text,
-                prompt_ids=tuple(prompt_ids),
-                answer=answer,
+                prompt_id=f"{self._split}-{name}", text=text, prompt_ids=tuple(ids), answer=answer
             )
-            for name, text, prompt_ids, answer in zip(
-                names, columns["text"], columns["prompt_ids"], columns["answer"], strict=True
-            )
+            for name, text, ids, answer in columns
         ]
 
     def _draw_order(self, epoch: int) -> torch.Tensor:
@@ -163,15 +147,9 @@ class PromptSource:
         return torch.randperm(self.num_prompts, generator=generator)
 
 
-def _name(config: DataConfig, split: str) -> str:
-    return config.train if split == "train" else config.eval
-
-
-def _load(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, split: str
-) -> datasets.Dataset:
+def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> datasets.Dataset:
     """The worded and tokenized rows of a split, over-long ones included."""
-    name = _name(config, split)
+    name: str = getattr(config, split)
     if not name:
         raise ConfigError(f"data.{split} is empty; name a data set")
     if config.template == "chat" and not tokenizer.chat_template:
@@ -179,23 +157,11 @@ def _load(
             'data.template = "chat", but the tokenizer has no chat template; set data.template to '
             "a text with {prompt} in it"
         )
-    if name == "sandbox":
-        from laser_fast.sandbox import task as sandbox
-
-        rows = enumerate(sandbox.rows(split, seed=seed))
-        source = RowSource(name, (), lambda _: ((f"sandbox row {i}", row) for i, row in rows))
-        # Small: no file, no cache.
-        records = list(_tokenize(source, config, tokenizer))
-        return datasets.Dataset.from_list(records, features=_FEATURES)
     source = open_rows(name, split=config.train_split if split == "train" else config.eval_split)
     _log.info("data.%s = %s: wording and tokenizing, unless the cache has it", split, name)
     if split == "eval":
-        config = config.model_copy(
-            update={
-                "prompt_field": config.eval_prompt_field or config.prompt_field,
-                "answer_field": config.eval_answer_field or config.answer_field,
-            }
-        )
+        own = {"prompt_field": config.eval_prompt_field, "answer_field": config.eval_answer_field}
+        config = config.model_copy(update={key: field for key, field in own.items() if field})
     try:
         return datasets.Dataset.from_generator(
             lambda: _tokenize(source, config, tokenizer),
@@ -217,10 +183,10 @@ def _tokenize(
         config.answer_field: "data.answer_field",
     }
     word = wording(config, tokenizer)
-    rows = iter(source.read(fields))
-    num_rows = 0
+    rows = source.read(fields)
+    is_empty = True
     while batch := list(islice(rows, _BATCH)):
-        num_rows += len(batch)
+        is_empty = False
         questions = [question_text(row, fields, config.prompt_field, place) for place, row in batch]
         answers = [answer_text(row, fields, config.answer_field, place) for place, row in batch]
         texts = [word(question + config.prompt_suffix) for question in questions]
@@ -232,18 +198,11 @@ def _tokenize(
             # Over-long prompts are counted here and need no warning of their own.
             verbose=False,
         )["input_ids"]
-        for (place, _), text, answer, prompt_ids in zip(
-            batch, texts, answers, encoded, strict=True
-        ):
-            if not prompt_ids:
+        for (place, _), text, answer, ids in zip(batch, texts, answers, encoded, strict=True):
+            if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-            yield {
-                "text": text,
-                "answer": answer,
-                "prompt_ids": prompt_ids,
-                "num_tokens": len(prompt_ids),
-            }
-    if num_rows == 0:
+            yield {"text": text, "answer": answer, "prompt_ids": ids, "num_tokens": len(ids)}
+    if is_empty:
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
@@ -251,8 +210,10 @@ def wording(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[
     """Return the function from a question to the text that the model reads."""
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
-    return lambda question: tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    return lambda question: str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -46,11 +46,7 @@ class RowSource:
 
 
 def open_rows(name: str, *, split: str) -> RowSource:
-    """Find the data set that `name` means, without reading its rows.
-
-    Raises:
-        ConfigError: if there is no such file, hub data set, configuration or split.
-    """
+    """Find the data set that `name` means, without reading its rows; a ConfigError if none."""
     path = Path(name)
     if path.suffix not in _READERS:
         if path.is_file():
@@ -94,8 +90,7 @@ def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
 def _value(row: Any, fields: Fields, field: str, place: str) -> Any:
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: expected an object with fields, got {type(row).__name__}")
-    if field not in row:
-        raise _missing_field(place, fields, field, row)
+    _check_fields(place, {field: fields[field]}, row)
     value = row[field]
     about = f'{place}: field "{field}" ({fields[field]})'
     if value is None or value != value:  # nan is the null of a column of floats
@@ -110,10 +105,11 @@ def _value(row: Any, fields: Fields, field: str, place: str) -> Any:
     return value
 
 
-def _missing_field(place: str, fields: Fields, field: str, there: Any) -> ConfigError:
-    return ConfigError(
-        f'{place}: no field "{field}" ({fields[field]}); the fields are {", ".join(there)}'
-    )
+def _check_fields(place: str, fields: Fields, there: Collection[str]) -> None:
+    for field, key in fields.items():
+        if field not in there:
+            names = ", ".join(there)
+            raise ConfigError(f'{place}: no field "{field}" ({key}); the fields are {names}')
 
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
@@ -148,7 +144,9 @@ def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
             position = 0
             end = text.index("[") + 1
             while True:
-                end = _BETWEEN_ITEMS.match(text, end).end()
+                gap = _BETWEEN_ITEMS.match(text, end)
+                assert gap is not None  # it may be empty
+                end = gap.end()
                 line += text.count("\n", position, end)
                 position = end
                 if text.startswith("]", position):
@@ -176,7 +174,7 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise ConfigError(f"{place}: expected {len(reader.fieldnames)} columns")
+                    raise ConfigError(f"{place}: expected {len(reader.fieldnames or ())} columns")
                 yield place, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
@@ -192,7 +190,7 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(str(path), fields, file.schema_arrow.names)
+            _check_fields(str(path), fields, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH, columns=list(fields))
             yield from _number((batch.to_pylist() for batch in batches), str(path))
     except (pyarrow.ArrowException, OSError) as error:
@@ -213,19 +211,13 @@ def _open_hub(name: str, split: str) -> RowSource:
         ) from None
 
     def read(fields: Fields) -> Iterator[Row]:
-        _check_columns(name, fields, rows.column_names)
+        _check_fields(name, fields, rows.column_names)
         columns = rows.select_columns(list(fields)).with_format("arrow")
         yield from _number((table.to_pylist() for table in columns.iter(_BATCH)), name)
 
     # Cache files carry the revision of the data set in their path.
     identity = (name, split, *(file["filename"] for file in rows.cache_files))
     return RowSource(name, identity, read)
-
-
-def _check_columns(name: str, fields: Fields, there: list[str]) -> None:
-    for field in fields:
-        if field not in there:
-            raise _missing_field(name, fields, field, there)
 
 
 def _number(batches: Iterator[list[dict[str, Any]]], name: str) -> Iterator[Row]:

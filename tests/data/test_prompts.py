@@ -145,16 +145,6 @@ def test_eval_keeps_the_order_of_the_file_and_its_limit(tmp_path, tokenizer):
 # Sources
 
 
-def test_the_sandbox_is_a_data_set(tokenizer):
-    config = DataConfig(train="sandbox", eval="sandbox", template="{prompt}", prompts_per_step=4)
-    train, train_again, other, held_out = (
-        PromptSource(config, tokenizer, seed=seed, split=split)
-        for seed, split in [(0, "train"), (0, "train"), (1, "train"), (0, "eval")]
-    )
-    assert train.prompts(3) == train_again.prompts(3) != other.prompts(3)
-    assert {p.text for p in train.all()}.isdisjoint(p.text for p in held_out.all())
-
-
 @pytest.mark.skipif(not DATA.is_dir(), reason="the evaluation sets of ../shared/data are absent")
 def test_the_shared_data_is_read_as_it_is(tokenizer):
     files = {

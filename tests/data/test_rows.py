@@ -136,8 +136,9 @@ def test_what_is_not_there_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"missing.jsonl: no such data file"):
         open_rows(str(tmp_path / "missing.jsonl"), split="train")
-    with pytest.raises(ConfigError, match='"no-one/nothing" is no file here, and as a data set'):
-        open_rows("no-one/nothing", split="train")
+    for name in ("no-one/nothing", "sandbox"):  # a word of the command line and of no other place
+        with pytest.raises(ConfigError, match=f'"{name}" is no file here, and as a data set'):
+            open_rows(name, split="train")
     (tmp_path / "train.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
     with pytest.raises(ConfigError, match='split "test".* does not load: .*test') as caught:
         open_rows(str(tmp_path), split="test")
