@@ -1,1 +1,1 @@
-"""Prompts in: data sets, their wording and order, and the sandbox task."""
+"""Prompts in: data sets, their wording and their order."""

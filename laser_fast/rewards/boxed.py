@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character, which is no brace
 
 
 def extract_boxed(text: str) -> str | None:
@@ -15,22 +16,12 @@ def extract_boxed(text: str) -> str | None:
 
     Example: `extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
     """
-    start = None
-    for match in _BOXED.finditer(text):
-        start = match.end()
-    if start is None:
+    boxes = list(_BOXED.finditer(text))
+    if not boxes:
         return None
-    depth = 1
-    position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1  # the escaped character is not a brace of ours
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position].strip()
-        position += 1
+    start, depth = boxes[-1].end(), 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : brace.start()].strip()
     return None

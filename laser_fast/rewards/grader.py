@@ -11,6 +11,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from laser_fast.config_errors import ConfigError
 from laser_fast.rewards.gate import passes_gate
 from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
 from laser_fast.rewards.user import RewardError
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from laser_fast.config import RewardConfig
     from laser_fast.records import Group
 
-_BUILT_IN = {name: f"laser_fast.rewards.{name}:reward" for name in ("math", "gsm8k", "exact")}
+_KINDS = ("math", "gsm8k", "exact", "sandbox")
+_BUILT_IN = {kind: f"laser_fast.rewards.{kind}:reward" for kind in _KINDS}
+_RENAMED = {"laser_fast.data.sandbox:reward": "sandbox"}
 _USER = "laser_fast.rewards.user:call"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
 # A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
@@ -40,17 +43,12 @@ class Grader:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        # Here and not above: workers import this file, and the configuration imports torch.
-        from laser_fast.config import ConfigError
-
-        problem = _find_problem(config)
-        if problem:
-            raise ConfigError(problem)
+        _check(config)
         self._config = config
         self._is_user = config.kind not in _BUILT_IN
         try:
             self._pool = WorkerPool(
-                config.kind if self._is_user else _BUILT_IN[config.kind],
+                _BUILT_IN.get(config.kind, config.kind),
                 num_workers=config.workers,
                 memory_limit=None if self._is_user else _MEMORY_LIMIT,
             )
@@ -83,8 +81,8 @@ class Grader:
         Args:
             texts: completions, without special tokens.
             answers: gold answers, one per completion.
-            prompts: read by `format_gate` alone, which wants `<answer>` tags where the prompt
-                asks for them; without prompts it wants exactly one box.
+            prompts: for `format_gate`, which wants `<answer>` tags where the prompt asks for
+                them; without prompts it wants exactly one box.
 
         Raises:
             RewardError: if a user's function raises, or returns anything but one finite number or
@@ -124,23 +122,22 @@ class Grader:
         return outcome is True
 
     def _grade_by_user(self, texts: list[str], golds: list[str]) -> list[float | None]:
+        """One call with everything; where it is lost, a call for each completion."""
         if not texts:
             return []
-        [outcome] = self._run(_USER, [(self._config.kind, texts, golds)])
-        if not isinstance(outcome, Failure) or outcome.reason == "error":
-            return self._user_rewards(outcome)
-        if len(texts) > 1:
+        kind = self._config.kind
+        [outcome] = outcomes = self._run(_USER, [(kind, texts, golds)])
+        if isinstance(outcome, Failure) and outcome.reason != "error" and len(texts) > 1:
             _log.warning(
                 'reward function "%s": a call with %d completions failed: %s; calling it with one '
                 "at a time (if it is only slow, raise reward.timeout_s = %g)",
-                *(self._config.kind, len(texts), outcome.summary, self._config.timeout_s),
+                *(kind, len(texts), outcome.summary, self._config.timeout_s),
             )
-            calls = [(self._config.kind, [t], [g]) for t, g in zip(texts, golds, strict=True)]
+            calls = [(kind, [text], [gold]) for text, gold in zip(texts, golds, strict=True)]
             outcomes = self._run(_USER, calls)
-        else:
-            outcomes = [outcome]
+        rewards = [reward for outcome in outcomes for reward in self._user_rewards(outcome)]
         _log_failures(outcomes)
-        return [reward for outcome in outcomes for reward in self._user_rewards(outcome)]
+        return rewards
 
     def _user_rewards(self, outcome: list[float | None] | Failure) -> list[float | None]:
         """The checked rewards of one call; its exception if it raised, None if it was lost."""
@@ -179,7 +176,7 @@ def grade(
     """Grade one completion in a worker that is kept for the next call of the same kind.
 
     Args:
-        kind: math, gsm8k, exact or "module:function".
+        kind: math, gsm8k, exact, sandbox or "module:function".
         completion_text: what the model wrote, without special tokens.
         answer: the gold answer.
         timeout_s: deadline in seconds.
@@ -202,20 +199,23 @@ def _shared_grader(kind: str, timeout_s: float) -> Grader:
     return Grader(RewardConfig(kind=kind, timeout_s=timeout_s, workers=1))
 
 
-def _find_problem(config: RewardConfig) -> str | None:
+def _check(config: RewardConfig) -> None:
+    """Refuse what no worker needs to find out."""
     kind = config.kind
+    if kind in _RENAMED:
+        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "{_RENAMED[kind]}"')
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
         hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
-        names = ", ".join(_BUILT_IN)
-        return f'reward.kind = "{kind}": expected {names} or "module:function"{hint}'
+        raise ConfigError(
+            f'reward.kind = "{kind}": expected {", ".join(_KINDS)} or "module:function"{hint}'
+        )
     if config.format_gate and kind != "math":
-        return (
-            f'reward.format_gate = true works with reward.kind = "math" alone, got "{kind}"; '
+        raise ConfigError(
+            f'reward.format_gate = true works only with reward.kind = "math", got "{kind}"; '
             "set it to false or check the format in your function"
         )
-    return None
 
 
 def _log_failures(outcomes: Sequence[Any]) -> None:

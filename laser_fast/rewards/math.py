@@ -21,8 +21,6 @@ from math_verify import parse, verify
 
 from laser_fast.rewards.boxed import extract_boxed
 
-__all__ = ["extract_boxed", "reward", "same_answer"]
-
 # Its one warning asks for the deadline that our workers have.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 

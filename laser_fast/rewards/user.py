@@ -20,11 +20,7 @@ class RewardError(RuntimeError):
 
 
 def call(kind: str, completions: list[str], answers: list[str]) -> list[float | None]:
-    """Call the function that `kind` names and check what it returns.
-
-    Raises:
-        RewardError: if the result is not one finite number or None per completion.
-    """
+    """Call the function that `kind` names and check what it returns."""
     return check_rewards(resolve(kind)(completions, answers), len(completions), kind=kind)
 
 

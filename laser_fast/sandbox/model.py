@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
-from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, warm_up_rows, write_tokenizer
+from laser_fast.sandbox import task
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +32,6 @@ logger = logging.getLogger(__name__)
 STEPS = 500
 _ROWS_PER_STEP = 96
 _LR = 3e-3
-_RAMP_STEPS = 20
-_MIN_LR_RATIO = 0.05
 
 
 def make_sandbox_model(
@@ -45,26 +40,19 @@ def make_sandbox_model(
     """Write a Hugging Face folder with the warm-started model and its tokenizer.
 
     A pure function of seed and steps, up to the rounding of sums over ranks. With a world, every
-    rank calls it and takes a share of each step's rows; the first rank writes.
-
-    Args:
-        folder: made if missing.
-        seed: names the initial weights and the problems.
-        steps: fewer give a less capable model.
-        world: ranks that share the work; None: this process alone.
+    rank calls it and takes a share of each step's rows; the first rank writes, all or nothing.
     """
-    is_main = world is None or world.is_main
-    if is_main:
-        write_tokenizer(folder)
-    if world is not None:
-        world.barrier()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logger.info("warm-starting the sandbox model in %s", folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model()
-        _train(model, tokenizer, seed=seed, steps=steps, world=world)
-    if is_main:
-        model.save_pretrained(folder)
+        _train(model, seed=seed, steps=steps, world=world)
+    if world is None or world.is_main:
+        disable_progress_bar()  # for the instant that the files take
+        unfinished = f"{Path(folder)}.{os.getpid()}"
+        task.write_tokenizer(unfinished)
+        model.save_pretrained(unfinished)
+        os.rename(unfinished, folder)
     if world is not None:
         world.barrier()
 
@@ -72,7 +60,7 @@ def make_sandbox_model(
 def _new_model() -> Qwen2ForCausalLM:
     """0.53M parameters, almost all of them in two blocks."""
     config = Qwen2Config(
-        vocab_size=len(TOKENS),
+        vocab_size=len(task.TOKENS),
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -81,30 +69,24 @@ def _new_model() -> Qwen2ForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=TOKENS.index(EOS_TOKEN),
-        pad_token_id=TOKENS.index(PAD_TOKEN),
-        attn_implementation=IMPLEMENTATIONS["sdpa"],
+        eos_token_id=task.TOKENS.index(task.EOS_TOKEN),
+        pad_token_id=task.TOKENS.index(task.PAD_TOKEN),
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    model.set_attn_implementation(IMPLEMENTATIONS["sdpa"])
+    return model
 
 
-def _train(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    steps: int,
-    world: World | None = None,
-) -> None:
+def _train(model: Qwen2ForCausalLM, *, seed: int, steps: int, world: World | None = None) -> None:
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
-    rows = warm_up_rows(seed=seed)
+    rows = task.warm_up_rows(seed=seed)
     model.train()
     for step in range(1, steps + 1):
-        batch = _encode(tokenizer, list(islice(rows, _ROWS_PER_STEP)))
+        batch = _encode(islice(rows, _ROWS_PER_STEP))
         num_labels = sum(len(ids) - num_prompt for ids, num_prompt in batch)
-        share = batch if world is None else batch[world.rank :: world.size]
-        loss = _loss(model, share) / num_labels
+        loss = _loss(model, batch[rank::size]) / num_labels
         loss.backward()
         if world is not None:
             _sum_gradients(model, world)
@@ -113,25 +95,21 @@ def _train(
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            # Every rank has about the same share of the loss.
-            mean = loss.item() * (1 if world is None else world.size)
+            mean = loss.item() * size  # every rank has about the same share of the loss
             logger.info("sandbox model: warm start %d/%d, loss %.3f", step, steps, mean)
 
 
 def _lr_factor(step: int, steps: int) -> float:
-    """A linear ramp, then a cosine to 5%."""
-    ramp = min(1.0, (step + 1) / _RAMP_STEPS)
+    """A linear ramp of 20 steps, then a cosine to 5%."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return ramp * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
+    return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * cosine)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], int]]:
+def _encode(rows: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Ids of prompt, response, EOS and <pad>, and how many of them are the prompt's."""
-    problems = tokenizer([problem for problem, _ in rows])["input_ids"]
-    responses = tokenizer([response + EOS_TOKEN + PAD_TOKEN for _, response in rows])["input_ids"]
-    return [(p + r, len(p)) for p, r in zip(problems, responses, strict=True)]
+    encode, end = task.make_tokenizer().encode, task.EOS_TOKEN + task.PAD_TOKEN
+    pairs = [(encode(problem).ids, encode(response + end).ids) for problem, response in rows]
+    return [(prompt_ids + ids, len(prompt_ids)) for prompt_ids, ids in pairs]
 
 
 def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Tensor:
@@ -154,7 +132,7 @@ def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Ten
 
 def _sum_gradients(model: Qwen2ForCausalLM, world: World) -> None:
     """Add up the gradients of all ranks' shares, in one call."""
-    grads = [parameter.grad for parameter in model.parameters()]
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     total = world.sum(torch.cat([grad.flatten() for grad in grads]))
     for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))

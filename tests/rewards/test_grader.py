@@ -77,7 +77,7 @@ def test_a_hanging_answer_is_none_within_its_deadline_and_alone(math_grader):
 
 def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
     math_grader.grade([r"\boxed{4}"] * 4, ["4"] * 4)
-    started = [worker for worker in math_grader._pool._workers if worker.is_started]
+    started = [worker for worker in math_grader._pool._workers if not worker.calls]
     assert started
     for worker in started:
         os.kill(worker.process.pid, signal.SIGKILL)
@@ -205,9 +205,10 @@ def test_what_a_user_function_may_return():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("maths", 'expected math, gsm8k, exact or "module:function"; did you mean "math"'),
-        ("my_rewards", 'expected math, gsm8k, exact or "module:function"'),
-        (":f", 'expected math, gsm8k, exact or "module:function"'),
+        ("maths", 'expected math, gsm8k, exact, sandbox or "module:function"; did you mean "math"'),
+        ("my_rewards", 'expected math, gsm8k, exact, sandbox or "module:function"'),
+        (":f", 'expected math, gsm8k, exact, sandbox or "module:function"'),
+        ("laser_fast.data.sandbox:reward", 'is now a kind: set it to "sandbox"'),
         ("no_such_module:f", "cannot be loaded: ModuleNotFoundError: .*no_such_module"),
         ("broken_rewards:f", "cannot be loaded: ModuleNotFoundError: .*not_installed_anywhere"),
         ("my_rewards:missing", "cannot be loaded: AttributeError: .*missing"),
@@ -220,7 +221,7 @@ def test_an_unknown_kind_is_refused_at_once(user_module, kind, message):
 
 
 def test_the_format_gate_belongs_to_math():
-    with pytest.raises(ConfigError, match="format_gate = true works with"):
+    with pytest.raises(ConfigError, match="format_gate = true works only with"):
         Grader(RewardConfig(kind="exact", format_gate=True))
 
 
@@ -238,6 +239,7 @@ def test_grade_keeps_its_worker(user_module):
     assert grade(kind, "", "") == grade(kind, "", "")
     assert grade("exact", "a", "a") == 1.0
     assert grade("gsm8k", "so 5", "#### 6") == 0.0
+    assert grade("sandbox", r"2+3=5\boxed{5}", "5") == 1.0
 
 
 def test_a_script_without_main_guard_can_grade_and_leaves_no_worker(tmp_path, user_module):

@@ -35,6 +35,26 @@ def test_what_goes_wrong_is_told_apart(pool):
     assert exited == Failure("crash", "the worker ended with exit code 3")
 
 
+def test_calls_that_travel_together_fail_alone():
+    pool = WorkerPool("builtins:eval", num_workers=1)
+    calls = [(f"{i}",) for i in range(40)]
+    calls[2] = calls[3] = ("__import__('time').sleep(9)",)
+    calls[5], calls[6] = ("__import__('os')._exit(3)",), ("1 / 0",)
+    results = pool.run("builtins:eval", calls, deadline_s=0.5)
+    failures = {i: results[i].reason for i in (2, 3, 5, 6)}
+    assert failures == {2: "deadline", 3: "deadline", 5: "crash", 6: "error"}
+    assert [result for i, result in enumerate(results) if i not in failures] == [
+        i for i in range(40) if i not in failures
+    ]
+    pool.close()
+
+
+def test_each_of_the_calls_that_travel_together_has_the_whole_deadline():
+    pool = WorkerPool("time:sleep", num_workers=1)
+    assert pool.run("time:sleep", [(0.08,)] * 32, deadline_s=0.5) == [None] * 32  # eight a message
+    pool.close()
+
+
 def test_memory_is_limited(pool):
     [outcome] = pool.run("builtins:bytearray", [(2 << 30,)], deadline_s=5.0)
     assert (outcome.reason, outcome.summary) == ("error", "MemoryError: ")

@@ -12,7 +12,7 @@ ROWS = [("7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}"), ("1a+1b+1c+1=", r"\boxe
 
 @pytest.fixture(scope="module")
 def hardly_trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
+    folder = tmp_path_factory.mktemp("sandbox") / "model"
     make_sandbox_model(folder, seed=0, steps=1)
     return folder
 
@@ -54,13 +54,12 @@ def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
     )
 
 
-def test_the_seed_names_the_problems_too(hardly_trained):
-    tokenizer = AutoTokenizer.from_pretrained(hardly_trained)
+def test_the_seed_names_the_problems_too():
     weights = []
     for seed in (0, 1):
         torch.manual_seed(0)
         model = warm_start._new_model()
-        warm_start._train(model, tokenizer, seed=seed, steps=1)
+        warm_start._train(model, seed=seed, steps=1)
         weights.append(model.lm_head.weight.detach())
     assert not torch.equal(*weights)
 
@@ -78,17 +77,17 @@ def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
         labels += answer_ids
     expected = cross_entropy(torch.cat(logits), torch.tensor(labels), reduction="sum")
     with torch.no_grad():
-        actual = warm_start._loss(model, warm_start._encode(tokenizer, ROWS))
+        actual = warm_start._loss(model, warm_start._encode(ROWS))
     torch.testing.assert_close(actual, expected)
 
 
 def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path):
     """Forty steps in, the loss of fixed rows has fallen and EOS is followed by <pad>."""
-    make_sandbox_model(tmp_path, seed=0, steps=40)
+    make_sandbox_model(tmp_path / "model", seed=0, steps=40)
     losses, pads = [], []
-    for folder in (hardly_trained, tmp_path):
-        model, tokenizer = load(folder)
-        rows = warm_start._encode(tokenizer, ROWS)
+    for folder in (hardly_trained, tmp_path / "model"):
+        model, _ = load(folder)
+        rows = warm_start._encode(ROWS)
         with torch.no_grad():
             losses.append(warm_start._loss(model, rows).item())
             ids = torch.tensor([rows[1][0][:-1]])  # ends with EOS

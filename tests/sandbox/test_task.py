@@ -1,25 +1,26 @@
 import json
 import re
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2Config
 
+from laser_fast.rewards.sandbox import reward
 from laser_fast.sandbox.task import (
     EOS_TOKEN,
     PAD_TOKEN,
     RESERVED_TOKENS,
     SPECIAL_TOKENS,
     TOKENS,
-    Chain,
-    reward,
+    is_held_out,
     rows,
+    solve,
     warm_up_rows,
     write_tokenizer,
 )
 
-EXAMPLE = Chain(7, (("*", 3), ("+", 4), ("^", 2)))
+PROBLEM, SOLUTION, BOXED = "7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}", r"\boxed{5}"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def solve(problem):
+def answer_of(problem):
     """An independent solver that reads the problem's text."""
     value = int(problem[0])
     for operator, operand in re.findall(r"[a-d]([+*^])(\d)", problem):
@@ -40,10 +41,7 @@ def solve(problem):
 
 
 def test_the_example_of_the_docstring():
-    assert EXAMPLE.problem == "7a*3b+4c^2="
-    assert EXAMPLE.solution == r"a7*3=1b1+4=5c5^2=5\boxed{5}"
-    assert EXAMPLE.boxed_answer == r"\boxed{5}"
-    assert EXAMPLE.answer == "5"
+    assert solve(PROBLEM) == (SOLUTION.removesuffix(BOXED), "5")
 
 
 @pytest.mark.parametrize(("split", "num_rows"), [("train", 8192), ("eval", 400)])
@@ -56,7 +54,7 @@ def test_rows_are_distinct_well_formed_and_right(split, num_rows):
             r"[1-9]a[+*^][1-9]b[+*^][1-9]c[+*^][1-9](d[+*^][1-9])?=", row["problem"]
         )
         assert row["problem"].count("^") <= 1
-        assert row["answer"] == solve(row["problem"])
+        assert row["answer"] == answer_of(row["problem"])
     share = sum("^" in row["problem"] for row in found) / num_rows
     assert 0.34 < share < 0.46
     assert 0.4 < sum(len(row["problem"]) == 14 for row in found) / num_rows < 0.6
@@ -73,15 +71,14 @@ def test_held_out_problems_are_never_trained_on():
     train = {row["problem"] for seed in range(3) for row in rows("train", seed=seed)}
     warm_up = {problem for problem, _ in islice(warm_up_rows(seed=0), 20000)}
     assert not held_out & (train | warm_up)
-    chains = [Chain(a, (("*", b), ("+", c), ("+", d))) for a in range(1, 10)
-              for b in range(1, 10) for c in range(1, 10) for d in range(1, 10)]  # fmt: skip
-    assert 0.08 < sum(chain.is_held_out for chain in chains) / len(chains) < 0.12
+    problems = [f"{a}a*{b}b+{c}c+{d}=" for a, b, c, d in product(range(1, 10), repeat=4)]
+    assert 0.08 < sum(map(is_held_out, problems)) / len(problems) < 0.12
 
 
 def test_warm_up_responses_are_correct_solutions_or_bare_answers():
     drawn = list(islice(warm_up_rows(seed=1), 4000))
     assert drawn == list(islice(warm_up_rows(seed=1), 4000))
-    assert reward([response for _, response in drawn], [solve(p) for p, _ in drawn]) == [1.0] * 4000
+    assert all(reward(response, answer_of(problem)) == 1.0 for problem, response in drawn)
     bare = [response.startswith(r"\boxed{") for _, response in drawn]
     assert 0.42 < sum(bare) / 4000 < 0.48
     assert 0.045 < sum("^" in problem for problem, _ in drawn) / 4000 < 0.075
@@ -109,12 +106,7 @@ def test_warm_up_responses_are_correct_solutions_or_bare_answers():
     ],
 )
 def test_reward_wants_exactly_one_box_at_the_end(text, expected):
-    assert reward([text, r"\boxed{1}"], ["5", "1"]) == [expected, 1.0]
-
-
-def test_reward_refuses_uneven_lists():
-    with pytest.raises(ValueError, match="got 2 answers for 1 completions"):
-        reward(["x"], ["1", "2"])
+    assert reward(text, "5") == expected
 
 
 def test_tokenizer_is_one_character_a_token(tokenizer_folder):
@@ -122,14 +114,14 @@ def test_tokenizer_is_one_character_a_token(tokenizer_folder):
     raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     assert len(tokenizer) == len(TOKENS) == 33
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
-    for chain_text in (EXAMPLE.problem, EXAMPLE.solution, EXAMPLE.boxed_answer):
-        ids = tokenizer(chain_text)["input_ids"]
-        expected = re.findall(r"\\boxed\{|.", chain_text)
+    for text in (PROBLEM, SOLUTION, BOXED):
+        ids = tokenizer(text)["input_ids"]
+        expected = re.findall(r"\\boxed\{|.", text)
         assert [TOKENS[i] for i in ids] == expected
-        assert tokenizer.decode(ids) == chain_text
-        # The file alone, as engines without transformers read it.
-        assert raw.encode(chain_text).ids == ids
-        assert raw.decode(ids) == chain_text
+        assert tokenizer.decode(ids) == text
+        # Only the file, as engines without transformers read it.
+        assert raw.encode(text).ids == ids
+        assert raw.decode(ids) == text
 
 
 def test_special_tokens_are_distinct_and_skipped_when_decoding(tokenizer_folder):
@@ -149,5 +141,5 @@ def test_tokenizer_survives_saving_again(tokenizer_folder, tmp_path):
     Qwen2Config(vocab_size=len(TOKENS)).save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
-    assert again(EXAMPLE.solution)["input_ids"][-3:] == [32, 12, 31]
+    assert again(SOLUTION)["input_ids"][-3:] == [32, 12, 31]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == PAD_TOKEN

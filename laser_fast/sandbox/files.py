@@ -1,0 +1,65 @@
+"""The sandbox as files: what the word "sandbox" stands for in a configuration or a command.
+
+model.path is OUTPUT_DIR/sandbox/model, and data.train and data.eval are train.jsonl and eval.jsonl
+beside it. They follow from `config.seed`; a resumed run finds what the first one made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import get_args
+
+from laser_fast.config import Config
+from laser_fast.model.distributed import World
+from laser_fast.sandbox.model import make_sandbox_model
+from laser_fast.sandbox.task import Split, rows
+
+
+def resolve_sandbox(config: Config) -> Config:
+    """The configuration with the files in place of the word; writes nothing."""
+    folder = Path(config.output_dir) / "sandbox"
+    model, data = config.model, config.data
+    if model.path == "sandbox":
+        model = model.model_copy(update={"path": str(folder / "model")})
+    splits = [split for split in get_args(Split) if getattr(data, split) == "sandbox"]
+    data = data.model_copy(update={split: str(folder / f"{split}.jsonl") for split in splits})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def write_sandbox(config: Config, world: World) -> Config:
+    """Make the files that the configuration asks for, if they are missing, and resolve it.
+
+    Collective: the ranks share the warm start of the model, and the first one writes.
+    """
+    resolved = resolve_sandbox(config)
+    # The maximum is also a barrier: every rank has looked before the first one writes.
+    is_missing = world.max(int(not Path(resolved.model.path).exists()))
+    if is_missing and config.model.path == "sandbox":
+        make_sandbox_model(resolved.model.path, seed=config.seed, world=world)
+    for split in get_args(Split):
+        if world.is_main and getattr(config.data, split) == "sandbox":
+            write_rows(getattr(resolved.data, split), split, seed=config.seed)
+    world.barrier()
+    return resolved
+
+
+def eval_file(seed: int) -> Path:
+    """The held-out problems as a file in the user's cache, made if missing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "laser_fast" / "sandbox" / f"eval-seed{seed}.jsonl"
+    write_rows(path, "eval", seed=seed)
+    return path
+
+
+def write_rows(path: str | Path, split: Split, *, seed: int) -> None:
+    """Write the problems of a split as JSON lines, unless the file holds them already."""
+    path = Path(path)
+    text = "".join(json.dumps(row) + "\n" for row in rows(split, seed=seed))
+    if path.exists() and path.read_text() == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)

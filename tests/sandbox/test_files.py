@@ -1,0 +1,154 @@
+import json
+import multiprocessing
+import os
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from laser_fast.config import parse_config
+from laser_fast.data.prompts import PromptSource
+from laser_fast.sandbox import files
+from laser_fast.sandbox.files import eval_file, resolve_sandbox, write_sandbox
+from laser_fast.sandbox.model import make_sandbox_model
+from laser_fast.sandbox.task import rows
+
+
+def make_config(folder, *, seed=0, **sections):
+    sections = {
+        "seed": seed,
+        "output_dir": str(folder),
+        "model": {"path": "sandbox"},
+        "data": {"train": "sandbox", "eval": "sandbox", "template": "{prompt}"},
+        "optim": {"steps": 1},
+    } | sections
+    return parse_config(sections, source="test")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def short_warm_start(monkeypatch):
+    """One step instead of 500; counts how often a model is made."""
+    made = []
+
+    def make(folder, *, seed, world):
+        made.append(str(folder))
+        make_sandbox_model(folder, seed=seed, steps=1, world=world)
+
+    monkeypatch.setattr(files, "make_sandbox_model", make)
+    return made
+
+
+def read(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def test_resolving_names_the_files_and_changes_nothing_else(tmp_path):
+    config = make_config(tmp_path)
+    resolved = resolve_sandbox(config)
+    assert resolved.model.path == str(tmp_path / "sandbox" / "model")
+    assert resolved.data.train == str(tmp_path / "sandbox" / "train.jsonl")
+    assert resolved.data.eval == str(tmp_path / "sandbox" / "eval.jsonl")
+    data = {"train": "sandbox", "eval": "sandbox"}
+    assert (
+        resolved.model_copy(
+            update={
+                "model": resolved.model.model_copy(update={"path": "sandbox"}),
+                "data": resolved.data.model_copy(update=data),
+            }
+        )
+        == config
+    )
+    assert resolve_sandbox(resolved) == resolved
+    assert os.listdir(tmp_path) == []
+    other = make_config(tmp_path, model={"path": "m"}, data={"train": "a.jsonl"})
+    assert resolve_sandbox(other) == other
+
+
+def test_files_are_made_once(tmp_path, world, short_warm_start):
+    config = make_config(tmp_path / "run", seed=3)
+    resolved = write_sandbox(config, world)
+    assert resolved == resolve_sandbox(config)
+    assert sorted(os.listdir(tmp_path / "run" / "sandbox")) == [
+        "eval.jsonl",
+        "model",
+        "train.jsonl",
+    ]
+    assert read(resolved.data.train) == rows("train", seed=3)
+    assert read(resolved.data.eval) == rows("eval", seed=3)
+    model = AutoModelForCausalLM.from_pretrained(resolved.model.path)
+    make_sandbox_model(tmp_path / "again", seed=3, steps=1)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert write_sandbox(config, world) == resolved
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert len(short_warm_start) == 1
+
+
+def test_only_what_is_named_is_made(tmp_path, world, short_warm_start):
+    config = make_config(tmp_path, model={"path": "m"}, data={"train": "t", "eval": "sandbox"})
+    resolved = write_sandbox(config, world)
+    assert (resolved.model.path, resolved.data.train) == ("m", "t")
+    assert [path.name for path in (tmp_path / "sandbox").iterdir()] == ["eval.jsonl"]
+    assert write_sandbox(
+        make_config(tmp_path / "b", model={"path": "m"}, data={"train": "t"}), world
+    )
+    assert not (tmp_path / "b").exists()
+    assert short_warm_start == []
+
+
+def test_a_torn_file_is_mended(tmp_path, world, short_warm_start):
+    config = make_config(tmp_path)
+    path = write_sandbox(config, world).data.train
+    whole = open(path).read()
+    open(path, "w").write(whole[:1000])
+    write_sandbox(config, world)
+    assert open(path).read() == whole
+
+
+def test_prompts_are_a_function_of_the_seed(tmp_path, world, short_warm_start):
+    def source(folder, seed, split):
+        config = write_sandbox(make_config(tmp_path / folder, seed=seed), world)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        return PromptSource(config.data, tokenizer, seed=seed, split=split)
+
+    train, held_out = source("a", 0, "train"), source("a", 0, "eval")
+    assert train.prompts(3) == source("b", 0, "train").prompts(3)
+    assert train.prompts(3) != source("c", 1, "train").prompts(3)
+    assert {p.text for p in train.all()}.isdisjoint(p.text for p in held_out.all())
+    expected = rows("train", seed=0)
+    for prompt in train.prompts(0):
+        row = expected[int(prompt.prompt_id.removeprefix("train-").partition("@")[0])]
+        assert {"problem": prompt.text, "answer": prompt.answer} == row
+
+
+def test_the_held_out_problems_have_a_stable_place(cache):
+    path = eval_file(5)
+    assert path == cache / "laser_fast" / "sandbox" / "eval-seed5.jsonl"
+    assert read(path) == rows("eval", seed=5)
+    status = path.stat()
+    assert eval_file(5) == path
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (status.st_mtime_ns, status.st_ino)
+    assert eval_file(6) != path
+
+
+def test_without_a_cache_of_their_own_users_share_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert eval_file(0) == tmp_path / ".cache" / "laser_fast" / "sandbox" / "eval-seed0.jsonl"
+
+
+def test_processes_may_ask_for_the_held_out_problems_at_once(cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        paths = pool.map(eval_file, [0] * 4)
+    assert len(set(paths)) == 1 and read(paths[0]) == rows("eval", seed=0)
+    assert os.listdir(cache / "laser_fast" / "sandbox") == ["eval-seed0.jsonl"]
