@@ -35,7 +35,8 @@ def write_sandbox(config: Config, world: World) -> Config:
     """
     resolved = resolve_sandbox(config)
     # The maximum is also a barrier: every rank has looked before the first one writes.
-    is_missing = world.max(int(not Path(resolved.model.path).exists()))
+    weights = Path(resolved.model.path) / "model.safetensors"  # written last
+    is_missing = world.max(int(not weights.exists()))
     if is_missing and config.model.path == "sandbox":
         make_sandbox_model(resolved.model.path, seed=config.seed, world=world)
     for split in get_args(Split):

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from torch.optim import AdamW
@@ -19,8 +18,8 @@ from laser_fast.config import Config, OptimConfig, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.grading import answer_of
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.run_folder import open_run_folder
-from laser_fast.log.run_log import Log, NullLog, RunLog, spread_indices
+from laser_fast.log.run_folder import open_run_folder, resumed_config
+from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
 from laser_fast.model.distributed import StopRun, StopSignal, World, check_world
@@ -76,15 +75,16 @@ def train(
     """
     started = time.monotonic()
     check_start(config, world, resume=resume)
-    folder = Path(config.output_dir)
-    checkpoint = latest_checkpoint(folder) if resume else None
+    folder, checkpoint = Path(config.output_dir), None
+    if resume:
+        config, checkpoint = resumed_config(config), latest_checkpoint(folder)
     with ExitStack() as stack:
         sampler, held_out = _build_sampler(config, world, stack)
         trainer, first_step = _build_trainer(sampler, checkpoint)
-        log: Log = NullLog()
+        log = Log()
         if world.is_main:
             resume_step = first_step if resume else None
-            log = RunLog(config.output_dir, config, resume_step=resume_step)
+            log = RunLog(folder, config, resume_step=resume_step)
             stack.callback(on_end, folder)
         stack.enter_context(log)
         completed = first_step
@@ -212,34 +212,24 @@ def _run_step(trainer: Trainer, log: Log, step: int) -> None:
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
     log.log_step(step, metrics)
     if trainer.world.is_main:
-        log.log_samples(_some_samples(trainer, groups, step))
+        count = trainer.config.log.samples_per_step
+        log.log_samples(_records(trainer, groups, step=step, limit=count))
 
 
-def _some_samples(trainer: Trainer, groups: Sequence[Group], step: int) -> list[SampleRecord]:
-    """`log.samples_per_step` completions, evenly spread over the groups."""
-    size = trainer.config.rollout.group_size
-    total, count = len(groups) * size, trainer.config.log.samples_per_step
-    places = [divmod(index, size) for index in spread_indices(total, count)]
-    chosen = [
-        replace(
-            groups[p],
-            completions=groups[p].completions[g : g + 1],
-            rewards=groups[p].rewards[g : g + 1],
-        )
-        for p, g in places
-    ]
-    records = _records(trainer, chosen)
-    return [
-        replace(record, sample=g, step=step) for record, (_, g) in zip(records, places, strict=True)
-    ]
-
-
-def _records(trainer: Trainer, groups: Sequence[Group]) -> list[SampleRecord]:
+def _records(
+    trainer: Trainer,
+    groups: Sequence[Group],
+    *,
+    step: int | None = None,
+    limit: int | None = None,
+) -> list[SampleRecord]:
     return to_records(
         groups,
         decode=trainer.sampler.vocabulary.decode,
         score=trainer.score,
         extract=answer_of(trainer.config.reward.kind),
+        step=step,
+        limit=limit,
     )
 
 
