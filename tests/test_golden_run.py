@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import parse_config
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import train_prompts
 from laser_fast.log.jsonl import write_lines
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import StopSignal, open_world
@@ -162,7 +162,7 @@ def run(case):
             world=world,
             stage=stage,
             vocabulary=vocabulary,
-            prompts=PromptSource(config.data, vocabulary.tokenizer, seed=0, split="train"),
+            prompts=train_prompts(config.data, vocabulary.tokenizer, seed=0),
             engine=WrittenRollout(vocabulary.tokenizer),
             grader=stack.enter_context(Grader(config.reward)),
             policy=policy,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.cli import train_run
 from laser_fast.config import ConfigError, load_config
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.model.distributed import open_world
 from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
@@ -134,7 +134,7 @@ def plain_grpo(config):
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     engine = make_engine(model, tokenizer)
-    source = PromptSource(config.data, tokenizer, seed=config.seed, split="train")
+    source = train_prompts(config.data, tokenizer, seed=config.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=config.optim.betas, weight_decay=config.optim.weight_decay
     )
@@ -264,7 +264,7 @@ def test_an_exported_model_is_the_trained_one(one_rank, tmp_path):
         load_checkpoint(latest_checkpoint(run), policy=policy, optimizer=optimizer)
         packer = Packer(budget=999, score_token_id=0, temperature=1.0, device=world.device)
         engine = make_engine(policy.hf, tokenizer, unsharded=policy.unsharded)
-        prompts = PromptSource(config.data, tokenizer, seed=1, split="eval").all()
+        prompts = held_out_prompts(config.data, tokenizer).all()
         sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=30, seed=1)
         groups = engine.generate(prompts, sampling)
         given = policy_logprobs(policy, groups, packer)
