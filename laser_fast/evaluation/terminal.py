@@ -166,6 +166,6 @@ def _cell(report: Mapping[str, Any], key: str) -> str:
 
 
 def _short(value: float) -> str:
-    """Three decimals in four places: `.509`, `1.00`."""
-    text = f"{value:.3f}"
-    return text.replace("0.", ".", 1) if abs(value) < 0.9995 else text[:-1]
+    """Three decimals in four places: `.509`, `1.00`, `-.012`."""
+    text = f"{value:.3f}".removeprefix("0").replace("-0.", "-.")
+    return text[: 5 if value < 0 else 4]

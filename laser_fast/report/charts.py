@@ -31,7 +31,6 @@ Curve = tuple[str, str, list[tuple[float, float]], bool, int]
 _SOFT = "#656d76"
 # More points than pixels only make the file large.
 MAX_POINTS = 400
-_NUM_BINS = 30
 
 
 def svg(diagram: Diagram) -> tuple[str, str]:
@@ -172,11 +171,8 @@ def draw_votes(axes: Axes, *, report: Record, limits: Limits) -> None:
         # Scores that do not vote yet leave the weighted rule equal to the plain one.
         if not known or (metric.name == "weighted_majority" and not report["uses_scores"]):
             continue
-        low, value, high = (
-            np.array([entry[part] for entry in known.values()], np.float64)
-            for part in ("low", "value", "high")
-        )
-        ks, color = list(known), metric.color
+        ks, color, parts = list(known), metric.color, ("low", "value", "high")
+        low, value, high = np.array([[e[p] for p in parts] for e in known.values()], np.float64).T
         axes.fill_between(ks, low, high, color=color, alpha=0.14, linewidth=0)
         axes.plot(ks, value, "o-", color=color, linewidth=1.8, markersize=4, label=metric.label)
     axes.set_xscale("log", base=2)
@@ -193,10 +189,8 @@ def draw_reliability(axes: Axes, *, report: Record) -> None:
         ("raw", "ece", "score", metrics.BLUE),
         ("corrected", "ece_corrected", "after class-prior correction", metrics.ORANGE),
     ):
-        bins = report["reliability"].get(reading, [])
-        x, y, count = (
-            np.array([b[key] for b in bins]) for key in ("confidence", "accuracy", "count")
-        )
+        bins, parts = report["reliability"].get(reading, []), ("confidence", "accuracy", "count")
+        x, y, count = np.array([[b[part] for part in parts] for b in bins]).reshape(-1, 3).T
         ece = number(report["metrics"][metric]["value"])
         label = f"{label}, ECE {'-' if ece is None else format(ece, '.3f')}"
         axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7, label=label)
@@ -212,15 +206,11 @@ def draw_scores(axes: Axes, *, samples: Sequence[Record]) -> None:
     scores, rewards = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2).T
     # A few far outliers would squeeze everything else into one bin.
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (0.0, 1.0)
-    edges = np.linspace(min(low - 0.05, 0.0), max(high + 0.05, 1.0), _NUM_BINS + 1)
-    classes = (
-        (rewards > 0.5, "correct", metrics.GREEN),
-        (rewards <= 0.5, "incorrect", metrics.RED),
-    )
-    for is_member, name, color in classes:
-        if is_member.any():
-            members = np.clip(scores[is_member], edges[0], edges[-1])
-            heights, _ = np.histogram(members, edges, density=True)
+    edges = np.linspace(min(low - 0.05, 0.0), max(high + 0.05, 1.0), 31)
+    for name, color in (("correct", metrics.GREEN), ("incorrect", metrics.RED)):
+        members = scores[(rewards > 0.5) == (name == "correct")]
+        if len(members):
+            heights, _ = np.histogram(members.clip(edges[0], edges[-1]), edges, density=True)
             label = f"{name} ({len(members)})"
             axes.stairs(heights, edges, fill=True, color=color, alpha=0.45, label=label)
     axes.axvline(0.5, color=_SOFT, linewidth=0.8, linestyle=":")

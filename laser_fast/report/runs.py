@@ -1,4 +1,4 @@
-"""What a run has logged, as the page reads it: leniently, since older versions wrote it too."""
+"""What runs and evaluations have written, read leniently: older versions wrote it too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 
 Record = Mapping[str, Any]
+MEAN = "mean over benchmarks"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,18 @@ class Run:
     evaluations: Sequence[Record] = ()
     samples: Sequence[Record] = ()
     summary: Record = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A folder of `laser-fast eval`; `run` is the place of the run that it lies below."""
+
+    name: str
+    run: int | None
+    settings: Record
+    score: Record | None
+    benchmarks: Mapping[str, Record]  # reports, and the mean over them
+    samples: Mapping[str, Sequence[Record]]
 
 
 def read_run(path: str | Path) -> Run:
@@ -55,6 +68,40 @@ def read_run(path: str | Path) -> Run:
         samples=jsonl.read_lines(folder.samples) if folder.samples.is_file() else [],
         summary=jsonl.read_json(folder.summary) if folder.summary.is_file() else {},
     )
+
+
+def read_evaluations(runs: Sequence[Path], named: Sequence[Path]) -> list[Evaluation]:
+    """The evaluations, with settings.json and report.json, below runs, and those that are named."""
+    places: list[tuple[Path, str, int | None]] = [
+        (path.parent, str(path.parent.relative_to(folder)), index)
+        for index, folder in enumerate(runs)
+        for path in sorted(folder.rglob("report.json"))
+        if (path.parent / "settings.json").is_file()
+    ]
+    places += [(path, str(path), None) for path in named]
+    return [_read(*place) for place in places]
+
+
+def _read(folder: Path, name: str, run: int | None) -> Evaluation:
+    """One folder of `laser-fast eval`; a ConfigError says what is missing or broken."""
+    for file in ("settings.json", "report.json"):
+        if not (folder / file).is_file():
+            raise ConfigError(
+                f"{folder} holds no finished evaluation ({file} is missing); name the folder that "
+                "laser-fast eval wrote"
+            )
+    report, settings = (jsonl.read_json(folder / f"{file}.json") for file in ("report", "settings"))
+    if not isinstance(report.get("benchmarks"), dict):
+        raise ConfigError(f"{folder / 'report.json'}: expected the key benchmarks")
+    benchmarks, keys = report["benchmarks"], ("score", "reward", "finish_reason")
+    samples = {
+        benchmark: [{key: line.get(key) for key in keys} for line in jsonl.read_lines(path)]
+        for benchmark in benchmarks
+        if (path := folder / benchmark / "samples.jsonl").is_file()
+    }
+    if "average" in report:
+        benchmarks = {**benchmarks, MEAN: report["average"]}
+    return Evaluation(name, run, settings, report.get("score"), benchmarks, samples)
 
 
 def number(value: object) -> float | None:

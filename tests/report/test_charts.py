@@ -38,7 +38,7 @@ from laser_fast.report.charts import (
     stage_times,
     svg,
 )
-from laser_fast.report.evaluations import save_plots
+from laser_fast.report.page import write_evaluation_plots
 from laser_fast.report.runs import Run, read_run
 
 
@@ -271,7 +271,7 @@ def test_evaluation_as_png(tmp_path):
         for is_scored in (True, False)
     ]
     for folder in folders:
-        save_plots(folder)
+        write_evaluation_plots(folder)
     three, alone = (_size(folder / "two" / "plots.png") for folder in folders)
     assert (folders[0] / "one" / "plots.png").is_file()
     assert three == (3 * alone[0], alone[1]) == (1425, 360)
