@@ -51,9 +51,9 @@ def self_reward_score(logprobs: Logprobs, *, beta: float, ref_logprob: float) ->
     return beta * (logprobs - ref_logprob)
 
 
-def is_correct(rewards: Tensor) -> Tensor:
+def is_correct(rewards: Tensor | float) -> Tensor:
     """Which rewards count as correct for the class balance and the verification metrics."""
-    return rewards > 0.5
+    return torch.as_tensor(rewards) > 0.5
 
 
 def class_weights(

@@ -62,6 +62,7 @@ def test_score_keeps_shape_and_gradient():
 
 def test_correct_means_above_one_half():
     assert is_correct(torch.tensor([0.0, 0.5, 0.50001, 1.0, -1.0])).tolist() == [F, F, T, T, F]
+    assert bool(is_correct(0.75)) and not bool(is_correct(0.5))
 
 
 @pytest.mark.parametrize(
