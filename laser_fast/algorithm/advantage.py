@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from laser_fast.algorithm.score import check_tables
+
 
 def group_advantages(
     rewards: Tensor,  # [P, G]
@@ -23,33 +25,21 @@ def group_advantages(
 ) -> Tensor:
     """Advantage of each completion within its group (eq. 4), [P, G] float32.
 
-    `is_valid` leaves out completions whose grading failed: they enter neither mean nor std and
-    get 0. A group with fewer than two valid completions or without spread gets 0 throughout.
-    `scale="none"` does not divide by the standard deviation (Dr.GRPO); `eps` is added to it.
+    `is_valid` leaves completions whose grading failed out of mean and std, and gives them 0. A
+    group with fewer than two valid completions or without spread gets 0 throughout. `scale="none"`
+    does not divide by the standard deviation (Dr.GRPO); `eps` is added to it.
     """
-    if rewards.ndim != 2:
-        raise ValueError(f"group_advantages: expected rewards [P, G], got {tuple(rewards.shape)}")
     if scale not in ("std", "none"):
         raise ValueError(f'group_advantages: expected scale "std" or "none", got "{scale}"')
-    if is_valid is None:
-        is_valid = torch.ones_like(rewards, dtype=torch.bool)
-    if is_valid.shape != rewards.shape:
-        raise ValueError(
-            f"group_advantages: expected is_valid {tuple(rewards.shape)} like rewards, "
-            f"got {tuple(is_valid.shape)}"
-        )
+    is_valid = torch.ones_like(rewards, dtype=torch.bool) if is_valid is None else is_valid
+    check_tables("group_advantages", rewards=rewards, is_valid=is_valid)
     mean, std = _group_stats(rewards, is_valid)
-    has_spread = has_reward_spread(rewards, is_valid)[:, None]
-    centered = rewards.float() - mean
-    scaled = centered / (std + eps) if scale == "std" else centered
-    return torch.where(is_valid & has_spread, scaled, 0.0)
+    scaled = (rewards.float() - mean) / (std + eps if scale == "std" else 1.0)
+    return torch.where(is_valid & has_reward_spread(rewards, is_valid)[:, None], scaled, 0.0)
 
 
 def has_reward_spread(rewards: Tensor, is_valid: Tensor) -> Tensor:
-    """Whether a group has two valid completions of different reward, [P] bool.
-
-    Groups without it teach the policy nothing; dynamic sampling replaces them.
-    """
+    """Whether two valid completions of a group differ in reward, so that it can teach, [P] bool."""
     rewards = rewards.float()
     highest = rewards.masked_fill(~is_valid, -torch.inf).amax(dim=1)
     lowest = rewards.masked_fill(~is_valid, torch.inf).amin(dim=1)
@@ -71,29 +61,19 @@ def mix_advantages(
     std. A group whose score std is at or below `min_std` keeps `advantages`. `is_valid` leaves
     completions whose grading failed out of mean and std, and gives them 0.
     """
-    if not advantages.shape == scores.shape == is_finished.shape or advantages.ndim != 2:
-        raise ValueError(
-            "mix_advantages: expected advantages, scores and is_finished of one shape [P, G], got "
-            f"{tuple(advantages.shape)}, {tuple(scores.shape)}, {tuple(is_finished.shape)}"
-        )
+    check_tables("mix_advantages", advantages=advantages, scores=scores, is_finished=is_finished)
     advantages = advantages.float()
     scores = torch.where(is_finished, scores.float().clamp(0.0, 1.0), 0.0)
-    if is_valid is None:
-        is_valid = torch.ones_like(is_finished)
+    is_valid = torch.ones_like(is_finished) if is_valid is None else is_valid
     mean, std = _group_stats(scores, is_valid)
     mixed = (1 - tau) * advantages + tau * (scores - mean) / std
     return torch.where(is_valid, torch.where(std > min_std, mixed, advantages), 0.0)
 
 
-def overlong_penalty(
-    lengths: Tensor,  # [P, G]
-    *,
-    max_new_tokens: int,
-    buffer: int,
-) -> Tensor:
-    """DAPO's soft over-long penalty (arXiv 2503.14476 eq. 13), added to the reward.
+def overlong_penalty(lengths: Tensor, *, max_new_tokens: int, buffer: int) -> Tensor:
+    """DAPO's soft over-long penalty (arXiv 2503.14476 eq. 13), added to the reward; any shape.
 
-    0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens.
+    It is 0 up to max_new_tokens - buffer tokens, then falls linearly to -1 at max_new_tokens.
     """
     return ((max_new_tokens - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
 

@@ -11,7 +11,7 @@ sg stops the gradient. All losses are to be minimised. T tokens, B sequences.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,39 +31,25 @@ def policy_loss(
     clip_dual: float | None = None,
     sequence_ids: Tensor | None = None,  # [T] int64
 ) -> Tensor:
-    """Loss of every token, [T]; formulas in the module's docstring.
+    """Loss of every token, [T]; the module's docstring has the formulas.
 
     Args:
-        logprobs: current policy, differentiable.
-        old_logprobs: behaviour policy of this rollout batch; no gradient flows into it.
+        logprobs: of the current policy, differentiable.
+        old_logprobs: of the policy behind this rollout batch; no gradient flows into them.
         advantages: constant within a completion.
         kind: "grpo", "gspo" or "cispo".
         clip_low: ratios below 1 - clip_low are clipped.
         clip_high: ratios above 1 + clip_high are clipped.
-        clip_dual: dual clip c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729). Not
-            for "cispo", whose weight never exceeds 1 + clip_high.
+        clip_dual: c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729). "cispo" ignores
+            it: its weight never exceeds 1 + clip_high.
         sequence_ids: sequence of each token; "gspo" needs it.
-
-    Raises:
-        ValueError: unknown kind, "gspo" without sequence_ids, or clip_dual <= 1.
     """
     if clip_dual is not None and not clip_dual > 1:
         raise ValueError(f"policy_loss: expected clip_dual > 1 or None, got {clip_dual:g}")
-    log_ratio = logprobs - old_logprobs.detach()
-    if kind == "cispo":
-        weight = log_ratio.detach().exp().clamp(1 - clip_low, 1 + clip_high)
-        return -weight * advantages * logprobs
-    if kind == "gspo":
-        if sequence_ids is None:
-            raise ValueError('policy_loss: kind="gspo" needs sequence_ids [T]')
-        # The value is the sequence's ratio, the gradient that of the single token. Its term is
-        # exactly 0, where adding and then subtracting logprobs would round the ratio.
-        own_gradient = logprobs - logprobs.detach()
-        log_ratio = sequence_mean(log_ratio.detach(), sequence_ids) + own_gradient
-    elif kind != "grpo":
-        raise ValueError(f'policy_loss: expected kind "grpo", "gspo" or "cispo", got "{kind}"')
-    ratio = log_ratio.exp()
+    ratio = _ratio(logprobs, old_logprobs, kind, sequence_ids)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if kind == "cispo":
+        return -clipped.detach() * advantages * logprobs
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
     if clip_dual is not None:
         loss = torch.where(advantages < 0, loss.minimum(-clip_dual * advantages), loss)
@@ -80,52 +66,26 @@ def is_clipped(
     kind: PolicyLossKind = "grpo",
     sequence_ids: Tensor | None = None,  # [T] int64, for "gspo"
 ) -> Tensor:
-    """Tokens whose clipped ratio decides the loss, [T] bool; for the metrics.
-
-    With "grpo" and "gspo" they pass no gradient; with "cispo" a smaller or larger one.
-    """
-    log_ratio = logprobs - old_logprobs
-    if kind == "gspo":
-        assert sequence_ids is not None
-        log_ratio = sequence_mean(log_ratio, sequence_ids)
-    ratio = log_ratio.exp()
+    """Tokens whose clipped ratio decides the loss, [T] bool; with "cispo" they keep a gradient."""
+    ratio = _ratio(logprobs, old_logprobs, kind, sequence_ids)
     too_high, too_low = ratio > 1 + clip_high, ratio < 1 - clip_low
     if kind == "cispo":
         return too_high | too_low
     return (too_high & (advantages > 0)) | (too_low & (advantages < 0))
 
 
-def tis_weights(
-    old_logprobs: Tensor,  # [T]
-    rollout_logprobs: Tensor,  # [T]
-    *,
-    cap: float,
-) -> Tensor:
-    """Truncated importance sampling between trainer and sampler: min(exp(old - rollout), cap).
+def tis_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
+    """Truncated importance sampling weights, [T] without gradient: min(exp(old - rollout), cap).
 
-    Corrects the mismatch of two engines with the same weights, and one-step-off rollouts. [T],
-    without gradient.
+    They correct the mismatch of two engines with the same weights, and one-step-off rollouts.
     """
     return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
 
 
-def kl_penalty(
-    logprobs: Tensor,  # [T]
-    ref_logprobs: Tensor,  # [T]
-    kind: Literal["k1", "k2", "k3"] = "k3",
-) -> Tensor:
-    """Estimators of KL(pi || pi_ref) per token, [T] (Schulman, "Approximating KL divergence").
-
-    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d with d = ref_logprobs - logprobs.
-    """
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Unbiased estimate of KL(pi || pi_ref) per token, [T]: Schulman's k3 = exp(d) - 1 - d."""
     d = ref_logprobs - logprobs
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return d * d / 2
-    if kind == "k3":
-        return torch.expm1(d) - d
-    raise ValueError(f'kl_penalty: expected kind "k1", "k2" or "k3", got "{kind}"')
+    return torch.expm1(d) - d
 
 
 def token_weights(
@@ -137,27 +97,23 @@ def token_weights(
 ) -> Tensor:
     """Weight of each token of a completion in the summed loss, [B] float32.
 
-    The denominators are those of the whole batch given here: hand in every completion of the
-    optimizer update, over all ranks, and the result does not depend on how it is split later.
-
     "token-mean": 1 / all trained tokens. "seq-mean-token-mean": 1 / (completions x own length).
-    "seq-mean-token-sum-norm": 1 / (completions x max_new_tokens), Dr.GRPO.
+    "seq-mean-token-sum-norm": 1 / (completions x max_new_tokens), Dr.GRPO. Hand in every completion
+    of the optimizer update, over all ranks: the result then does not depend on how it is split.
     Completions that are not trained (failed grade, over-long mask) weigh 0 and do not count.
     """
     lengths = lengths.float()
     num_trained = is_trained.sum().clamp(min=1)
     if aggregation == "token-mean":
-        weights = 1 / torch.where(is_trained, lengths, 0.0).sum().clamp(min=1).expand_as(lengths)
+        denominator = torch.where(is_trained, lengths, 0.0).sum().clamp(min=1)
     elif aggregation == "seq-mean-token-mean":
-        weights = 1 / (num_trained * lengths.clamp(min=1))
+        denominator = num_trained * lengths.clamp(min=1)
     elif aggregation == "seq-mean-token-sum-norm":
-        weights = 1 / (num_trained * max_new_tokens).float().expand_as(lengths)
+        denominator = (num_trained * max_new_tokens).float()
     else:
-        raise ValueError(
-            'token_weights: expected aggregation "token-mean", "seq-mean-token-mean" or '
-            f'"seq-mean-token-sum-norm", got "{aggregation}"'
-        )
-    return torch.where(is_trained, weights, 0.0)
+        expected = ", ".join(f'"{name}"' for name in get_args(Aggregation))
+        raise ValueError(f'token_weights: expected aggregation {expected}, got "{aggregation}"')
+    return torch.where(is_trained, 1 / denominator, 0.0)
 
 
 def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -168,3 +124,20 @@ def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
     sums = values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)
     counts = values.new_zeros(num_sequences).index_add_(0, sequence_ids, torch.ones_like(values))
     return (sums / counts.clamp(min=1))[sequence_ids]
+
+
+def _ratio(
+    logprobs: Tensor, old_logprobs: Tensor, kind: PolicyLossKind, sequence_ids: Tensor | None
+) -> Tensor:
+    """Ratio of each token, [T]; with "gspo" that of its sequence."""
+    if kind not in ("grpo", "gspo", "cispo"):
+        raise ValueError(f'policy loss: expected kind "grpo", "gspo" or "cispo", got "{kind}"')
+    log_ratio = logprobs - old_logprobs.detach()
+    if kind == "gspo":
+        if sequence_ids is None:
+            raise ValueError('policy loss: kind="gspo" needs sequence_ids [T]')
+        # The value is the sequence's ratio, the gradient that of the single token. Its term is
+        # exactly 0, where adding and then subtracting logprobs would round the ratio.
+        own_gradient = logprobs - logprobs.detach()
+        log_ratio = sequence_mean(log_ratio.detach(), sequence_ids) + own_gradient
+    return log_ratio.exp()

@@ -4,37 +4,37 @@
     F1    = 2 TPR TNR / (TPR + TNR), what the LaSeR paper calls F1 (arXiv 2510.14943)
     AUROC = P(r_s of a correct > r_s of an incorrect) + 1/2 P(the two are equal)
     ECE   = sum_bins n_bin / N |mean correct - mean p|,   Brier = mean (p - correct)^2
-    risk  = share of wrong completions among the c N with the highest scores;  AURC = its mean
-            over c = 1/N, 2/N, ..., 1
     p     = clip(r_s, 0, 1) = r, or corrected: pc r / (pc r + (1 - pc) (1 - r))
 
 The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the
-correction puts the base rate pc of correct completions back in.
-
-Arguments are one-dimensional arrays or CPU tensors of B completions: scores float, probabilities in
-[0, 1], is_correct bool. What is undefined, because a
-class or everything is missing, is nan and never 0: a batch of correct completions has no F1, while
-a verifier that always says "incorrect" has F1 = 0.
+correction puts the base rate pc of correct completions back in. Arguments are lists, arrays or CPU
+tensors [B]: scores float, probabilities in [0, 1], is_correct bool. A value that a missing class
+leaves undefined is nan and never 0: a batch of correct completions has no F1, while a verifier that
+always says "incorrect" has F1 = 0.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike as Array  # the base install has no numpy at run time
 
 THRESHOLD = 0.5
-# Shares of the completions at which the risk is stated.
-COVERAGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def verify(
-    scores: ArrayLike,  # [B]
-    is_correct: ArrayLike,  # [B] bool
+    scores: Array,  # [B]
+    is_correct: Array,  # [B] bool
     *,
-    is_finished: ArrayLike | None = None,  # [B] bool
+    is_finished: Array | None = None,  # [B] bool
     base_rate: float | None = None,
 ) -> dict[str, float]:
-    """All self-verification metrics at once; nan where undefined.
+    """All self-verification metrics at once.
 
     Args:
         scores: self-scores r_s, not clipped; the values of unfinished completions are not read.
@@ -45,26 +45,21 @@ def verify(
 
     Returns:
         `tpr`, `tnr`, `f1`, `verification_accuracy` (of the verdict, not of the completions), `ece`
-        and `brier`, each also as `NAME_corrected`; `auroc`; `aurc` and `risk@c`; `mean_correct` and
-        `mean_incorrect`, means of the unclipped score over finished completions.
-
-    Raises:
-        ValueError: shapes that differ, `is_correct` not boolean, a score that is nan or infinite.
+        and `brier`, each also as `NAME_corrected`; `auroc`; `mean_correct` and `mean_incorrect`,
+        means of the unclipped score over finished completions.
     """
-    finished = np.ones(np.shape(scores), bool) if is_finished is None else np.asarray(is_finished)
-    if finished.shape != np.shape(scores) or finished.dtype != bool:
-        raise ValueError(
-            f"verify: expected is_finished bool {np.shape(scores)} like scores, "
-            f"got {finished.dtype} {finished.shape}"
-        )
-    scores = np.where(finished, np.asarray(scores, np.float64), 0.0)
-    scores, correct = _check("verify", scores, is_correct)
+    r_s = torch.as_tensor(scores, dtype=torch.float64)
+    finished = torch.ones_like(r_s).bool() if is_finished is None else torch.as_tensor(is_finished)
+    if finished.shape != r_s.shape or finished.dtype != torch.bool:
+        found = f"{finished.dtype} {tuple(finished.shape)}"
+        raise ValueError(f"verify: expected is_finished bool {tuple(r_s.shape)}, got {found}")
+    r_s, correct = _check("verify", torch.where(finished, r_s, 0.0), is_correct)
     values = {
-        "auroc": auroc(scores, correct),
-        "mean_correct": _mean(scores[finished & correct]),
-        "mean_incorrect": _mean(scores[finished & ~correct]),
+        "auroc": auroc(r_s, correct),
+        "mean_correct": _mean(r_s, finished & correct),
+        "mean_incorrect": _mean(r_s, finished & ~correct),
     }
-    for suffix, p in readings(scores, correct, finished, base_rate).items():
+    for suffix, p in readings(r_s, correct, finished, base_rate).items():
         tpr, tnr = class_rates(p, correct)
         values |= {
             f"tpr{suffix}": tpr,
@@ -74,145 +69,109 @@ def verify(
             f"ece{suffix}": calibration_error(p, correct),
             f"brier{suffix}": brier_score(p, correct),
         }
-    curve = risk_curve(scores, correct)
-    values["aurc"] = _mean(curve)
-    return values | {f"risk@{c:g}": risk_at(curve, c) for c in COVERAGES}
+    return values
 
 
 def readings(
-    scores: NDArray, correct: NDArray, finished: NDArray, base_rate: float | None
-) -> dict[str, NDArray[np.float64]]:
-    """Both probabilities that a score states, by the suffix of their metrics' names."""
-    rate = finished_rate(correct, finished) if base_rate is None else base_rate
+    scores: Array, is_correct: Array, is_finished: Array, base_rate: float | None
+) -> dict[str, Tensor]:
+    """Both probabilities that a score states, [B] each, by the suffix of their metrics' names."""
+    rate = finished_rate(is_correct, is_finished) if base_rate is None else base_rate
+    r = torch.as_tensor(scores, dtype=torch.float64).clamp(0.0, 1.0)
     # A base rate of 1 would make the 0 of an unfinished completion a certain yes.
-    corrected = np.where(finished, correct_class_prior(scores, rate), 0.0)
-    return {"": np.clip(scores, 0.0, 1.0), "_corrected": corrected}
+    corrected = torch.where(torch.as_tensor(is_finished), correct_class_prior(r, rate), 0.0)
+    return {"": r, "_corrected": corrected}
 
 
-def finished_rate(correct: NDArray, finished: NDArray) -> float:
+def finished_rate(is_correct: Array, is_finished: Array) -> float:
     """Share of correct ones among the finished; 0 without any, when every score is 0 anyway."""
-    return float(correct[finished].mean()) if finished.any() else 0.0
+    rate = _mean(torch.as_tensor(is_correct), torch.as_tensor(is_finished))
+    return 0.0 if math.isnan(rate) else rate
 
 
-def class_rates(scores: ArrayLike, is_correct: ArrayLike) -> tuple[float, float]:
+def class_rates(scores: Array, is_correct: Array) -> tuple[float, float]:
     """TPR and TNR of the verdict score > 1/2; each is nan if its class is absent."""
-    scores, correct = _check("class_rates", scores, is_correct)
-    verdict = scores > THRESHOLD
-    return _mean(verdict[correct]), _mean(~verdict[~correct])
+    r_s, correct = _check("class_rates", scores, is_correct)
+    verdict = r_s > THRESHOLD
+    return _mean(verdict, correct), _mean(~verdict, ~correct)
 
 
 def harmonic_mean(tpr: float, tnr: float) -> float:
     """The paper's F1, 2 TPR TNR / (TPR + TNR): 0 if either rate is 0, nan if either is nan."""
-    if tpr == 0 or tnr == 0:
-        # A rate of 0 beside an undefined one stays undefined: a class is missing.
-        return float("nan") if np.isnan(tpr) or np.isnan(tnr) else 0.0
-    return 2 * tpr * tnr / (tpr + tnr)
+    return 2 * tpr * tnr / (tpr + tnr) if tpr + tnr != 0 else 0.0
 
 
-def auroc(scores: ArrayLike, is_correct: ArrayLike) -> float:
-    """Area under the ROC curve by the rank sum, ties counting one half; nan without both classes.
-
-    (sum of the ranks of the correct - n_c (n_c + 1) / 2) / (n_c n_i), tied scores sharing their
-    mean rank.
-    """
-    scores, correct = _check("auroc", scores, is_correct)
-    num_correct = int(correct.sum())
-    num_incorrect = correct.size - num_correct
-    if num_correct == 0 or num_incorrect == 0:
-        return float("nan")
-    _, value_of, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(counts) - (counts - 1) / 2
-    u = mean_rank[value_of][correct].sum() - num_correct * (num_correct + 1) / 2
-    return float(u / (num_correct * num_incorrect))
+def auroc(scores: Array, is_correct: Array) -> float:
+    """Area under the ROC curve, ties counting one half; nan without both classes."""
+    r_s, correct = _check("auroc", scores, is_correct)
+    _, value_of, counts = r_s.unique(return_inverse=True, return_counts=True)
+    # By rising score: a correct one wins against the incorrect ones below and half of its equals.
+    right = torch.bincount(value_of, correct.double())
+    wrong = counts - right
+    won = (right * (wrong.cumsum(0) - wrong / 2)).sum()
+    return (won / (right.sum() * wrong.sum())).item()
 
 
 def reliability(
-    probabilities: ArrayLike, is_correct: ArrayLike, *, num_bins: int = 10
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    probabilities: Array, is_correct: Array, *, num_bins: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
     """The reliability diagram: count, mean probability and share correct of equal-width bins.
 
     Bin b holds b / num_bins <= p < (b + 1) / num_bins, the last one also p = 1. Empty bins are nan.
     """
     p, correct = _check("reliability", probabilities, is_correct)
-    if p.size and not (p.min() >= 0 and p.max() <= 1):
-        raise ValueError(
-            f"reliability: expected probabilities in [0, 1], got {p.min()} to {p.max()}; "
-            "clip the scores first"
-        )
-    bins = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
-    counts = np.bincount(bins, minlength=num_bins)
-    with np.errstate(invalid="ignore"):
-        confidence = np.bincount(bins, weights=p, minlength=num_bins) / counts
-        share_correct = np.bincount(bins, weights=correct, minlength=num_bins) / counts
-    return counts, confidence, share_correct
+    if ((p < 0) | (p > 1)).any():
+        found = f"{p.min()} to {p.max()}; clip the scores first"
+        raise ValueError(f"reliability: expected probabilities in [0, 1], got {found}")
+    bins = (p * num_bins).long().clamp(max=num_bins - 1)
+    counts = torch.bincount(bins, minlength=num_bins)
+    confidence = torch.bincount(bins, p, num_bins) / counts
+    return counts, confidence, torch.bincount(bins, correct.double(), num_bins) / counts
 
 
-def calibration_error(
-    probabilities: ArrayLike, is_correct: ArrayLike, *, num_bins: int = 10
-) -> float:
+def calibration_error(probabilities: Array, is_correct: Array, *, num_bins: int = 10) -> float:
     """Expected calibration error over equal-width bins; nan without completions."""
     counts, confidence, share_correct = reliability(probabilities, is_correct, num_bins=num_bins)
-    if not counts.any():
-        return float("nan")
-    return float(np.nansum(counts * np.abs(confidence - share_correct)) / counts.sum())
+    return ((counts * (confidence - share_correct).abs()).nansum() / counts.sum()).item()
 
 
-def brier_score(probabilities: ArrayLike, is_correct: ArrayLike) -> float:
+def brier_score(probabilities: Array, is_correct: Array) -> float:
     """Mean squared distance between probability and outcome; nan without completions."""
     p, correct = _check("brier_score", probabilities, is_correct)
-    return _mean((p - correct) ** 2)
+    return _mean((p - correct.double()).square())
 
 
-def correct_class_prior(scores: ArrayLike, base_rate: float) -> NDArray[np.float64]:
+def correct_class_prior(scores: Array, base_rate: float) -> Tensor:
     """Probability of being correct from a class-balanced score: pc r / (pc r + (1-pc)(1-r)).
 
-    r is the score clipped to [0, 1], pc the base rate of correct completions. Where the formula is
-    0/0 (a certain score against a certain base rate) the base rate stands.
+    r is the score clipped to [0, 1], pc the base rate of correct completions, which also stands
+    where the formula is 0/0: a certain score against a certain base rate.
     """
     if not 0 <= base_rate <= 1:
         raise ValueError(f"correct_class_prior: expected base_rate in [0, 1], got {base_rate}")
-    r = np.clip(np.asarray(scores, np.float64), 0.0, 1.0)
+    r = torch.as_tensor(scores, dtype=torch.float64).clamp(0.0, 1.0)
     correct = base_rate * r
     total = correct + (1 - base_rate) * (1 - r)
-    return np.divide(correct, total, out=np.full_like(r, base_rate), where=total > 0)
+    return torch.where(total > 0, correct / total, base_rate)
 
 
-def risk_curve(scores: ArrayLike, is_correct: ArrayLike) -> NDArray[np.float64]:
-    """Risk at coverage 1/B, 2/B, ..., 1; [B].
-
-    Tied scores cannot be told apart, so each of them counts as the mean of its tie: the curve does
-    not depend on the order of the input, and a constant score gives a flat one.
-    """
-    scores, correct = _check("risk_curve", scores, is_correct)
-    _, tie, counts = np.unique(-scores, return_inverse=True, return_counts=True)
-    wrong = np.bincount(tie, weights=~correct, minlength=len(counts)) / counts
-    return np.cumsum(np.repeat(wrong, counts)) / np.arange(1, scores.size + 1)
-
-
-def risk_at(curve: NDArray[np.float64], coverage: float) -> float:
-    """Risk of the best `coverage` of the completions, at least one; nan without any."""
-    if not curve.size:
-        return float("nan")
-    return float(curve[max(int(np.ceil(coverage * curve.size - 1e-9)), 1) - 1])
+def _check(name: str, scores: Array, is_correct: Array) -> tuple[Tensor, Tensor]:
+    r_s, correct = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(is_correct)
+    if r_s.ndim != 1 or correct.shape != r_s.shape:
+        shapes = f"{tuple(r_s.shape)}, {tuple(correct.shape)}"
+        raise ValueError(f"{name}: expected two arrays of one shape [B], got {shapes}")
+    if correct.dtype != torch.bool:
+        found = str(correct.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected is_correct bool, got {found}; pass rewards > 0.5")
+    # A finite sum says that all are finite, at a third of the time of asking each.
+    if not math.isfinite(r_s.sum().item()) and not r_s.isfinite().all():
+        bad = int((~r_s.isfinite()).nonzero()[0])
+        raise ValueError(f"{name}: expected finite scores, got {r_s[bad]} at {bad}")
+    return r_s, correct
 
 
-def _check(
-    name: str, scores: ArrayLike, is_correct: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    scores, is_correct = np.asarray(scores, np.float64), np.asarray(is_correct)
-    if scores.ndim != 1 or is_correct.shape != scores.shape:
-        raise ValueError(
-            f"{name}: expected two arrays of one shape [B], got {scores.shape}, {is_correct.shape}"
-        )
-    if is_correct.dtype != bool:
-        raise ValueError(
-            f"{name}: expected is_correct bool, got {is_correct.dtype}; pass rewards > 0.5"
-        )
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(f"{name}: expected finite scores, got {scores[bad]} at {bad}")
-    return scores, is_correct
-
-
-def _mean(values: NDArray) -> float:
-    return float(values.mean()) if values.size else float("nan")
+def _mean(values: Tensor, members: Tensor | None = None) -> float:
+    """Mean in float64, only of the members if given; nan without any."""
+    if members is None:
+        return values.double().mean().item()
+    return ((values.double() * members).sum() / members.sum()).item()

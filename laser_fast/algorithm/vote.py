@@ -1,11 +1,28 @@
-"""Voting over the answers of several completions, plain or weighted by self-scores."""
+"""Voting over the answers of completions, and what k completions are worth, from all n >= k.
+
+    maj@k           argmax_a sum_i 1[a_i = a] is right
+    weighted maj@k  argmax_a sum_i clip(r_s^i, 0, 1) 1[a_i = a] is right
+    pass@k          1 - C(n - c, k) / C(n, k), c of n correct (Chen et al. 2021, arXiv 2107.03374)
+    best-of-k       the completion with the highest r_s is correct
+                    sum_i C(n - 1 - i, k - 1) / C(n, k) correct_(i), (i) by falling score
+
+Each estimate at k is the mean over all subsets of k completions: unbiased for k fresh samples, and
+with less variance than the first k. The last two have closed forms. Votes are counted on every
+subset, or on `MAX_SUBSETS` drawn with a fixed seed where there are more. Ties go to the answer, or
+the completion, sampled first among the k: samples are exchangeable, so that is a fair draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import combinations
+from math import comb
+from random import Random
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
+MAX_SUBSETS = 256
 
 
 def majority_vote(
@@ -16,39 +33,125 @@ def majority_vote(
 ) -> Answer | None:
     """The answer with the most votes: argmax_a sum_i weights_i 1[answers_i equals a].
 
-    LaSeR's score-weighted voting is `weights = clip(r_s, 0, 1)`. A completion without an answer
-    (None) casts no vote; ties go to the answer seen first; without any answer the result is None.
+    Ties go to the answer seen first; without any answer the result is None.
 
     Args:
-        answers: one per completion.
-        weights: votes of each completion, not negative; 1 each by default.
-        equal: equivalence of two answers, `==` by default. Each answer is compared with the
-            first member of every class so far.
+        answers: one per completion; None casts no vote.
+        weights: votes of each completion, not negative; 1 each by default. LaSeR's score-weighted
+            voting is `weights = clip(r_s, 0, 1)`.
+        equal: equivalence of answers beyond `==`; each one is compared with the first member of
+            every class so far.
 
-    Raises:
-        ValueError: if `weights` has another length or a negative or NaN entry.
-
-    Example: `majority_vote(["4", "5", "5", None])` is "5"; with weights `[0.9, 0.2, 0.3, 1.0]`
-    it is "4".
+    Example: `["4", "5", "5", None]` gives "5", and "4" with weights `[0.9, 0.2, 0.3, 1.0]`.
     """
-    if weights is None:
-        weights = [1.0] * len(answers)
+    weights = [1.0] * len(answers) if weights is None else weights
     if len(weights) != len(answers):
-        raise ValueError(
-            f"majority_vote: expected one weight per answer, got {len(weights)} weights for "
-            f"{len(answers)} answers"
-        )
-    same = equal if equal is not None else lambda first, second: first == second
-    classes: list[tuple[Answer, float]] = []
-    for answer, weight in zip(answers, weights, strict=True):
+        found = f"{len(weights)} weights for {len(answers)} answers"
+        raise ValueError(f"majority_vote: expected one weight per answer, got {found}")
+    for weight in weights:
         if not weight >= 0:
             raise ValueError(f"majority_vote: expected weights >= 0, got {weight}; clip the scores")
-        if answer is None:
-            continue
-        for index, (member, votes) in enumerate(classes):
-            if same(member, answer):
-                classes[index] = (member, votes + weight)
-                break
-        else:
-            classes.append((answer, weight))
-    return max(classes, key=lambda entry: entry[1])[0] if classes else None
+    classes = answer_classes(answers, equal)
+    winner = _winner(classes, weights, range(len(classes)))
+    return None if winner is None else answers[classes.index(winner)]
+
+
+def answer_classes(
+    answers: Sequence[Answer | None],
+    same_answer: Callable[[Answer, Answer], bool] | None = None,
+) -> list[int | None]:
+    """Number the distinct answers: `["1/2", "3", "0.5", None]` may be `[0, 1, 0, None]`.
+
+    Comparing can be costly, so it is done once per problem; votes then count numbers, for any
+    subset of the completions. `same_answer` is not asked about answers that are `==`.
+    """
+    answers = list(answers)
+    first_members: list[Answer] = []
+    classes: list[int | None] = []
+    for answer in answers:
+        number, seen = None, answers.index(answer)
+        if seen < len(classes):
+            number = classes[seen]
+        elif answer is not None:
+            same = (same_answer and same_answer(member, answer) for member in first_members)
+            number = next((i for i, is_same in enumerate(same) if is_same), len(first_members))
+            if number == len(first_members):
+                first_members.append(answer)
+        classes.append(number)
+    return classes
+
+
+def powers_of_two(num_samples: int) -> tuple[int, ...]:
+    """The k of a report: 1, 2, 4, ... and `num_samples` itself; 1, 2, 4, 6 for six samples."""
+    powers = [1 << i for i in range(num_samples.bit_length())]
+    return tuple(dict.fromkeys([*powers, num_samples]))
+
+
+def pass_at_k(is_correct: Sequence[bool], k: int) -> float:
+    """Chance that at least one of k completions is correct."""
+    n = _num_samples("pass_at_k", is_correct, k)
+    return 1.0 - comb(n - sum(is_correct), k) / comb(n, k)
+
+
+def best_at_k(
+    scores: Sequence[float], is_finished: Sequence[bool], is_correct: Sequence[bool], k: int
+) -> float:
+    """Chance that the completion with the highest score of k is correct."""
+    n = _num_samples("best_at_k", scores, k)
+    # Unfinished completions lose to every finished one, whose score may be below their 0.
+    order = sorted(range(n), key=lambda i: (not is_finished[i], -scores[i]))
+    ways = sum(comb(n - 1 - rank, k - 1) for rank, i in enumerate(order) if is_correct[i])
+    return ways / comb(n, k)
+
+
+def vote_at_k(
+    classes: Sequence[int | None],
+    is_correct: Sequence[bool],
+    k: int,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> float:
+    """Chance that the (weighted) majority answer of k completions is right.
+
+    `classes` are those of `answer_classes`; None casts no vote. An answer is right when a
+    completion that gave it, among the k, was graded correct: grading may also ask for a form that
+    another completion with the same answer missed. No answer is wrong. `seed` names the subsets.
+    """
+    n = _num_samples("vote_at_k", classes, k)
+    weights = [1.0] * n if weights is None else weights
+    subsets = _subsets(n, k, seed)
+    num_right = 0
+    for subset in subsets:
+        winner = _winner(classes, weights, subset)
+        if winner is not None:
+            num_right += any(is_correct[i] for i in subset if classes[i] == winner)
+    return num_right / len(subsets)
+
+
+def _winner(
+    classes: Sequence[int | None], weights: Sequence[float], members: Iterable[int]
+) -> int | None:
+    """The class with most votes of the members, the first seen of a tie; None without answers."""
+    votes: dict[int, float] = {}
+    for i in members:
+        number = classes[i]
+        if number is not None:
+            votes[number] = votes.get(number, 0.0) + weights[i]
+    return max(votes, key=votes.__getitem__, default=None)
+
+
+@lru_cache(maxsize=64)
+def _subsets(n: int, k: int, seed: int) -> list[Sequence[int]]:
+    """Members of the subsets, each in rising order."""
+    if comb(n, k) <= MAX_SUBSETS:
+        return list(combinations(range(n), k))
+    rng = Random(f"{seed} {n} {k}")
+    return [sorted(rng.sample(range(n), k)) for _ in range(MAX_SUBSETS)]
+
+
+def _num_samples(name: str, samples: Sequence[object], k: int) -> int:
+    n = len(samples)
+    if not 1 <= k <= n:
+        raise ValueError(f"{name}: expected 1 <= k <= {n} samples, got k = {k}")
+    return n

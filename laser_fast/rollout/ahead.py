@@ -39,6 +39,7 @@ class RolloutAhead:
         """Wait for the groups of `step`; None if nothing was started."""
         if self._in_flight is None:
             return None
-        (of_step, groups), self._in_flight = self._in_flight, None
+        of_step, groups = self._in_flight
         assert of_step == step
+        self._in_flight = None
         return groups.result()

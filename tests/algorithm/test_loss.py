@@ -74,10 +74,7 @@ def test_signatures_are_the_published_ones():
         "rollout_logprobs",
         "cap",
     ]
-    parameters = inspect.signature(kl_penalty).parameters
-    assert list(parameters) == ["logprobs", "ref_logprobs", "kind"]
-    assert parameters["kind"].default == "k3"
-    assert parameters["kind"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert list(inspect.signature(kl_penalty).parameters) == ["logprobs", "ref_logprobs"]
 
 
 @pytest.mark.parametrize(
@@ -278,31 +275,21 @@ def test_importance_weights_are_truncated_above_only():
     assert not weights.requires_grad
 
 
-def test_kl_estimators_by_hand():
+def test_kl_estimate_by_hand():
     # pi = 1/2 and pi_ref = 1/4 at the token: d = -log 2.
     logprobs = torch.tensor([math.log(0.5)], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([math.log(0.25)], dtype=torch.float64)
-    log2 = math.log(2)
-    for kind, value, slope in (
-        ("k1", log2, 1.0),
-        ("k2", log2**2 / 2, log2),
-        ("k3", 0.5 - 1 + log2, 1 - 0.5),
-    ):
-        estimate = kl_penalty(logprobs, ref, kind)
-        torch.testing.assert_close(estimate, torch.full_like(ref, value))
-        (grad,) = torch.autograd.grad(estimate, logprobs, torch.full_like(ref, -1.7))
-        torch.testing.assert_close(grad, torch.full_like(ref, -1.7 * slope))
-    torch.testing.assert_close(kl_penalty(logprobs, ref), kl_penalty(logprobs, ref, "k3"))
-    with pytest.raises(ValueError, match='expected kind "k1", "k2" or "k3", got "kl"'):
-        kl_penalty(logprobs, ref, "kl")
+    estimate = kl_penalty(logprobs, ref)
+    torch.testing.assert_close(estimate, torch.full_like(ref, 0.5 - 1 + math.log(2)))
+    (grad,) = torch.autograd.grad(estimate, logprobs, torch.full_like(ref, -1.7))
+    torch.testing.assert_close(grad, torch.full_like(ref, -1.7 * (1 - 0.5)))
 
 
 def test_k3_estimates_the_divergence_without_bias():
     pi, ref = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
     divergence = (pi.exp() * (pi - ref)).sum()
-    torch.testing.assert_close((pi.exp() * kl_penalty(pi, ref, "k3")).sum(), divergence)
-    torch.testing.assert_close((pi.exp() * kl_penalty(pi, ref, "k1")).sum(), divergence)
-    assert (kl_penalty(pi, ref, "k3") >= 0).all()
+    torch.testing.assert_close((pi.exp() * kl_penalty(pi, ref)).sum(), divergence)
+    assert (kl_penalty(pi, ref) >= 0).all()
 
 
 def test_k3_of_close_policies_is_not_rounded_away():

@@ -1,12 +1,15 @@
 """Scores, class weights and the beta rule against the paper's numbers and hand tables."""
 
 import inspect
+import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from laser_fast.algorithm.score import (
+    SelfScore,
     check_score_target,
     class_weights,
     is_correct,
@@ -18,7 +21,7 @@ T, F = True, False
 
 
 def test_signatures_are_the_published_ones():
-    assert str(inspect.signature(self_reward_score)).startswith("(logprobs: 'Tensor', *, beta")
+    assert str(inspect.signature(self_reward_score)).startswith("(logprobs: 'Logprobs', *, beta")
     assert list(inspect.signature(self_reward_score).parameters) == [
         "logprobs",
         "beta",
@@ -42,6 +45,13 @@ def test_score_scale_of_the_paper():
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
 
 
+def test_a_self_score_is_the_scale_of_its_model():
+    score = SelfScore(token_id=7, beta=0.1, ref_logprob=-23.0)
+    assert score.of(-18.0) == self_reward_score(-18.0, beta=0.1, ref_logprob=-23.0)
+    torch.testing.assert_close(score.of(torch.tensor([-23.0, -13.0])), torch.tensor([0.0, 1.0]))
+    assert math.isnan(replace(score, ref_logprob=math.nan).of(-18.0))
+
+
 def test_score_keeps_shape_and_gradient():
     logprobs = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 3, dtype=torch.float64)
@@ -52,6 +62,7 @@ def test_score_keeps_shape_and_gradient():
 
 def test_correct_means_above_one_half():
     assert is_correct(torch.tensor([0.0, 0.5, 0.50001, 1.0, -1.0])).tolist() == [F, F, T, T, F]
+    assert bool(is_correct(0.75)) and not bool(is_correct(0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Self-verification metrics against scikit-learn and numbers worked out by hand."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,8 +17,6 @@ from laser_fast.algorithm.verification import (
     correct_class_prior,
     harmonic_mean,
     reliability,
-    risk_at,
-    risk_curve,
     verify,
 )
 
@@ -126,7 +126,7 @@ def test_reliability_and_ece_by_hand():
     counts, confidence, _ = reliability(p, correct, num_bins=10)
     # .1 opens its bin, .5 too, and 1 belongs to the last; empty bins weigh nothing.
     np.testing.assert_array_equal(counts, [1, 1, 0, 0, 1, 1, 0, 0, 0, 2])
-    assert np.isnan(confidence[2]) and math.isfinite(calibration_error(p, correct))
+    assert math.isnan(confidence[2]) and math.isfinite(calibration_error(p, correct))
 
 
 def test_brier_by_hand():
@@ -168,32 +168,38 @@ def test_bad_input_is_named():
         verify([0.1, 0.2], correct, is_finished=np.array([1, 1]))
 
 
-def test_curve_by_hand():
-    # By falling score: right, wrong, right, wrong.
-    curve = risk_curve([0.2, 0.9, 0.7, 0.4], np.array([False, True, False, True]))
-    np.testing.assert_allclose(curve, [0, 1 / 2, 1 / 3, 2 / 4])
-    assert curve.mean() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
-    assert risk_at(curve, 0.5) == pytest.approx(1 / 2)
-    assert risk_at(curve, 0.51) == pytest.approx(1 / 3)
-    assert risk_at(curve, 0.01) == 0.0
-    assert risk_at(curve, 1.0) == pytest.approx(1 / 2)
+def test_lists_arrays_and_tensors_give_the_same_floats():
+    scores, correct = _random_scores(5, 40)
+    finished = scores < 0.9
+    expected = verify(scores, correct, is_finished=finished)
+    assert verify(scores.tolist(), correct.tolist(), is_finished=finished.tolist()) == expected
+    tensors = [torch.from_numpy(values) for values in (scores, correct, finished)]
+    assert verify(tensors[0], tensors[1], is_finished=tensors[2]) == expected
+    assert all(type(value) is float for value in expected.values())
 
 
-def test_ties_share_their_mean_whatever_the_order():
-    scores, correct = np.array([0.5, 0.5, 0.5, 0.9]), np.array([True, False, False, True])
-    expected = [0, (2 / 3) / 2, (4 / 3) / 3, 2 / 4]
-    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
-        np.testing.assert_allclose(risk_curve(scores[order], correct[order]), expected)
+def test_zero_has_no_sign():
+    assert auroc([0.0, -0.0, 0.0], [True, False, False]) == 0.5
 
 
-def test_a_constant_score_gives_a_flat_curve():
-    np.testing.assert_allclose(risk_curve([0.0] * 4, np.array([True, False, True, True])), 0.25)
+def test_scores_whose_sum_overflows_are_finite():
+    assert auroc([1e308, 1e308, -1.0], [True, True, False]) == 1.0
 
 
-def test_nothing_has_no_risk():
-    assert math.isnan(risk_at(risk_curve([], np.array([], bool)), 0.5))
-
-
-def test_shapes_are_checked():
-    with pytest.raises(ValueError, match="risk_curve: expected is_correct bool"):
-        risk_curve([0.1, 0.2], np.array([1, 0]))
+def test_the_algorithm_runs_without_numpy():
+    """The base install has torch and triton only."""
+    program = """
+import sys
+sys.modules["numpy"] = None
+import warnings
+warnings.simplefilter("ignore")  # torch says that it found no numpy
+import importlib, pkgutil
+import laser_fast.algorithm
+for module in pkgutil.iter_modules(laser_fast.algorithm.__path__):
+    importlib.import_module(f"laser_fast.algorithm.{module.name}")
+from laser_fast.algorithm.verification import verify
+from laser_fast.algorithm.vote import vote_at_k
+assert verify([0.9, 0.2, 0.6], [True, False, False])["auroc"] == 1.0
+assert vote_at_k([0, 0, 1], [False, False, True], 3) == 0.0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,10 +1,22 @@
-"""Plain and weighted votes against hand tables."""
+"""Plain and weighted votes against hand tables; estimates at k against brute force over subsets."""
 
 import inspect
+import random
+from fractions import Fraction
+from itertools import combinations
+from statistics import fmean
 
 import pytest
 
-from laser_fast.algorithm.vote import majority_vote
+from laser_fast.algorithm.vote import (
+    MAX_SUBSETS,
+    answer_classes,
+    best_at_k,
+    majority_vote,
+    pass_at_k,
+    powers_of_two,
+    vote_at_k,
+)
 
 
 def test_signature_is_the_published_one():
@@ -79,3 +91,150 @@ def test_weights_must_be_votes(weight):
 def test_one_weight_per_answer(weights):
     with pytest.raises(ValueError, match=f"got {len(weights)} weights for 2 answers"):
         majority_vote(["a", "b"], weights)
+
+
+def vote_is_correct(classes, correct, weights=None):
+    """The definition: some completion of the winning answer is correct."""
+    winner = majority_vote(classes, weights)
+    return any(c for own, c in zip(classes, correct, strict=True) if own == winner is not None)
+
+
+def best_is_correct(scores, finished, correct):
+    """The definition: the first of the finished completions with the highest score."""
+    return correct[max(range(len(scores)), key=lambda i: (finished[i], scores[i]))]
+
+
+def _same_fraction(first: str, second: str) -> bool:
+    return Fraction(first) == Fraction(second)
+
+
+def test_classes_follow_the_first_member():
+    answers = ["1/2", "3", None, "0.5", "3", "2/4"]
+    assert answer_classes(answers) == [0, 1, None, 2, 1, 3]
+    assert answer_classes(answers, _same_fraction) == [0, 1, None, 0, 1, 0]
+
+
+def test_equal_answers_are_compared_once():
+    asked = []
+
+    def same(first, second):
+        asked.append((first, second))
+        return False
+
+    assert answer_classes(["1", "2", "1", "2", "2"], same) == [0, 1, 0, 1, 1]
+    assert asked == [("1", "2")]
+    assert majority_vote(["1", "2", "1", "2", "2"], equal=same) == "2"
+
+
+def test_answers_need_no_hash():
+    assert majority_vote(([1], [2], [2])) == [2]
+    assert majority_vote([[1], [2], [-1]], equal=lambda a, b: a[0] == -b[0]) == [1]
+
+
+def test_classes_give_the_vote_of_majority_vote():
+    answers = ["3", "1/2", "3", "0.5", "2/4", None]
+    weights = [0.9, 0.1, 0.9, 0.2, 0.3, 1.0]
+    classes = answer_classes(answers, _same_fraction)
+    assert answers[classes.index(majority_vote(classes))] == majority_vote(
+        answers, equal=_same_fraction
+    )
+    assert answers[classes.index(majority_vote(classes, weights))] == majority_vote(
+        answers, weights, equal=_same_fraction
+    )
+
+
+def test_majority_and_weighted_majority():
+    classes = [0, 0, 0, 1, 1, None]
+    correct = [False, False, False, True, True, False]
+    assert vote_at_k(classes, correct, 6) == 0.0
+    assert vote_at_k(classes, correct, 6, weights=[0.1, 0.1, 0.1, 0.9, 0.9, 1.0]) == 1.0
+    # All weights 0: a tie, which the first answer wins.
+    assert vote_at_k(classes, correct, 6, weights=[0.0] * 6) == 0.0
+    assert vote_at_k(classes[::-1], correct[::-1], 6, weights=[0.0] * 6) == 1.0
+
+
+def test_answer_is_right_if_one_of_its_completions_was_graded_correct():
+    """The first member has the right answer in a form that the grader refused."""
+    assert vote_at_k([0, 0, 1], [False, True, False], 3) == 1.0
+
+
+def test_no_answer_is_wrong():
+    assert vote_at_k([None, None], [False, False], 2) == vote_at_k([None] * 2, [True] * 2, 1) == 0.0
+
+
+def test_best_by_score():
+    assert best_at_k([0.2, 0.7, 0.7], [True, True, True], [False, True, False], 3) == 1.0
+    # A finished completion beats an unfinished one, though its score is below 0.
+    assert best_at_k([0.0, -0.1], [False, True], [False, True], 2) == 1.0
+
+
+def _problem(seed, n=7):
+    """Random answers with ties: three classes or none, coarse weights, some unfinished."""
+    rng = random.Random(seed)
+    classes = [rng.choice([0, 0, 1, 2, None]) for _ in range(n)]
+    correct = [answer == 1 or (answer == 0 and rng.random() < 0.1) for answer in classes]
+    weights = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(n)]
+    finished = [rng.random() < 0.8 for _ in range(n)]
+    return classes, correct, weights, finished
+
+
+def _pick(values, subset):
+    return [values[i] for i in subset]
+
+
+def test_powers_of_two_end_with_the_number_of_samples():
+    assert powers_of_two(1) == (1,)
+    assert powers_of_two(6) == (1, 2, 4, 6)
+    assert powers_of_two(32) == (1, 2, 4, 8, 16, 32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7])
+def test_estimates_are_means_over_all_subsets(seed, k):
+    classes, correct, weights, finished = _problem(seed)
+    subsets = list(combinations(range(7), k))
+    assert pass_at_k(correct, k) == pytest.approx(fmean(any(_pick(correct, s)) for s in subsets))
+    assert best_at_k(weights, finished, correct, k) == pytest.approx(
+        fmean(
+            best_is_correct(_pick(weights, s), _pick(finished, s), _pick(correct, s))
+            for s in subsets
+        )
+    )
+    plain = [vote_is_correct(_pick(classes, s), _pick(correct, s)) for s in subsets]
+    assert vote_at_k(classes, correct, k) == pytest.approx(fmean(plain))
+    weighted = [
+        vote_is_correct(_pick(classes, s), _pick(correct, s), _pick(weights, s)) for s in subsets
+    ]
+    assert vote_at_k(classes, correct, k, weights=weights) == pytest.approx(fmean(weighted))
+
+
+def test_the_textbook_value_of_pass_at_k():
+    # 1 - C(7, 4) / C(10, 4) = 1 - 35/210.
+    assert pass_at_k([True] * 3 + [False] * 7, 4) == pytest.approx(5 / 6)
+
+
+def test_many_subsets_are_drawn_by_seed():
+    classes, correct, weights, _ = _problem(3, n=24)
+    first = vote_at_k(classes, correct, 8, weights=weights, seed=1)
+    assert vote_at_k(classes, correct, 8, weights=weights, seed=1) == first
+    others = {vote_at_k(classes, correct, 8, weights=weights, seed=s) for s in range(2, 6)}
+    assert len(others | {first}) > 1
+    assert all(value * MAX_SUBSETS == round(value * MAX_SUBSETS) for value in others)
+    # A vote of 8 of 24 by twenty times as many draws, within its standard error of .5 / 256^.5.
+    rng = random.Random(0)
+    truth = fmean(
+        vote_is_correct(_pick(classes, s), _pick(correct, s), _pick(weights, s))
+        for s in (sorted(rng.sample(range(24), 8)) for _ in range(20 * MAX_SUBSETS))
+    )
+    assert first == pytest.approx(truth, abs=0.1)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_is_between_one_and_the_samples(k):
+    for estimate in (
+        lambda: pass_at_k([True, False], k),
+        lambda: best_at_k([0.1, 0.2], [True, True], [True, False], k),
+        lambda: vote_at_k([0, 1], [True, False], k),
+    ):
+        with pytest.raises(ValueError, match=f"expected 1 <= k <= 2 samples, got k = {k}"):
+            estimate()

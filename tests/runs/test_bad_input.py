@@ -50,7 +50,7 @@ GOOD_ROW = '{"problem": "1a+1=", "answer": "2"}\n'
         (["score.token=<|nope|>"], r"not in the tokenizer.*<\|reserved_0\|>"),
         (["score.beta=0.09"], r"-11 \+ 1/0\.09 = 0\.111, must stay well below 0"),
         (["rollout.group_size=1"], r"rollout\.group_size"),
-        (["optim.tokens_per_microbatch=53"], r"raise it to at least 54"),
+        (["optim.tokens_per_microbatch=53"], r"= 54; raise it to that"),
         (["optim.minibatches=7"], r"exceeds data\.prompts_per_step = 6"),
         (["optim.learning_rate=1"], r"optim\.lr"),
         (["optim.lr=fast"], r"optim\.lr"),

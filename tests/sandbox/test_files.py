@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.config import parse_config
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.sandbox import files
 from laser_fast.sandbox.files import eval_file, resolve_sandbox, write_sandbox
 from laser_fast.sandbox.model import make_sandbox_model
@@ -119,7 +119,9 @@ def test_prompts_are_a_function_of_the_seed(tmp_path, world, short_warm_start):
     def source(folder, seed, split):
         config = write_sandbox(make_config(tmp_path / folder, seed=seed), world)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        return PromptSource(config.data, tokenizer, seed=seed, split=split)
+        if split == "eval":
+            return held_out_prompts(config.data, tokenizer)
+        return train_prompts(config.data, tokenizer, seed=seed)
 
     train, held_out = source("a", 0, "train"), source("a", 0, "eval")
     assert train.prompts(3) == source("b", 0, "train").prompts(3)
