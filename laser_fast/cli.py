@@ -325,9 +325,9 @@ def _measured(
 def _show(conclusion: Conclusion) -> None:
     """Draw the plots of an evaluation and print its tables."""
     from laser_fast.evaluation.terminal import print_conclusion
-    from laser_fast.report.evaluations import save_plots
+    from laser_fast.report.page import write_evaluation_plots
 
-    save_plots(conclusion.folder.path)
+    write_evaluation_plots(conclusion.folder.path)
     print_conclusion(conclusion)
 
 
