@@ -23,7 +23,7 @@ from laser_fast.config import parse_config
 from laser_fast.data.prompts import train_prompts
 from laser_fast.log.jsonl import write_lines
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import StopSignal, open_world
+from laser_fast.model.distributed import open_world, stop_at_sigterm
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -148,9 +148,7 @@ def run(case):
             name, score_token=config.score.token, model_config=load_model_config(config.model)
         )
         policy = build_policy(config.model, world)
-        stop = StopSignal(world)
-        stack.callback(stop.restore)
-        stage = StageTimer(after_stage=stop.check)
+        stage = StageTimer(after_stage=stack.enter_context(stop_at_sigterm(world)))
         packer = Packer(
             budget=config.optim.tokens_per_microbatch,
             score_token_id=vocabulary.special.score_token_id,

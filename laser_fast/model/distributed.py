@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -104,22 +104,17 @@ class StopRun(Exception):  # noqa: N818 (control flow, not an error)
     """A rank was asked to stop (SIGTERM); the loop saves and leaves."""
 
 
-class StopSignal:
-    """Remembers a SIGTERM until every rank can act on it together."""
+@contextmanager
+def stop_at_sigterm(world: World) -> Iterator[Callable[[], None]]:
+    """A check that raises `StopRun` on every rank once any has received a SIGTERM. Collective."""
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._received = False
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, *_: object) -> None:
-        self._received = True
-
-    def check(self) -> None:
-        """Collective: raise `StopRun` on every rank if any was signalled."""
-        if self._world.max(int(self._received)):
+    def check() -> None:
+        if world.max(len(received)):
             raise StopRun
 
-    def restore(self) -> None:
-        """Give the signal back to its previous handler."""
-        signal.signal(signal.SIGTERM, self._previous)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGTERM, previous)

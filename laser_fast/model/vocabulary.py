@@ -35,10 +35,8 @@ def load_vocabulary(
     """Load the tokenizer and resolve the special ids.
 
     Without a `score_token` the first of `reserved_tokens` stands in, for those who sample before
-    they choose one.
-
-    Raises:
-        ConfigError: no tokenizer, no EOS, or a score token that cannot serve.
+    they choose one. A ConfigError says that there is no tokenizer or EOS, or that the score token
+    cannot serve.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -56,23 +54,23 @@ def load_vocabulary(
                 "ordinary text never contains"
             )
         score_token = next(iter(reserved))
-    score_token_id = tokenizer.get_vocab().get(score_token)
+    score_token_id, problem = tokenizer.get_vocab().get(score_token), ""
     if score_token_id is None:
-        raise ConfigError(
-            f'score.token: "{score_token}" is not in the tokenizer of "{path}"; choose a special '
-            f"token that ordinary text never contains{_suggest(tokenizer, eos_token_ids)}"
+        problem = (
+            f'is not in the tokenizer of "{path}"; choose a special token that ordinary text '
+            "never contains"
         )
-    if score_token_id in eos_token_ids:
-        raise ConfigError(
-            f'score.token: "{score_token}" ends completions of "{path}"; choose another special '
-            f"token{_suggest(tokenizer, eos_token_ids)}"
+    elif score_token_id in eos_token_ids:
+        problem = f'ends completions of "{path}"; choose another special token'
+    elif score_token_id >= model_config.vocab_size:
+        problem = (
+            f"has id {score_token_id}, beyond the {model_config.vocab_size} rows of the model's "
+            "head; resize the embeddings or choose another token"
         )
-    if score_token_id >= model_config.vocab_size:
-        raise ConfigError(
-            f'score.token: "{score_token}" has id {score_token_id}, beyond the '
-            f"{model_config.vocab_size} rows of the model's head; resize the embeddings or choose "
-            f"another token{_suggest(tokenizer, eos_token_ids)}"
-        )
+    if score_token_id is None or problem:
+        free = list(reserved_tokens(tokenizer, eos_token_ids, num_rows=len(tokenizer)))[:4]
+        suggestion = f", such as {' '.join(free)}" if free else ""
+        raise ConfigError(f'score.token: "{score_token}" {problem}{suggestion}')
     pad = tokenizer.pad_token_id
     special = SpecialTokens(
         score_token_id=score_token_id,
@@ -129,8 +127,3 @@ def reserved_tokens(
         and token_id < num_rows
         and token.content not in template
     }
-
-
-def _suggest(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> str:
-    free = list(reserved_tokens(tokenizer, eos_token_ids, num_rows=len(tokenizer)))
-    return f", such as {' '.join(free[:4])}" if free else ""

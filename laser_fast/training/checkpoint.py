@@ -9,50 +9,28 @@ loaded on another number of ranks.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
 from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
 
-_NAME = re.compile(r"step-(\d{6,})")
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Folder of the checkpoint that holds `step` completed steps."""
-    return run / "checkpoints" / f"step-{step:06d}"
-
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Completed steps of a checkpoint folder."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
+    steps = {path: path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")}
+    found = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    return sorted(found, key=lambda path: found[path])
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The newest complete checkpoint; a ConfigError says that there is none."""
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
@@ -71,7 +49,7 @@ def save_checkpoint(
     world: World,
 ) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`. Collective."""
-    final = checkpoint_path(run, step)
+    final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():  # the last step may already be saved by its own schedule
         return final
     partial = final.with_name(f".{final.name}.partial")

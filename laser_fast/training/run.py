@@ -22,7 +22,7 @@ from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
-from laser_fast.model.distributed import StopRun, StopSignal, World, check_world
+from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -128,8 +128,7 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
     policy = build_policy(config.model, world)
     engine = engine or make_engine(config, policy, vocabulary.special)
     stack.callback(engine.close)
-    stop = StopSignal(world)
-    stack.callback(stop.restore)
+    check_stop = stack.enter_context(stop_at_sigterm(world))
     packer = Packer(
         budget=config.optim.tokens_per_microbatch,
         score_token_id=vocabulary.special.score_token_id,
@@ -140,7 +139,7 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
     sampler = Sampler(
         config=config,
         world=world,
-        stage=StageTimer(world.device, after_stage=stop.check),
+        stage=StageTimer(world.device, after_stage=check_stop),
         vocabulary=vocabulary,
         prompts=prompts,
         engine=engine,

@@ -96,16 +96,8 @@ def step_advantages(tables: StepTables, config: Config, score: SelfScore | None)
     return advantages
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """Loss weights of all completions, [P, G] float32, each with its global denominator."""
-
-    token: Tensor
-    score: Tensor
-
-
-def step_weights(tables: StepTables, config: Config) -> Weights:
-    """Weights of each completion in the update that its prompt belongs to.
+def step_weights(tables: StepTables, config: Config) -> tuple[Tensor, Tensor]:
+    """Weights of tokens and of scores in the loss, both [P, G] float32 with their denominators.
 
     With several minibatches, prompt p goes to update p mod minibatches, whatever the world size;
     denominators and class balance are those of the update.
@@ -127,7 +119,7 @@ def step_weights(tables: StepTables, config: Config) -> Weights:
             tables.rewards[part], has_target, max_weight=config.score.max_class_weight
         )
         score[part] = balance / has_target.sum().clamp(min=1)
-    return Weights(token=token, score=score)
+    return token, score
 
 
 def training_sequences(
@@ -135,21 +127,21 @@ def training_sequences(
     world: World,
     tables: StepTables,
     advantages: Tensor,
-    weights: Weights,
-    *,
-    with_score_rows: bool,
+    config: Config,
 ) -> list[TrainingSequence]:
     """The sequences of this rank, whose groups are its share of the rows of the tables."""
+    token_weight, score_weight = step_weights(tables, config)
+    has_score_row = tables.has_score_target & (config.score.loss_coef > 0)
     return [
         TrainingSequence(
             prompt_ids=group.prompt.prompt_ids,
             completion_ids=completion.completion_ids,
             rollout_logprobs=completion.rollout_logprobs,
-            has_score_row=with_score_rows and bool(tables.has_score_target[p, g]),
+            has_score_row=bool(has_score_row[p, g]),
             advantage=float(advantages[p, g]),
-            token_weight=float(weights.token[p, g]),
+            token_weight=float(token_weight[p, g]),
             reward=float(tables.rewards[p, g]),
-            score_weight=float(weights.score[p, g]),
+            score_weight=float(score_weight[p, g]),
         )
         for p, group in enumerate(groups, start=world.rank * len(groups))
         for g, completion in enumerate(group.completions)

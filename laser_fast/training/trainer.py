@@ -31,12 +31,7 @@ from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import learning_rate, mixes_scores
 from laser_fast.training.step_metrics import RowMetrics, table_metrics
-from laser_fast.training.tables import (
-    gather_tables,
-    step_advantages,
-    step_weights,
-    training_sequences,
-)
+from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
 
 
 @dataclass(kw_only=True)
@@ -56,7 +51,7 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, float], list[Group]]:
         """Run step 0, 1, ...: metrics over all ranks, and this rank's graded groups."""
-        config, trains_score = self.config, self.config.score.loss_coef > 0
+        config = self.config
         groups = self.sampler.sample(step)
         mixes = mixes_scores(step, config)
         with self.stage("score"):
@@ -66,10 +61,7 @@ class Trainer:
             tables = gather_tables(groups, self.world)
             advantages = step_advantages(tables, config, self.score if mixes else None)
         with self.stage("pack"):
-            weights = step_weights(tables, config)
-            sequences = training_sequences(
-                groups, self.world, tables, advantages, weights, with_score_rows=trains_score
-            )
+            sequences = training_sequences(groups, self.world, tables, advantages, config)
             updates = [self.packer.microbatches(part) for part in self._minibatches(sequences)]
         with self.stage("loss"):
             updates = self._with_logprobs(updates)
@@ -101,7 +93,7 @@ class Trainer:
 
         metrics = table_metrics(tables, advantages)
         metrics |= rows.finish(self.world, has_reference=self.reference is not None)
-        if trains_score:
+        if config.score.loss_coef > 0:
             metrics |= rows.score_metrics(self.world, tables, self.score)
         metrics |= norms
         metrics["score/coef"] = objective.score_coef

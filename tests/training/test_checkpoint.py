@@ -9,8 +9,6 @@ from policy_ranks import full, full_parameters, make_optimizer, update
 from laser_fast.config import ConfigError, ModelConfig
 from laser_fast.model.policy import build_policy
 from laser_fast.training.checkpoint import (
-    checkpoint_path,
-    checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -62,7 +60,7 @@ def test_checkpoint_loads_on_another_world_size(
 ):
     found = request.getfixturevalue(ranks)["checkpoint"]
     policy, optimizer = fresh
-    path = checkpoint_path(ranks_folder / f"run-{saved_on}", 1)
+    path = latest_checkpoint(ranks_folder / f"run-{saved_on}")
     assert load_checkpoint(path, policy=policy, optimizer=optimizer)["step"] == 1
     assert_equal(full_parameters(policy), found["first"])
     # AdamW's moments too: the next update is the same, up to the order of its sums.
@@ -73,7 +71,6 @@ def test_checkpoint_loads_on_another_world_size(
 def test_a_checkpoint_is_whole_and_named_by_its_step(tmp_path, fresh, world):
     path = save(tmp_path, 7, fresh, world, ref_logprob=-11.5, cap={"policy_square": 0.25})
     assert path == tmp_path / "checkpoints" / "step-000007"
-    assert checkpoint_step(path) == 7
     assert latest_checkpoint(tmp_path) == path
     assert (path / "config.toml").read_text() == "# step 7\n"
     state = {"step": 7, "ref_logprob": -11.5, "cap": {"policy_square": 0.25}}
@@ -85,7 +82,7 @@ def test_a_checkpoint_is_whole_and_named_by_its_step(tmp_path, fresh, world):
 def test_only_the_newest_are_kept(tmp_path, fresh, world):
     for step in (999_999, 1_000_000, 1_000_001):  # by number, not by name
         save(tmp_path, step, fresh, world, keep=2)
-    assert [checkpoint_step(p) for p in list_checkpoints(tmp_path)] == [1_000_000, 1_000_001]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
 
 
 def test_a_partial_checkpoint_is_ignored_and_replaced(tmp_path, fresh, world):
@@ -94,9 +91,9 @@ def test_a_partial_checkpoint_is_ignored_and_replaced(tmp_path, fresh, world):
     partial.mkdir()
     (partial / "stale").write_text("of a run that was killed")
     (tmp_path / "checkpoints" / "step-000003.partial").mkdir()
-    assert checkpoint_step(latest_checkpoint(tmp_path)) == 1
+    assert latest_checkpoint(tmp_path).name == "step-000001"
     path = save(tmp_path, 2, fresh, world)
-    assert checkpoint_step(latest_checkpoint(tmp_path)) == 2
+    assert latest_checkpoint(tmp_path) == path
     assert not (path / "stale").exists()
     assert not partial.exists()
 
@@ -122,7 +119,7 @@ def test_a_checkpoint_before_the_first_update(tmp_path, world, model_folders):
         if name == "saved":
             save(tmp_path, 0, (policy, optimizer), world)
         if name == "resumed":
-            load_checkpoint(checkpoint_path(tmp_path, 0), policy=policy, optimizer=optimizer)
+            load_checkpoint(latest_checkpoint(tmp_path), policy=policy, optimizer=optimizer)
         found[name] = update(policy, world, optimizer)
         assert {int(full(state["step"])) for state in optimizer.state.values()} == {1}, name
     assert_equal(found["saved"], found["undisturbed"])

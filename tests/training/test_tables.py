@@ -95,15 +95,15 @@ def test_soft_penalty_of_long_completions(tables):
 
 
 def test_weights_of_a_single_update(tables):
-    weights = step_weights(tables, make_config())
+    token, score = step_weights(tables, make_config())
     # Graded tokens: 2 + 3, 5 + 10 + 1, 2 + 2 + 3, 1 + 9 + 2.
-    token = [[1.0] * 3 for _ in range(4)]
-    token[0][2] = 0.0
-    close(weights.token * 40, token)
+    expected = [[1.0] * 3 for _ in range(4)]
+    expected[0][2] = 0.0
+    close(token * 40, expected)
     # Finished and graded: 3 correct (a0, b0, d1), 7 incorrect; divided by the 10 of the MSE.
     correct, incorrect = 10 / 6 / 10, 10 / 14 / 10
     close(
-        weights.score,
+        score,
         [
             [correct, incorrect, 0.0],
             [correct, 0.0, incorrect],
@@ -111,18 +111,19 @@ def test_weights_of_a_single_update(tables):
             [incorrect, correct, incorrect],
         ],
     )
-    assert weights.score.sum() == pytest.approx(1.0)
+    assert score.sum() == pytest.approx(1.0)
 
 
 def test_class_weights_are_capped(tables):
-    weights = step_weights(tables, make_config(score={"max_class_weight": 1.25}))
-    assert weights.score[0, 0].item() == pytest.approx(0.125)
-    assert weights.score[0, 1].item() == pytest.approx(1 / 14)
+    _, score = step_weights(tables, make_config(score={"max_class_weight": 1.25}))
+    assert score[0, 0].item() == pytest.approx(0.125)
+    assert score[0, 1].item() == pytest.approx(1 / 14)
 
 
 def test_masked_truncated_completions_leave_the_denominator(tables):
     config = make_config(reward={"overlong": "mask"})
-    close(step_weights(tables, config).token[1] * 30, [1.0, 0.0, 1.0])
+    token, _ = step_weights(tables, config)
+    close(token[1] * 30, [1.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -133,19 +134,19 @@ def test_masked_truncated_completions_leave_the_denominator(tables):
     ],
 )
 def test_other_aggregations(tables, aggregation, expected):
-    weights = step_weights(tables, make_config(loss={"aggregation": aggregation}))
-    assert weights.token[1, 0].item() == pytest.approx(expected)  # 11 trained, its length is 5
-    assert weights.token[0, 2] == 0
+    token, _ = step_weights(tables, make_config(loss={"aggregation": aggregation}))
+    assert token[1, 0].item() == pytest.approx(expected)  # 11 trained, its length is 5
+    assert token[0, 2] == 0
 
 
 def test_minibatches_take_every_second_prompt(tables):
-    weights = step_weights(tables, make_config(optim={"minibatches": 2}))
+    token, score = step_weights(tables, make_config(optim={"minibatches": 2}))
     # Prompts 0 and 2: 2 + 3 + 7 tokens, and 1 correct, 4 incorrect of 5.
     # Prompts 1 and 3: 16 + 12 tokens, and 2 correct, 3 incorrect of 5.
     even, odd = 1 / 12, 1 / 28
-    close(weights.token, [[even, even, 0.0], [odd] * 3, [even] * 3, [odd] * 3])
+    close(token, [[even, even, 0.0], [odd] * 3, [even] * 3, [odd] * 3])
     close(
-        weights.score,
+        score,
         [
             [1 / 2, 1 / 8, 0.0],
             [1 / 4, 0.0, 1 / 6],
@@ -157,19 +158,18 @@ def test_minibatches_take_every_second_prompt(tables):
 
 @pytest.mark.parametrize("with_score_rows", [True, False])
 def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
-    config = make_config()
+    without = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
+    config = make_config(**({} if with_score_rows else without))
     advantages = torch.arange(12.0).reshape(4, 3)
-    weights = step_weights(tables, config)
-    sequences = training_sequences(
-        GROUPS[1:2], World(1, 4, CPU), tables, advantages, weights, with_score_rows=with_score_rows
-    )
+    token, score = step_weights(tables, config)
+    sequences = training_sequences(GROUPS[1:2], World(1, 4, CPU), tables, advantages, config)
     assert [s.advantage for s in sequences] == [3.0, 4.0, 5.0]
     assert [s.reward for s in sequences] == [1.0, 1.0, 0.0]
     # A truncated completion has no EOS to read a score at.
     is_scored = [True, False, True]
     assert [s.has_score_row for s in sequences] == [with_score_rows and x for x in is_scored]
-    assert [s.token_weight for s in sequences] == weights.token[1].tolist()
-    assert [s.score_weight for s in sequences] == weights.score[1].tolist()
+    assert [s.token_weight for s in sequences] == token[1].tolist()
+    assert [s.score_weight for s in sequences] == score[1].tolist()
     for sequence, completion in zip(sequences, GROUPS[1].completions, strict=True):
         assert sequence.prompt_ids == (7, 8, 9)
         assert sequence.completion_ids == completion.completion_ids
@@ -177,11 +177,8 @@ def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
 
 
 def test_a_failed_grade_has_no_score_row(tables):
-    config = make_config()
-    weights = step_weights(tables, config)
-    sequences = training_sequences(
-        GROUPS[:1], World(0, 4, CPU), tables, torch.ones(4, 3), weights, with_score_rows=True
-    )
+    world, advantages = World(0, 4, CPU), torch.ones(4, 3)
+    sequences = training_sequences(GROUPS[:1], world, tables, advantages, make_config())
     assert [s.has_score_row for s in sequences] == [True, True, False]
     assert sequences[2].token_weight == sequences[2].score_weight == 0
 
@@ -190,7 +187,7 @@ def test_everything_failed(world):
     tables = gather_tables([replace(GROUPS[0], rewards=(None, None, None))], world)
     config = make_config()
     advantages = step_advantages(tables, config, SCORE)
-    weights = step_weights(tables, config)
+    token, score = step_weights(tables, config)
     assert (advantages == 0).all()
-    assert (weights.token == 0).all()
-    assert (weights.score == 0).all()
+    assert (token == 0).all()
+    assert (score == 0).all()
