@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_label_values
-from ._rows import Statistics
+from ._dispatch import check_label_values
+from ._maths import Statistics
 
 
 def _resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)
+    c10d = dist.distributed_c10d
+    return c10d._resolve_process_group(c10d.GroupName(group))
 
 
 def localize(labels: Tensor, num_local: int, group: str) -> Tensor:
