@@ -4,7 +4,7 @@
 
 Where impl="cuda" can run, the extension is built as its first use would build it, which later
 steps then find in the cache, and the kernels are those of the built library; elsewhere nvcc
-compiles the sources here. --smoke does nothing else than the latter.
+compiles the sources here, as it always does with --smoke.
 """
 
 from __future__ import annotations

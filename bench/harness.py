@@ -54,8 +54,8 @@ class Error(NamedTuple):
 class Budget(NamedTuple):
     """How long to time one mode of one case: `seconds`, within limits on the rounds.
 
-    Memory is the median of `memory_repeats`: a host's allocator keeps pieces of what was freed,
-    now more, now less. A GPU's repeats itself, and is asked once.
+    Memory is the median of `memory_repeats`, because a host's allocator keeps a varying part of
+    what was freed. A GPU's allocator repeats itself and is asked once.
     """
 
     seconds: float = 2.0
@@ -232,7 +232,7 @@ def _attempt(row: Row, work: Callable[[], Result]) -> Result | None:
             error.__cause__, ImportError
         )
         row.status, row.reason = "skipped" if is_absent else "crashed", reason_of(error)
-    # Only now is the traceback gone, which held the provider's tensors.
+    # The traceback, which held the provider's tensors, is gone now.
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.synchronize()  # raises again after an illegal access: see bench/guard.py
@@ -280,8 +280,8 @@ def _peak_extra_mib(call: Callable[[], object], device: torch.device, repeats: i
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Peak memory during the call beyond what was held before; results count.
 
-    On a GPU of the allocator; elsewhere resident memory of this process, by resetting Linux's
-    high-water mark; None where the system has no such mark.
+    A GPU's allocator counts it. Elsewhere it is this process's resident memory, found by resetting
+    Linux's high-water mark; None where the system has no such mark.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

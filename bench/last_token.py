@@ -3,7 +3,7 @@
     python -m bench.last_token                          Qwen2.5-7B, B = 8, 64, 256, 1024
     python -m bench.last_token --smoke                  seconds on a CPU
 
-    score       scores alone, no gradient                bound: W read once
+    score       scores without gradient                  bound: W read once
     fwd         loss, with what its backward needs       bound: W read once
     fwd+bwd     loss and both gradients                  bound: W read twice and dW written once
 

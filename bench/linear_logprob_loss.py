@@ -6,11 +6,11 @@
     python -m bench.linear_logprob_loss --smoke         seconds on a CPU
 
 The job is loss = sum_i row_weight_i logprob_i with row weights of both signs, as a policy gradient
-has them. Providers of log-probs do it with that one line of torch on top; providers of a mean
-alone do that instead, and are not ranked. The bound is three bare GEMMs.
+has them. Providers of log-probs do it with that one line of torch on top; providers that only
+give a mean do that instead, and are not ranked. The bound is three bare GEMMs.
 
 With --cpu, "unfused logits held" is the baseline's arithmetic in a scope that keeps its logits
-until the backward has run, as a loss function does that first gives them a name.
+until the backward has run, as a loss function does that gives them a name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who computes log-probabilities of a head, and what each cannot do.
 
 Every provider is a function (hidden_states [N, D], weight [V, D], labels [N]) -> log-probs [N], or
--> their mean if it has no per-row result. `load` imports; what is missing is shown by name.
+-> their mean if it has no per-row result. `load` imports; the table names what is missing.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ MEAN_PEERS = (
 
 
 def bare_gemms(sets: list[Inputs], num_gemms: int) -> Run:
-    """The GEMMs alone, from the library, in the inputs' dtype: Z in "fwd", all in "fwd+bwd".
+    """Only the GEMMs, from the library, in the inputs' dtype: Z in "fwd", all in "fwd+bwd".
 
     Three are Z, dH and dW; four make Z twice, for an op that returns before its gradient is known.
     """
@@ -169,7 +169,7 @@ def bare_gemms(sets: list[Inputs], num_gemms: int) -> Run:
 
 
 def weight_stream(sets: list[Inputs], passes: dict[str, int]) -> Run:
-    """Memory traffic of the weight alone, from the time to copy it, which reads and writes it once.
+    """Only the weight's memory traffic, from the time of a copy, which reads and writes it once.
 
     `passes`: how often each mode must at least read or write it.
     """

@@ -1,4 +1,4 @@
-"""Qwen2 models with random weights, for benchmarks that need a folder or a module and no skill."""
+"""Qwen2 models with random weights, for benchmarks that need a model but no skill."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python -m bench.report [FILE ...] [--op linear_logprob_loss] [--shape qwen2.5-7b] [--plot PNG]
 
-Files default to everything in bench/results/. The table is of one size, the plot of all N: time
-and memory of each provider, and the floor. Time's floor is the bound timed in the same process,
-memory's the two gradients.
+Files default to everything in bench/results/. The table shows one size, the plot all N: time and
+memory of each provider, and their floors. The floor of time is the bound timed in the same process,
+that of memory the two gradients.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _remark(row: dict) -> str:
 def plot(rows: Sequence[dict], path: Path) -> None:
     """Time in multiples of its floor, and memory, against N: one line per provider.
 
-    Below each N stands the floor in milliseconds. Dashed: providers that do a smaller job.
+    Labels below each N give the floor in milliseconds. Dashed lines are providers of a smaller job.
     """
     import matplotlib
 

@@ -2,11 +2,11 @@
 
 Ways to get log pi(z_c | x, y) for every finished completion, in one process, in rotating order:
 
-    off        generation alone, the baseline; score token and padding banned, one seed each
+    off        only generation, the baseline; score token and padding banned, one seed each
     bare       vLLM's own sampling: nothing banned, no seeds
     inline     the score token is forced after the EOS: one more decode step
     request    a second request per completion over its cached prefix
-    released   the released method: every sequence anew, with prompt log-probs
+    released   the released method: every sequence again, with prompt log-probs
 
 The model is a counter: its layers add nothing to the residual stream but cost what they cost, and
 the head sends token t to t + 1, so that every completion ends after exactly --length tokens.
@@ -87,7 +87,7 @@ def make_prompts(num: int, *, length: int, vocab: int, prompt_length: int) -> li
 
 
 def released_scores(engine: VllmEngine, groups: list[Group]) -> None:
-    """Read the score as the released code does: prompt, answer and score token, all anew."""
+    """Read the score as the released code does: prompt, answer and score token, all again."""
     ids = [
         group.prompt.prompt_ids + completion.completion_ids + (SCORE_TOKEN,)
         for group in groups

@@ -6,8 +6,8 @@
 Every run is `torchrun -m laser_fast train configs/quickstart.toml` with a seed of its own; the
 methods of one seed start from the same warm-started model and see the same prompts. Numbers are
 those of the held-out problems after the last step. Intervals are Student's over the seeds, 95%:
-they say how another seed would come out, not how other problems would. Runs that are finished are
-not repeated, so a study that was killed goes on.
+they say how another seed would come out, not how other problems would. Finished runs are not
+repeated, so a study that was killed goes on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METRICS = {
     "weighted_majority": "weighted maj@k",
 }
 SMOKE = (
-    "score.ref_logprob=-12.0",  # so early a model finishes nothing that could be measured
+    "score.ref_logprob=-12.0",  # a model this early finishes nothing that could be measured
     "optim.steps=1",
     "optim.warmup_steps=0",
     "data.prompts_per_step=4",

@@ -2,7 +2,7 @@
 
     python -m bench.targets FOLDER [FOLDER ...]     reads all result files in the folders
 
-A later folder replaces an earlier one's value; what no file holds is "not measured".
+A later folder replaces an earlier one's value; a target that no file holds is "not measured".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     start    build the colocated engine, once per run; here it compiles nothing
     sync     stream every state_dict entry of the FSDP2 policy into the engine
     check    log-probs of the same tokens from engine and policy, as after every sync of a run
-    copy     clone every tensor of the stream: what moving the bytes takes at least
+    copy     clone every tensor of the stream, the least that moving the bytes can take
 
 The policy changes between rounds, so that a sync which does nothing would fail its check. Under
 torchrun the parameters are sharded over the ranks; times are those of rank 0.
@@ -95,7 +95,7 @@ def measure(
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        # Every rank saves the same model for itself; rank 0 alone reads its weights.
+        # Every rank saves the same model for itself; only rank 0 reads its weights.
         save_model(Path(folder), shape)
         policy = build_policy(ModelConfig(path=folder, compute_dtype=dtype), world)
         engine = timed(

@@ -54,7 +54,7 @@ QWEN_1_5B = Workload(
     num_sequences=16,
     prompt_tokens=(128, 128),
     completion_tokens=(896, 896),
-    # Two microbatches: by count, the activations and the plain logits of all 16384 tokens at once
+    # Two microbatches: by count, the activations and the plain logits of all 16384 tokens together
     # would not fit a card of 80 GB.
     budget=8192,
 )

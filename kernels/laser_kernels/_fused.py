@@ -1,6 +1,6 @@
 """impl="triton" and impl="cuda": everything around a GEMM kernel with a softmax epilogue.
 
-    scoring        writes 12 bytes per row and column block: nothing of size N V
+    scoring        writes 12 bytes per row and column block, and nothing of size N V
     keeping        2 bytes a logit, which dlogits then replace in place
     recomputing    2 bytes a logit, dlogits at once
 

@@ -4,11 +4,12 @@ All exponents are in base 2. With x_iv = z_iv log2(e) - anchor_i, a row needs
 
     S = sum_v 2^x_v        M = sum_v x_v 2^x_v        and log2 p_v = x_v - log2 S
 
-The anchor is the target's own logit, a dot product per row, and not the maximum: known beforehand,
-it spares the epilogue a running maximum and the rescaling that goes with it. S, M and the maximum
-of x leave a tile as partials and are reduced later in a fixed order. A target far below the maximum
-would overflow: rows with S >= 2^60 (p_y < 1e-18) are flagged on the device, and the same kernel
-runs again for their row blocks around the maximum; without such a row it reads a zero and returns.
+The anchor is not the maximum but the target's own logit, a dot product per row. It is known
+beforehand, and spares the epilogue a running maximum and the rescaling that goes with it. S, M and
+the maximum of x leave a tile as partials and are reduced later in a fixed order. A target far below
+the maximum would overflow: rows with S >= 2^60 (p_y < 1e-18) are flagged on the device, and the
+same kernel runs again for their row blocks around the maximum; without such a row it reads a zero
+and returns.
 
 A kept x is an int16 in steps of 2^-9: p is then good to 4e-4, four times finer than the bfloat16
 of the dlogits that replace it in the same two bytes.

@@ -5,10 +5,10 @@ For B rows of hidden states (the EOS positions of B answers), token c and symbol
     logprob_b = log softmax(W H_b)_c           score_b = beta (logprob_b - ref_logprob)
     loss = sum_b w_b (score_b - reward_b)^2    dloss/dlogprob_b = 2 beta w_b (score_b - reward_b)
 
-With few rows all cost is the traffic of W: read in the forward, read again for dH, and as much
-written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton, which an L2
-cache holds), so that the backward recomputes nothing; above, it recomputes. The upstream scalar is
-applied before the GEMMs, hence dW needs no float32 copy: the GEMM rounds it, once.
+With few rows the only cost is the traffic of W: it is read in the forward and again for dH, and
+as much is written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton,
+which an L2 cache holds), so that the backward recomputes nothing; above, it recomputes. The
+upstream scalar is applied before the GEMMs, so dW needs no float32 copy: the GEMM rounds it, once.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ three more. dZ exists for one chunk of rows at a time, and two plain GEMMs consu
     dH = dZ W        dW = sum over chunks dZ^T H, accumulated in float32, rounded once
 
 The log-probs take any upstream gradient g, so the backward comes when Z is gone and recomputes it:
-4 GEMMs in all. It knows g and the logsumexp, hence writes dZ at once. `linear_logprob_loss.py` has
+4 GEMMs in all. It knows g and the logsumexp and so writes dZ at once. `linear_logprob_loss.py` has
 the 3-GEMM form, for a loss that can run inside the op.
 
 Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW.

@@ -23,7 +23,7 @@ from bench.provenance import ROOT
 OURS = {provider.name for provider in providers.OURS}
 ROWS = {p.name for p in (*providers.BASELINES, *providers.OURS, *providers.PEERS)}
 MEANS = {provider.name for provider in providers.MEAN_PEERS}
-# Run by torch alone, so they must be there on any machine.
+# These need only torch, so they must be there on any machine.
 ALWAYS = {"unfused", "ours reference", "ours chunked"}
 HEADER = {"op", "device", "threads", "cuda", "python", "versions", "commit", "date", "command"}
 TIME = {"median_ms", "p20_ms", "p80_ms", "rounds"}

@@ -57,7 +57,7 @@ def test_row_dlogits_in_place(rows, dtype, with_entropy):
 
 
 def test_kept_logits_cost_no_accuracy(device, relative_error):
-    """Steps of 2^-9 under dlogits of 8 bits: at most 1.1 times the error of the 8 bits alone."""
+    """Steps of 2^-9 under dlogits of 8 bits: at most 1.1 times the error of only the 8 bits."""
     n, v = 16, _fused.UNPACK_BLOCK + 100
     x = torch.randn(n, v, dtype=torch.float64) * 8  # log2 units, around the anchor
     kept = (x * 512).round().clamp(-(2**15), 2**15 - 1).to(device, torch.int16)
