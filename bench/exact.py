@@ -1,8 +1,8 @@
 """The float64 result, and how far from it a provider may be.
 
-Log-probs by their largest absolute error, gradients by their relative Frobenius error. An
-unrounded float32 accumulator is held to 2e-5 max(1, max|z| / 32) nats; a provider that rounds its
-logits to 16 bits, as a plain model does, to what that rounding costs.
+Log-probs are judged by their largest absolute error, gradients by their relative Frobenius error.
+An unrounded float32 accumulator may be off by 2e-5 max(1, max|z| / 32) nats; a provider that rounds
+its logits to 16 bits, as a plain model does, may be off by what that rounding costs.
 """
 
 from __future__ import annotations

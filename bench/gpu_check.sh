@@ -3,12 +3,12 @@
 #
 #     bench/gpu_check.sh OUT
 #
-# Needs PyTorch >= 2.11 with Triton and this checkout; installs nothing, fetches nothing, and skips
-# by name what is missing. The most valuable steps come first. Every step has its own time limit and
-# leaves OUT/<step>.json, .md and .log, also when it fails; a table of all targets ends the run.
-# PYTHON names the interpreter; a copy without .git can name its commit in LASER_FAST_COMMIT.
+# Needs PyTorch >= 2.11 with Triton, pytest and this checkout; installs nothing, fetches nothing, and
+# skips by name what is missing. The most valuable steps come first. Every step has its own time
+# limit and leaves OUT/<step>.json, .md and .log, also when it fails; a table of all targets ends the
+# run. PYTHON names the interpreter; a copy without .git can name its commit in LASER_FAST_COMMIT.
 set -u
-[ $# -eq 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."

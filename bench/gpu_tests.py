@@ -1,46 +1,45 @@
-"""Run every test that needs a GPU, with pytest or without, and write the outcomes as they come.
+"""Run every test that needs a GPU, and write the outcomes as they come.
 
 python -m bench.gpu_tests [--json FILE] [--marker gpu] [FOLDER]
+
+Needs torch, triton and pytest. A test file that cannot be imported because somebody's package is
+missing is skipped; one that misses a module of ours fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
-from bench import mini_pytest
 from bench.markdown import document, table
 from bench.provenance import ROOT, header, save
 
 OUR_PACKAGES = ("laser_fast", "laser_kernels", "bench")
+# The project's own options but for strict markers, which may be those of a missing plugin.
+FLAGS = ["-o", "addopts=--import-mode=importlib", "--rootdir", str(ROOT)]
+FLAGS += ["-p", "no:cacheprovider", "-p", "no:terminal", "--continue-on-collection-errors"]
 
 
 class Outcomes:
-    """What became of each test; also a pytest plugin that hears it."""
+    """A pytest plugin that hears what became of each test, and writes it down."""
 
     def __init__(self, path: Path | None) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.path, self.header = path, {"op": "gpu_tests"} | header(device)
         self.rows: list[dict[str, str]] = []
 
-    def add(self, name: str, outcome: str, reason: str = "") -> None:
+    def add(self, name: str, outcome: str, reason: str) -> None:
         """Take one test's outcome: passed, failed or skipped."""
         self.rows.append({"test": name, "outcome": outcome, "reason": reason})
         print(f"{outcome}  {name}  {reason}", flush=True)
         if self.path:
             save(self.path, self.header, self.rows, self.document())
-
-    def add_unimportable(self, name: str, reason: str) -> None:
-        """Take a file that cannot be imported: for want of somebody's package it is skipped."""
-        missing = re.search(r"No module named '(\w+)", reason)
-        is_skipped = missing and missing[1] not in OUR_PACKAGES
-        self.add(name, "skipped" if is_skipped else "failed", reason)
 
     def document(self) -> str:
         """Counts, then every test that did not pass."""
@@ -55,15 +54,19 @@ class Outcomes:
         counts = Counter(row["outcome"] for row in self.rows)
         return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
 
-    def pytest_runtest_logreport(self, report) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Hear a phase of a test from pytest."""
         if report.when == "call" or report.outcome != "passed":
             self.add(report.nodeid, report.outcome, _reason(report.longrepr))
 
-    def pytest_collectreport(self, report) -> None:
-        """Hear that a file cannot be collected."""
-        if report.failed:
-            self.add_unimportable(report.nodeid, _reason(report.longrepr))
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Hear that a file cannot be collected, or that it skips itself."""
+        if report.passed:
+            return
+        reason = _reason(report.longrepr)
+        missing = re.search(r"No module named '(\w+)", reason)
+        is_skipped = report.skipped or (missing and missing[1] not in OUR_PACKAGES)
+        self.add(report.nodeid, "skipped" if is_skipped else "failed", reason)
 
 
 def _reason(longrepr: object) -> str:
@@ -81,16 +84,6 @@ def files_with(marker: str, folder: Path) -> list[Path]:
     return [path for path in found if f"mark.{marker}" in path.read_text()]
 
 
-def run_without_pytest(files: Sequence[Path], marker: str, outcomes: Outcomes) -> None:
-    """Run the marked tests of the files by `bench.mini_pytest`."""
-    mini_pytest.install()
-    for path in files:
-        try:
-            mini_pytest.run_file(path, marker, outcomes.add)
-        except ImportError as error:
-            outcomes.add_unimportable(path.name, str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tests; 0 if none failed."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -99,20 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--marker", default="gpu")
     args = options.parse_args(argv)
     outcomes = Outcomes(args.json)
-    files = files_with(args.marker, args.folder.resolve())
-    if importlib.util.find_spec("pytest"):
-        import pytest
-
-        flags = ["-m", args.marker, "-p", "no:cacheprovider", "-p", "no:terminal"]
-        flags += ["--rootdir", str(ROOT), "--continue-on-collection-errors"]
-        pytest.main([*flags, *map(str, files)], plugins=[outcomes])
-    elif not torch.cuda.is_available():
-        for path in files:
-            outcomes.add(path.name, "skipped", "needs an NVIDIA GPU")
-    else:
-        run_without_pytest(files, args.marker, outcomes)
+    files = map(str, files_with(args.marker, args.folder.resolve()))
+    code = pytest.main([*FLAGS, "-m", args.marker, *files], plugins=[outcomes])
     print(outcomes.summary or "no test found")
-    return int(any(row["outcome"] == "failed" for row in outcomes.rows))
+    is_broken = code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+    return int(is_broken or any(row["outcome"] == "failed" for row in outcomes.rows))
 
 
 if __name__ == "__main__":

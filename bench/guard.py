@@ -1,8 +1,8 @@
 """Survive a provider that takes the process with it.
 
-A segmentation fault, or a GPU that answers nothing after an illegal access, cannot be caught.
-So the benchmark runs in a child process, which leaves the name of each provider before it first
-runs its code; when the child dies, a new one goes on without that provider. Its row says so.
+A segmentation fault cannot be caught, nor can a GPU that fails after an illegal access.
+Therefore the benchmark runs in a child process, which leaves the name of each provider before it
+first runs its code; when the child dies, a new one goes on without that provider. Its row says so.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ KERNELS_SHOWN = 10
 
 
 def profiled(shape: str, num_rows: int, device: torch.device) -> Iterator[dict]:
-    """Kernels of every op and implementation that runs here, slowest first."""
+    """Kernels of every op and implementation that runs here, slowest first, the rest in one row."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for op in OPS:
         rows = min(num_rows, LAST_TOKEN_ROWS) if op is last_token else num_rows
@@ -54,8 +54,12 @@ def _kernels(call, device: torch.device) -> list[dict]:
         event.key: (getattr(event, f"self_{kind}_time_total"), event.count)
         for event in profiler.key_averages()
     }
-    total = sum(microseconds for microseconds, _ in spent.values()) or 1.0
-    slowest = sorted(spent.items(), key=lambda item: -item[1][0])[:KERNELS_SHOWN]
+    slowest = sorted(spent.items(), key=lambda item: -item[1][0])
+    shown, others = slowest[:KERNELS_SHOWN], slowest[KERNELS_SHOWN:]
+    if others:
+        times, counts = zip(*(parts for _, parts in others), strict=True)
+        shown.append((f"{len(others)} others", (sum(times), sum(counts))))
+    total = sum(microseconds for _, (microseconds, _) in shown) or 1.0
     return [
         {
             "kernel": key[:80],
@@ -63,7 +67,7 @@ def _kernels(call, device: torch.device) -> list[dict]:
             "ms": microseconds / 1e3 / CALLS,
             "share": microseconds / total,
         }
-        for key, (microseconds, count) in slowest
+        for key, (microseconds, count) in shown
     ]
 
 

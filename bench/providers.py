@@ -1,7 +1,7 @@
 """The providers of a head's log-probabilities, and what each of them cannot do.
 
 Every provider is a function (hidden_states [N, D], weight [V, D], labels [N]) -> log-probs [N], or
--> their mean if it has no per-row result. `load` imports; what is missing is shown by name.
+-> their mean if it has no per-row result. `load` imports; the table names what is missing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     start    build the colocated engine, once per run; here it compiles nothing
     sync     stream every state_dict entry of the FSDP2 policy into the engine
     check    log-probs of the same tokens from engine and policy, as after every sync of a run
-    copy     clone every tensor of the stream: what moving the bytes takes at least
+    copy     clone every tensor of the stream, the least that moving the bytes can take
 
 The policy changes between rounds, so that a sync which does nothing would fail its check. Under
 torchrun the parameters are sharded over the ranks; times are those of rank 0.

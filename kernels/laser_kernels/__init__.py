@@ -5,7 +5,7 @@ and gradients come out; the [N, V] logits never exist in memory. Depends on torc
 """
 
 from . import reference
-from ._ops import last_impl
+from ._dispatch import last_impl
 from .last_token import last_token_loss, last_token_score
 from .linear_logprob import linear_logprob, linear_logprob_entropy
 from .linear_logprob_loss import linear_logprob_loss

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ._fused import Fused
+from ._maths import Head
 
 NAME = "laser_kernels_cuda"
 SOURCES = ("linear_logprob.cu", "last_token.cu")
-# wgmma and setmaxnreg are features of sm_90a alone. USE_CUDA declares the current stream.
+# Only sm_90a has wgmma and setmaxnreg. USE_CUDA declares the current stream.
 FLAGS = (
     "-O3",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -31,29 +32,36 @@ MAX_FEW_ROWS = 128
 BLOCK_V = {"many": 192, "few": 256}
 
 
-class CudaGemm:
-    """The launches that `_fused.Fused` needs; `ops` is the namespace of the loaded library."""
+class Cuda(Fused):
+    """The backend of impl="cuda"; `ops` is the namespace of the loaded library."""
 
     def __init__(self, ops: ModuleType) -> None:
         self.ops = ops
 
-    def block_v(self, kind: str, hidden_states: Tensor, weight: Tensor) -> int:
+    def block_v(self, head: Head, few: bool) -> int:
         """Return how many columns a partial covers."""
-        return BLOCK_V[_kind(kind, hidden_states)]
+        return BLOCK_V["few" if _fits_few(head, few) else "many"]
 
-    def statistics(self, kind: str, hidden_states: Tensor, weight: Tensor, *rest) -> None:
+    def launch_statistics(
+        self,
+        head: Head,
+        kept: Tensor | None,
+        flags: Tensor,
+        anchor: Tensor,
+        partials: Tensor,
+        few: bool,
+    ) -> None:
         """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
-        is_few = _kind(kind, hidden_states) == "few"
-        function = self.ops.statistics_few if is_few else self.ops.statistics
-        function(hidden_states, weight, *rest)
+        launch = self.ops.statistics_few if _fits_few(head, few) else self.ops.statistics
+        launch(*head[:2], kept, flags, anchor, head.inv_temperature, partials)
 
-    def dlogits(self, hidden_states: Tensor, weight: Tensor, out: Tensor, *rows: Tensor) -> None:
-        """Write dlogits [n, V] from labels, 1/T, logsumexp, constant, slope and target [n]."""
-        self.ops.dlogits(hidden_states, weight, out, *rows)
+    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
+        """Write dlogits [n, V] from logsumexp, constant, slope and target [n]."""
+        self.ops.dlogits(*head[:2], out, *head[2:], *rows)
 
 
-def _kind(kind: str, hidden_states: Tensor) -> str:
-    return "few" if kind == "few" and len(hidden_states) <= MAX_FEW_ROWS else "many"
+def _fits_few(head: Head, few: bool) -> bool:
+    return few and len(head.hidden_states) <= MAX_FEW_ROWS
 
 
 def source_folder() -> Path:
@@ -76,7 +84,7 @@ def missing() -> str:
         from torch.utils import cpp_extension
     except ImportError:
         return "setuptools is missing; pip install setuptools"
-    # PyTorch takes /usr/local/cuda as it is, which may hold a runtime alone.
+    # PyTorch takes /usr/local/cuda as it is, which may hold only a runtime.
     home = cpp_extension.CUDA_HOME
     if home is None or not Path(home, "bin", "nvcc").is_file():
         version = torch.version.cuda
@@ -87,7 +95,7 @@ def missing() -> str:
 
 
 @cache
-def load() -> Fused:
+def load() -> Cuda:
     """Build the extension unless the cache has it, load it, and return what impl="cuda" offers.
 
     Raises:
@@ -115,7 +123,7 @@ def load() -> Fused:
             f"PyTorch {torch.__version__} ({reason.strip()[:300]}); install nvcc 12.5 or newer, "
             f"the headers of its toolkit, and a C++ compiler that it supports"
         ) from error
-    return Fused(CudaGemm(getattr(torch.ops, NAME)))
+    return Cuda(getattr(torch.ops, NAME))
 
 
 def _failure(what: str) -> RuntimeError:

@@ -1,25 +1,28 @@
 """impl="triton" and impl="cuda": everything around a GEMM kernel with a softmax epilogue.
 
-    scoring        writes 12 bytes per row and column block: nothing of size N V
+    scoring        writes 12 bytes per row and column block, and nothing of size N V
     keeping        2 bytes a logit, which dlogits then replace in place
     recomputing    2 bytes a logit, dlogits at once
 
-The two differ in who launches the GEMM kernels, `_triton_gemm.py` or `_extension.py`; the formulas
-are in `_head_kernels.py`, whose small kernels serve both.
+The formulas are in `_head_kernels.py`, whose small kernels serve both. The two differ in who
+launches the GEMM kernels: `Fused` below, or `Cuda` in `_extension.py`.
+
+Hopper and data-centre Blackwell load Triton's tiles by TMA descriptor in a persistent grid. Other
+devices, and rows that TMA cannot address because they are not 16-byte aligned, use pointers.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _head_kernels as kernels
-from . import _triton_gemm
-from ._rows import RowGradient, Statistics, concatenate
+from ._maths import Head, RowGradient, Statistics, concatenate
 
 # Rows scored at a time: bounds the partials to 156 MB at V = 152k.
 SCORE_ROWS = 16384
@@ -27,153 +30,169 @@ UNPACK_BLOCK, UNPACK_WARPS = 4096, 8
 VECTOR_BLOCK = 1024
 
 
-class Gemm(Protocol):
-    """The launches of `_triton_gemm.py`. `kind` is "many" or "few" rows."""
+class Tile(NamedTuple):
+    """Tile sizes and launch shape of the GEMM kernels."""
 
-    def block_v(self, kind: str, hidden_states: Tensor, weight: Tensor) -> int:
-        """Return how many columns a partial covers."""
+    n: int
+    v: int
+    d: int
+    num_warps: int
+    num_stages: int
+    uses_tma: bool
 
-    def statistics(
-        self,
-        kind: str,
-        hidden_states: Tensor,
-        weight: Tensor,
-        kept: Tensor | None,
-        flags: Tensor,
-        anchor: Tensor,
-        inv_temperature: Tensor,
-        partials: Tensor,
-    ) -> None:
-        """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
 
-    def dlogits(self, hidden_states: Tensor, weight: Tensor, out: Tensor, *rows: Tensor) -> None:
-        """Write dlogits [n, V] from labels, 1/T, logsumexp, constant, slope and target [n]."""
+# The largest tiles that need no spills and whose shared memory, 2 (n + v) d bytes a stage and 2 n v
+# to stage the tile that is stored, fits: 227 KB with TMA, 99 KB elsewhere. "few" rows are short on
+# work and long on traffic: narrow tiles give every multiprocessor a share of W, in deep pipelines.
+TILES = {
+    ("many", "tma"): Tile(128, 256, 64, num_warps=8, num_stages=3, uses_tma=True),
+    ("many", "pointer"): Tile(128, 128, 32, num_warps=8, num_stages=4, uses_tma=False),
+    ("few", "tma"): Tile(64, 128, 64, num_warps=4, num_stages=6, uses_tma=True),
+    ("few", "pointer"): Tile(64, 128, 32, num_warps=4, num_stages=4, uses_tma=False),
+}
+# The interpreter steps through every tile on the CPU: tiny ones, of both kinds of addressing.
+INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, uses_tma=True)
 
 
 class Fused:
-    """The functions of `_chunked.py`, on top of the GEMM kernels of one implementation."""
+    """The `_dispatch.Backend` of impl="triton"; impl="cuda" replaces its last three methods."""
 
-    def __init__(self, gemm: Gemm) -> None:
-        self.gemm = gemm
-
-    def statistics(
-        self,
-        hidden_states: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        labels: Tensor,  # [N]
-        inv_temperature: Tensor,  # [N] float32
-        with_entropy: bool = False,
-    ) -> Statistics:
+    def statistics(self, head: Head, with_entropy: bool = False, few: bool = False) -> Statistics:
         """Score any number of rows and keep nothing; the entropy comes for one FMA a logit."""
-        return self._statistics("many", hidden_states, weight, labels, inv_temperature)
+        starts = range(0, len(head.hidden_states), SCORE_ROWS)
+        chunks = [head.rows(slice(start, start + SCORE_ROWS)) for start in starts]
+        return concatenate([self._score(i, None, few)[0] for i in chunks], head.inv_temperature)
 
-    def statistics_few(
-        self, hidden_states: Tensor, weight: Tensor, labels: Tensor, inv_temperature: Tensor
-    ) -> Statistics:
-        """Score few rows."""
-        return self._statistics("few", hidden_states, weight, labels, inv_temperature)
-
-    @staticmethod
-    def empty_kept(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    def empty_kept(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
         """Return a buffer [n, V] for kept logits, with rows padded to 16 bytes as TMA asks."""
         padded = triton.cdiv(len(weight), 8) * 8
         buffer = hidden_states.new_empty(len(hidden_states), padded, dtype=torch.int16)
         return buffer[:, : len(weight)]
 
     def keep(
-        self, hidden_states: Tensor, weight: Tensor, labels: Tensor, inv_temperature: Tensor
+        self, head: Head, few: bool = False, out: Tensor | None = None
     ) -> tuple[Statistics, Tensor, Tensor]:
-        """Score rows; return the statistics, the kept logits [n, V] and their offset [n]."""
-        return self._keep("many", hidden_states, weight, labels, inv_temperature)
+        """Score a chunk; return statistics, kept logits [n, V] (`out` if given), offset [n]."""
+        kept = self.empty_kept(head.hidden_states, head.weight) if out is None else out
+        stats, log_total = self._score(head, kept, few)
+        return stats, kept, log_total
 
-    def keep_few(
-        self, hidden_states: Tensor, weight: Tensor, labels: Tensor, inv_temperature: Tensor
-    ) -> tuple[Statistics, Tensor, Tensor]:
-        """Score few rows and keep their logits."""
-        return self._keep("few", hidden_states, weight, labels, inv_temperature)
-
-    @staticmethod
     def dlogits_from_kept(
-        kept: Tensor,  # [n, V] int16, overwritten
-        offset: Tensor,  # [n]
-        labels: Tensor,  # [n]; -1: the target is in another shard
-        inv_temperature: Tensor,  # [n]
-        gradient: RowGradient,
-        dtype: torch.dtype,
+        self, kept: Tensor, offset: Tensor, head: Head, gradient: RowGradient
     ) -> Tensor:
         """Turn kept logits into dlogits [n, V], in place."""
-        assert gradient.slope is None  # kept logits serve a loss of log-probs alone
+        assert gradient.slope is None  # kept logits serve a loss of log-probs only
         num_rows, num_columns = kept.shape
-        dlogits = kept.view(dtype)
-        rows = (labels, offset, gradient.constant, gradient.target)
+        dlogits = kept.view(head.hidden_states.dtype)
+        rows = (head.labels, offset, gradient.constant, gradient.target)
         sizes = (num_columns, kept.stride(0))
         kernels.unpack_kernel[(num_rows, triton.cdiv(num_columns, UNPACK_BLOCK))](
             kept, dlogits, *rows, *sizes, BLOCK_V=UNPACK_BLOCK, num_warps=UNPACK_WARPS
         )
         return dlogits
 
-    def recompute_dlogits(
-        self,
-        hidden_states: Tensor,  # [n, D]
-        weight: Tensor,  # [V, D]
-        labels: Tensor,  # [n]; -1: the target is in another shard
-        inv_temperature: Tensor,  # [n]
-        logsumexp: Tensor,  # [n]
-        gradient: RowGradient,
-    ) -> Tensor:
-        """Form dlogits [n, V] of rows whose logsumexp is known."""
-        constant, slope, target = gradient
-        slope = torch.zeros_like(constant) if slope is None else slope
+    def recompute_dlogits(self, head: Head, logsumexp: Tensor, gradient: RowGradient) -> Tensor:
+        """Form dlogits [n, V] of rows whose logsumexp [n] is known."""
+        hidden_states, weight, *_ = head
         dlogits = self.empty_kept(hidden_states, weight).view(hidden_states.dtype)
-        rows = (labels, inv_temperature, logsumexp, constant, slope, target)
-        self.gemm.dlogits(hidden_states, weight, dlogits, *rows)
+        self.launch_dlogits(head, dlogits, logsumexp, *gradient.dense())
         return dlogits
 
-    def _score(
-        self,
-        kind: str,
-        hidden_states: Tensor,  # [n, D]
-        weight: Tensor,  # [V, D]
-        labels: Tensor,  # [n]
-        inv_temperature: Tensor,  # [n]
-        kept: Tensor | None = None,  # [n, V] int16, written
-    ) -> tuple[Statistics, Tensor]:
+    def _score(self, head: Head, kept: Tensor | None, few: bool) -> tuple[Statistics, Tensor]:
         """Return the statistics of the rows, and log S, the offset of the kept logits."""
+        hidden_states, weight, labels, inv_temperature = head
         num_rows, hidden_size = hidden_states.shape
-        head = (hidden_states, weight)
-        num_blocks = triton.cdiv(len(weight), self.gemm.block_v(kind, *head))
+        num_blocks = triton.cdiv(len(weight), self.block_v(head, few))
         target, anchor, log_total, *stats = (torch.empty_like(inv_temperature) for _ in range(6))
         partials = inv_temperature.new_empty(num_rows, 3, num_blocks)
         all_rows = torch.full((num_rows + 1,), 2, dtype=torch.int32, device=labels.device)
         overflowed = torch.zeros_like(all_rows)
-        kernels.anchor_kernel[(num_rows,)](
-            *head, labels, inv_temperature, target, anchor, hidden_size, BLOCK_D=VECTOR_BLOCK
-        )
+        kernels.anchor_kernel[(num_rows,)](*head, target, anchor, hidden_size, BLOCK_D=VECTOR_BLOCK)
         for flags in (all_rows, overflowed):
-            self.gemm.statistics(kind, *head, kept, flags, anchor, inv_temperature, partials)
+            self.launch_statistics(head, kept, flags, anchor, partials, few)
             rows = (partials, flags, overflowed, target, anchor, *stats, log_total)
             kernels.reduce_kernel[(num_rows,)](*rows, num_rows, num_blocks, BLOCK=VECTOR_BLOCK)
         return Statistics(*stats), log_total
 
-    def _statistics(
-        self, kind: str, hidden_states: Tensor, weight: Tensor, *rows: Tensor
-    ) -> Statistics:
-        starts = range(0, len(hidden_states), SCORE_ROWS)
-        chunks = [slice(start, start + SCORE_ROWS) for start in starts]
-        parts = [
-            self._score(kind, hidden_states[i], weight, *(x[i] for x in rows))[0] for i in chunks
-        ]
-        return concatenate(parts, like=rows[1])
+    def block_v(self, head: Head, few: bool) -> int:
+        """Return how many columns a partial covers."""
+        return tile_for(head, few).v
 
-    def _keep(
-        self, kind: str, hidden_states: Tensor, *rest: Tensor
-    ) -> tuple[Statistics, Tensor, Tensor]:
-        kept = self.empty_kept(hidden_states, rest[0])
-        stats, offset = self._score(kind, hidden_states, *rest, kept)
-        return stats, kept, offset
+    def launch_statistics(
+        self,
+        head: Head,
+        kept: Tensor | None,  # [n, V] int16, written
+        flags: Tensor,  # [n + 1] int32
+        anchor: Tensor,  # [n]
+        partials: Tensor,  # [n, 3, column blocks], written
+        few: bool,
+    ) -> None:
+        """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
+        rows = (flags, anchor, head.inv_temperature, partials)
+        kernel, keeps = kernels.statistics_kernel, kept is not None
+        _launch(kernel, tile_for(head, few), head, kept, *rows, KEEP=keeps)
+
+    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
+        """Write dlogits [n, V] from logsumexp, constant, slope and target [n]."""
+        tile = tile_for(head, few=False)
+        _launch(kernels.dlogits_kernel, tile, head, out, *head[2:], *rows)
+
+
+def tile_for(head: Head, few: bool) -> Tile:
+    """Return the tile for these operands on their device."""
+    operands = head[:2]
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands
+    )
+    if not head.hidden_states.is_cuda:
+        return INTERPRETER_TILE._replace(uses_tma=aligned)
+    major, _ = torch.cuda.get_device_capability(head.hidden_states.device)
+    addressing = "tma" if aligned and major in (9, 10) else "pointer"
+    return TILES["few" if few else "many", addressing]
 
 
 @cache
-def with_triton() -> Fused:
-    """Return what impl="triton" offers."""
-    return Fused(_triton_gemm)
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter: enough to step over tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    tile: Tile,
+    head: Head,
+    out: Tensor | None,  # [n, V]
+    *rows: Tensor,
+    **flags: bool,
+) -> None:
+    """Launch a kernel over the tiles of [n, V]."""
+    hidden_states, weight, *_ = head
+    assert hidden_states.is_contiguous() and weight.is_contiguous()
+
+    def operand(x: Tensor | None, *block: int) -> Tensor | TensorDescriptor | None:
+        return (
+            TensorDescriptor.from_tensor(x, list(block)) if tile.uses_tma and x is not None else x
+        )
+
+    num_programs = triton.cdiv(len(hidden_states), tile.n) * triton.cdiv(len(weight), tile.v)
+    if tile.uses_tma:
+        num_programs = min(num_programs, _num_multiprocessors(hidden_states.device))
+    kernel[(num_programs,)](
+        operand(hidden_states, tile.n, tile.d),
+        operand(weight, tile.v, tile.d),
+        operand(out, tile.n, tile.v),
+        *rows,
+        len(hidden_states),
+        *weight.shape,
+        BLOCK_N=tile.n,
+        BLOCK_V=tile.v,
+        BLOCK_D=tile.d,
+        TMA=tile.uses_tma,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **flags,
+    )
+
+
+TRITON = Fused()

@@ -1,21 +1,23 @@
-"""Triton kernels of impl="triton": H W^T with a softmax epilogue that stays in registers.
+"""Triton kernels of the head: H W^T with a softmax epilogue that stays in registers.
 
 All exponents are in base 2. With x_iv = z_iv log2(e) - anchor_i, a row needs
 
     S = sum_v 2^x_v        M = sum_v x_v 2^x_v        and log2 p_v = x_v - log2 S
 
-The anchor is the target's own logit, a dot product per row, and not the maximum: known beforehand,
-it spares the epilogue a running maximum and the rescaling that goes with it. S, M and the maximum
-of x leave a tile as partials and are reduced later in a fixed order. A target far below the maximum
-would overflow: rows with S >= 2^60 (p_y < 1e-18) are flagged on the device, and the same kernel
-runs again for their row blocks around the maximum; without such a row it reads a zero and returns.
+The anchor is not the maximum but the target's own logit, a dot product per row. It is known
+beforehand, and spares the epilogue a running maximum and the rescaling that goes with it. S, M and
+the maximum of x leave a tile as partials and are reduced later in a fixed order. A target far below
+the maximum would overflow: rows with S >= 2^60 (p_y < 1e-18) are flagged on the device, and the
+same kernel runs again for their row blocks around the maximum; without such a row it reads a zero
+and returns.
 
 A kept x is an int16 in steps of 2^-9: p is then good to 4e-4, four times finer than the bfloat16
 of the dlogits that replace it in the same two bytes.
 
 Every tile has the same shape and order of summation whatever N is, so a row alone gives the same
 bits as in a batch. There are no locks, and no atomics but one idempotent flag. H and W are
-contiguous. impl="cuda" has statistics_kernel and dlogits_kernel in csrc/ and shares the others.
+contiguous. impl="cuda" has statistics_kernel and dlogits_kernel in csrc/ and shares the others;
+the two functions that come first here also serve `_row_kernels.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +25,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton import LN2, LOG2E, dlogits_from_logprob, row_statistics
-
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 # Sums from here on mean that a term, hence the range of a kept x, 2^64, may be exceeded.
 OVERFLOW = tl.constexpr(2.0**60)
 STEPS = tl.constexpr(512.0)
 # Row blocks that share a stripe of W in the L2 cache.
 GROUP = tl.constexpr(16)
+
+
+@triton.jit
+def row_statistics(target, anchor, total, weighted):
+    """Return logprob, logsumexp and entropy, in nats, of a row.
+
+    In base 2: target and anchor are logits, total = sum 2^(z - anchor), weighted = sum of the same
+    terms times (z - anchor). target - anchor is formed first, so that a common offset of all logits
+    cancels exactly. A log-prob that comes out a rounding above 0 is set to 0; NaN stays.
+    """
+    log_total = tl.log2(total)
+    logprob = ((target - anchor) - log_total) * LN2
+    logprob = tl.where(logprob > 0, 0.0, logprob)
+    return logprob, (anchor + log_total) * LN2, (log_total - weighted / total) * LN2
+
+
+@triton.jit
+def dlogits_from_logprob(logprob2, constant, slope, target, is_target):
+    """Return dL/dlogits from log2 p and the three numbers of the row."""
+    other = tl.exp2(logprob2) * (constant + slope * (logprob2 * LN2))
+    return tl.where(is_target, target, other)
 
 
 @triton.jit

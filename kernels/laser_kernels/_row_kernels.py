@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import RowGradient, Statistics
-from ._triton import LOG2E, dlogits_from_logprob, row_statistics
+from ._head_kernels import LOG2E, dlogits_from_logprob, row_statistics
+from ._maths import Head, RowGradient, Statistics
 
 # 8 float32 a thread in flight: enough to stream a row at memory speed.
 BLOCK_V = 4096
@@ -62,22 +62,6 @@ def _row_statistics_kernel(
     tl.store(entropy_ptr + row, entropy)
 
 
-def statistics(logits: Tensor, labels: Tensor, inv_temperature: Tensor) -> Statistics:
-    """Reduce float32 logits [n, V], not yet tempered, to three numbers a row."""
-    stats = Statistics(*(torch.empty_like(inv_temperature) for _ in range(3)))
-    _row_statistics_kernel[(len(logits),)](
-        logits,
-        labels,
-        inv_temperature,
-        *stats,
-        logits.shape[1],
-        logits.stride(0),
-        BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS,
-    )
-    return stats
-
-
 @triton.jit
 def _row_dlogits_kernel(
     logits_ptr,
@@ -110,30 +94,28 @@ def _row_dlogits_kernel(
         tl.store(out, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
+def statistics(logits: Tensor, labels: Tensor, inv_temperature: Tensor) -> Statistics:
+    """Reduce float32 logits [n, V], not yet tempered, to three numbers a row."""
+    stats = Statistics(*(torch.empty_like(inv_temperature) for _ in range(3)))
+    rows = (labels, inv_temperature, *stats)
+    sizes = (logits.shape[1], logits.stride(0))
+    _row_statistics_kernel[(len(logits),)](
+        logits, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
+    )
+    return stats
+
+
 def dlogits_(
     logits: Tensor,  # [n, V] float32, overwritten
     logsumexp: Tensor,  # [n]
-    labels: Tensor,  # [n]
-    inv_temperature: Tensor,  # [n]
+    head: Head,
     gradient: RowGradient,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """Turn logits into dlogits [n, V] of `dtype`, in the memory of the logits."""
-    out = logits.view(dtype)[:, : logits.shape[1]]
-    slope = torch.zeros_like(gradient.constant) if gradient.slope is None else gradient.slope
+    """Turn logits into dlogits [n, V] in the dtype of the head, in the memory of the logits."""
+    out = logits.view(head.hidden_states.dtype)[:, : logits.shape[1]]
+    rows = (head.labels, head.inv_temperature, logsumexp, *gradient.dense())
+    sizes = (logits.shape[1], logits.stride(0), out.stride(0))
     _row_dlogits_kernel[(len(logits),)](
-        logits,
-        out,
-        labels,
-        inv_temperature,
-        logsumexp,
-        gradient.constant,
-        slope,
-        gradient.target,
-        logits.shape[1],
-        logits.stride(0),
-        out.stride(0),
-        BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS,
+        logits, out, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
     )
     return out

@@ -3,7 +3,7 @@
 Rank r holds rows [r V_local, (r + 1) V_local) of the weight; hidden states and labels are the same
 on every rank, and so are the results. One all-reduce by SUM a call suffices: every rank writes its
 logsumexp into its own slot of a zeroed buffer, so no maximum has to be agreed on first and nothing
-can overflow, and the sum, zeros apart, is exact and in the same order everywhere.
+can overflow. All but one term of a sum are zero, so it is exact and the same everywhere.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_label_values
-from ._rows import Statistics
+from ._dispatch import check_label_values
+from ._maths import Statistics
 
 
 def _resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)
+    c10d = dist.distributed_c10d
+    return c10d._resolve_process_group(c10d.GroupName(group))
 
 
 def localize(labels: Tensor, num_local: int, group: str) -> Tensor:

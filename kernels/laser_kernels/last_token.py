@@ -5,10 +5,10 @@ For B rows of hidden states (the EOS positions of B answers), token c and symbol
     logprob_b = log softmax(W H_b)_c           score_b = beta (logprob_b - ref_logprob)
     loss = sum_b w_b (score_b - reward_b)^2    dloss/dlogprob_b = 2 beta w_b (score_b - reward_b)
 
-With few rows all cost is the traffic of W: read in the forward, read again for dH, and as much
-written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton, which an L2
-cache holds), so that the backward recomputes nothing; above, it recomputes. The upstream scalar is
-applied before the GEMMs, hence dW needs no float32 copy: the GEMM rounds it, once.
+With few rows the only cost is the traffic of W: it is read in the forward and again for dH, and
+as much is written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton,
+which an L2 cache holds), so that the backward recomputes nothing; above, it recomputes. The
+upstream scalar is applied before the GEMMs, so dW needs no float32 copy: the GEMM rounds it, once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _gemm, reference
-from ._checks import check_head, check_score, check_targets
-from ._ops import choose_impl, implementation, refuse_double_backward
-from ._rows import factor_out_exponent, row_gradient
+from . import reference
+from ._dispatch import (
+    check_matrices,
+    check_score,
+    check_targets,
+    choose_impl,
+    load_backend,
+    refuse_double_backward,
+)
+from ._maths import Head, factor_out_exponent, hidden_gradient, row_gradient, weight_gradient
 from .linear_logprob import linear_logprob_bwd
 
 # Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
 MAX_KEPT_ROWS = 256
+
+
+def _constant_rows(hidden_states: Tensor, weight: Tensor, token_id: int) -> Head:
+    """Return the head with the same label in every row, and T = 1."""
+    ones = hidden_states.new_ones(len(hidden_states), dtype=torch.float32)
+    labels = torch.full_like(ones, token_id, dtype=torch.int64)
+    return Head(hidden_states, weight, labels, ones)
 
 
 @torch.library.custom_op("laser_kernels::last_token_fwd", mutates_args=())
@@ -39,12 +52,11 @@ def _last_token_fwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, scores [B], logprobs [B], logsumexp [B], kept [B, V], offset [B]."""
-    backend = implementation(impl)
-    head = (hidden_states, weight, *_constant_rows(hidden_states, token_id))
+    backend, head = load_backend(impl), _constant_rows(hidden_states, weight, token_id)
     if keeps_logits:
-        stats, kept, offset = backend.keep_few(*head)
+        stats, kept, offset = backend.keep(head, few=True)
     else:
-        stats = backend.statistics_few(*head)
+        stats = backend.statistics(head, few=True)
         kept, offset = rewards.new_empty(0), rewards.new_empty(0)
     scores = beta * (stats.logprobs - ref_logprob)
     loss = (sample_weight * (scores - rewards).square()).sum()
@@ -56,7 +68,7 @@ def _(hidden_states, weight, token_id, rewards, sample_weight, beta, ref, keeps_
     rows = [torch.empty_like(rewards) for _ in range(3)]
     kept, offset = rewards.new_empty(0), rewards.new_empty(0)
     if keeps_logits:
-        kept = implementation(impl).empty_kept(hidden_states, weight)
+        kept = load_backend(impl).empty_kept(hidden_states, weight)
         offset = torch.empty_like(rewards)
     return rewards.new_empty(()), *rows, kept, offset
 
@@ -74,18 +86,16 @@ def _last_token_bwd(
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:  # [B, D] and [V, D], or [0] where not needed
-    dtype = hidden_states.dtype
-    labels, ones = _constant_rows(hidden_states, token_id)
-    gradient = row_gradient(logprobs, None, grad_logprobs, None, ones)
-    gradient, scale = factor_out_exponent(gradient, dtype)
-    backend = implementation(impl)
+    head = _constant_rows(hidden_states, weight, token_id)
+    gradient = row_gradient(logprobs, head.inv_temperature, grad_logprobs)
+    gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     # A copy of the logits is overwritten: a retained graph may need the original again.
-    dlogits = backend.dlogits_from_kept(kept.clone(), offset, labels, ones, gradient, dtype)
+    dlogits = load_backend(impl).dlogits_from_kept(kept.clone(), offset, head, gradient)
     grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
     if needs_hidden:
-        grad_hidden = _gemm.hidden_gradient(dlogits, weight, scale).to(dtype)
+        grad_hidden = hidden_gradient(dlogits, weight, scale).to(hidden_states.dtype)
     if needs_weight:
-        grad_weight = _gemm.weight_gradient(dlogits, hidden_states, scale)
+        grad_weight = weight_gradient(dlogits, hidden_states, scale)
     return grad_hidden, grad_weight
 
 
@@ -96,12 +106,6 @@ def _(grad_logprobs, logprobs, kept, offset, hidden_states, weight, token_id, *r
         torch.empty_like(hidden_states) if needs_hidden else hidden_states.new_empty(0),
         torch.empty_like(weight) if needs_weight else weight.new_empty(0),
     )
-
-
-def _constant_rows(hidden_states: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
-    """Return the label and 1/T of every row: the same token, T = 1."""
-    ones = hidden_states.new_ones(len(hidden_states), dtype=torch.float32)
-    return torch.full_like(ones, token_id, dtype=torch.int64), ones
 
 
 def _save(ctx, inputs, output) -> None:
@@ -117,24 +121,12 @@ def _backward(ctx, grad_loss, *_):
     needs = ctx.needs_input_grad[:2]
     grad_logprobs = (2 * ctx.beta) * grad_loss * sample_weight * (scores - rewards)
     if kept.numel():
-        grads = _last_token_bwd(
-            grad_logprobs,
-            logprobs,
-            kept,
-            offset,
-            hidden_states,
-            weight,
-            ctx.token_id,
-            *needs,
-            ctx.impl,
-        )
+        rows = (logprobs, kept, offset, hidden_states, weight)
+        grads = _last_token_bwd(grad_logprobs, *rows, ctx.token_id, *needs, ctx.impl)
     else:
-        labels, ones = _constant_rows(hidden_states, ctx.token_id)
-        head = (hidden_states, weight, labels, ones)
-        empty = logprobs.new_empty(0)
-        grads = linear_logprob_bwd(
-            grad_logprobs, None, *head, logprobs, empty, logsumexp, *needs, ctx.impl, ""
-        )
+        head = _constant_rows(hidden_states, weight, ctx.token_id)
+        statistics = (logprobs, logprobs.new_empty(0), logsumexp)
+        grads = linear_logprob_bwd(grad_logprobs, None, *head, *statistics, *needs, ctx.impl, "")
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return *wanted, None, None, None, None, None, None, None
 
@@ -143,34 +135,39 @@ _last_token_fwd.register_autograd(_backward, setup_context=_save)
 refuse_double_backward(_last_token_bwd)
 
 
-def last_token_score(
-    hidden_states: Tensor,  # [B, D]
-    weight: Tensor,  # [V, D]
+def _loss_and_scores(
+    op: str,
+    hidden_states: Tensor,
+    weight: Tensor,
     token_id: int,
-    *,
+    rewards: Tensor | None,
     beta: float,
     ref_logprob: float,
-    impl: str = "auto",
-) -> Tensor:  # [B] float32
-    """Return score_b = beta (log softmax(W H_b)[token_id] - ref_logprob), without gradient.
-
-    Args:
-        hidden_states: [B, D] bfloat16, float16 or float32, at the position before the token.
-        weight: [V, D] of the same dtype.
-        token_id: the reserved token, in [0, V).
-        beta: scale of the score, > 0.
-        ref_logprob: the reference log-probability of the token, nats.
-        impl: "auto", "reference", "chunked", "triton" or "cuda".
-
-    Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit.
-        RuntimeError: the named implementation cannot run here.
-    """
-    op = "last_token_score"
-    with torch.no_grad():
-        return _loss_and_scores(
-            op, hidden_states, weight, token_id, None, beta, ref_logprob, None, impl
-        )[1]
+    sample_weight: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    check_matrices(op, hidden_states, weight, allow_float64=impl == "reference")
+    check_score(op, token_id, weight, beta, ref_logprob)
+    num_rows = len(hidden_states)
+    if rewards is None:
+        rewards = hidden_states.new_zeros(num_rows)
+    if sample_weight is None:
+        share = 1 / max(num_rows, 1)
+        sample_weight = hidden_states.new_full((num_rows,), share, dtype=torch.float32)
+    rewards = check_targets(op, "rewards", rewards, hidden_states)
+    sample_weight = check_targets(op, "sample_weight", sample_weight, hidden_states)
+    impl = choose_impl(op, impl, hidden_states)
+    if impl == "reference":
+        constants = dict(beta=beta, ref_logprob=ref_logprob)
+        return reference.last_token_loss(
+            hidden_states, weight, token_id, rewards, sample_weight=sample_weight, **constants
+        )
+    head = (hidden_states.contiguous(), weight.contiguous())
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in head)
+    keeps_logits = has_gradient and 0 < num_rows <= MAX_KEPT_ROWS
+    score = (rewards, sample_weight, beta, ref_logprob)
+    loss, scores, *_ = _last_token_fwd(*head, token_id, *score, keeps_logits, impl)
+    return loss, scores
 
 
 def last_token_loss(
@@ -187,17 +184,21 @@ def last_token_loss(
     """Return loss = sum_b w_b (score_b - reward_b)^2 and the scores, which carry no gradient.
 
     The self-reward loss of LaSeR (arXiv 2510.14943): a score of 0 or 1 grades the answer. Made for
-    B = 1..1024 rows. Arguments and errors are those of `last_token_score`, and
+    B = 1..1024 rows.
 
     Args:
-        hidden_states: [B, D], see `last_token_score`.
-        weight: [V, D], see `last_token_score`.
-        token_id: see `last_token_score`.
+        hidden_states: [B, D] bfloat16, float16 or float32, at the position before the token.
+        weight: [V, D] of the same dtype.
+        token_id: the reserved token, in [0, V).
         rewards: [B], the targets of the scores.
-        beta: see `last_token_score`.
-        ref_logprob: see `last_token_score`.
+        beta: scale of the score, > 0.
+        ref_logprob: the reference log-probability of the token, nats.
         sample_weight: [B], w; 1/B each by default.
-        impl: see `last_token_score`.
+        impl: "auto", "reference", "chunked", "triton" or "cuda".
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit.
+        RuntimeError: the named implementation cannot run here.
     """
     op = "last_token_loss"
     return _loss_and_scores(
@@ -205,49 +206,21 @@ def last_token_loss(
     )
 
 
-def _loss_and_scores(
-    op: str,
-    hidden_states: Tensor,
-    weight: Tensor,
+def last_token_score(
+    hidden_states: Tensor,  # [B, D]
+    weight: Tensor,  # [V, D]
     token_id: int,
-    rewards: Tensor | None,
+    *,
     beta: float,
     ref_logprob: float,
-    sample_weight: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    check_head(op, hidden_states, weight, allow_float64=impl == "reference")
-    check_score(op, token_id, weight, beta, ref_logprob)
-    num_rows = len(hidden_states)
-    if rewards is None:
-        rewards = hidden_states.new_zeros(num_rows)
-    if sample_weight is None:
-        sample_weight = hidden_states.new_full(
-            (num_rows,), 1 / max(num_rows, 1), dtype=torch.float32
-        )
-    rewards = check_targets(op, "rewards", rewards, hidden_states)
-    sample_weight = check_targets(op, "sample_weight", sample_weight, hidden_states)
-    impl = choose_impl(op, impl, hidden_states)
-    if impl == "reference":
-        return reference.last_token_loss(
-            hidden_states,
-            weight,
-            token_id,
-            rewards,
-            beta=beta,
-            ref_logprob=ref_logprob,
-            sample_weight=sample_weight,
-        )
-    has_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    loss, scores, *_ = _last_token_fwd(
-        hidden_states.contiguous(),
-        weight.contiguous(),
-        token_id,
-        rewards,
-        sample_weight,
-        beta,
-        ref_logprob,
-        has_gradient and 0 < num_rows <= MAX_KEPT_ROWS,
-        impl,
-    )
-    return loss, scores
+    impl: str = "auto",
+) -> Tensor:  # [B] float32
+    """Return score_b = beta (log softmax(W H_b)[token_id] - ref_logprob), without gradient.
+
+    Arguments and errors are those of `last_token_loss`.
+    """
+    op = "last_token_score"
+    with torch.no_grad():
+        return _loss_and_scores(
+            op, hidden_states, weight, token_id, None, beta, ref_logprob, None, impl
+        )[1]

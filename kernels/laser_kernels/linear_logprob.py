@@ -1,13 +1,13 @@
 """Log-probabilities of a language-model head, and their gradients, without the [N, V] logits.
 
 Symbols as in `reference.py`. One pass over the vocabulary leaves three numbers of a row (log-prob,
-logsumexp, entropy); given upstream gradients, `_rows.py` describes the row of dZ = dL/dlogits by
+logsumexp, entropy); given upstream gradients, `_maths.py` describes the row of dZ = dL/dlogits by
 three more. dZ exists for one chunk of rows at a time, and two plain GEMMs consume it:
 
     dH = dZ W        dW = sum over chunks dZ^T H, accumulated in float32, rounded once
 
 The log-probs take any upstream gradient g, so the backward comes when Z is gone and recomputes it:
-4 GEMMs in all. It knows g and the logsumexp, hence writes dZ at once. `linear_logprob_loss.py` has
+4 GEMMs in all. It knows g and the logsumexp and so writes dZ at once. `linear_logprob_loss.py` has
 the 3-GEMM form, for a loss that can run inside the op.
 
 Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW.
@@ -20,10 +20,39 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _gemm, _vocab_parallel, reference
-from ._checks import check_temperature_values
-from ._ops import check_all, implementation, refuse_double_backward, row_chunks
-from ._rows import factor_out_exponent, row_gradient
+from . import reference
+from ._dispatch import (
+    check_all,
+    check_temperature_values,
+    load_backend,
+    refuse_double_backward,
+    row_chunks,
+)
+from ._maths import (
+    Head,
+    add_weight_gradient,
+    factor_out_exponent,
+    hidden_gradient,
+    row_gradient,
+    weight_accumulator,
+)
+from ._vocab_parallel import combine, localize, sum_over_shards
+
+
+def apply_dlogits(
+    dlogits: Tensor,  # [n, V]
+    scale: Tensor | None,  # the factor that dlogits lack
+    head: Head,
+    grad_hidden: Tensor | None,  # [n, D], written
+    grad_weight: Tensor | None,  # [V, D] float32, accumulated
+    is_first: bool,
+    group: str,
+) -> None:
+    """Turn the dlogits of a chunk into the gradients that are wanted."""
+    if grad_hidden is not None:
+        grad_hidden.copy_(sum_over_shards(hidden_gradient(dlogits, head.weight, scale), group))
+    if grad_weight is not None:
+        add_weight_gradient(grad_weight, dlogits, head.hidden_states, is_first, scale)
 
 
 @torch.library.custom_op("laser_kernels::linear_logprob_fwd", mutates_args=())
@@ -38,11 +67,9 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [N], entropy [N] or [0], logsumexp [N]
     """Score all rows; nothing of size N V is kept."""
     check_temperature_values(inv_temperature)
-    local_labels = _vocab_parallel.localize(labels, len(weight), group)
-    stats = implementation(impl).statistics(
-        hidden_states, weight, local_labels.clamp(min=0), inv_temperature, with_entropy
-    )
-    stats = _vocab_parallel.combine(stats, local_labels, group)
+    local_labels = localize(labels, len(weight), group)
+    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
+    stats = combine(load_backend(impl).statistics(head, with_entropy), local_labels, group)
     entropy = stats.entropy if with_entropy else stats.entropy.new_empty(0)
     return stats.logprobs, entropy, stats.logsumexp
 
@@ -71,31 +98,17 @@ def linear_logprob_bwd(
     group: str,
 ) -> tuple[Tensor, Tensor]:  # [N, D] and [V, D], or [0] where not needed
     """Return dL/dH and dL/dW from the upstream gradients of log-probs and entropy."""
-    backend = implementation(impl)
-    local_labels = _vocab_parallel.localize(labels, len(weight), group)
-    gradient = row_gradient(logprobs, entropy, grad_logprobs, grad_entropy, inv_temperature)
+    backend = load_backend(impl)
+    head = Head(hidden_states, weight, localize(labels, len(weight), group), inv_temperature)
+    gradient = row_gradient(logprobs, inv_temperature, grad_logprobs, entropy, grad_entropy)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-    grad_weight = _gemm.weight_accumulator(weight, len(hidden_states)) if needs_weight else None
+    grad_weight = weight_accumulator(weight, len(hidden_states)) if needs_weight else None
     for rows in row_chunks(hidden_states, weight, impl):
-        dlogits = backend.recompute_dlogits(
-            hidden_states[rows],
-            weight,
-            local_labels[rows],
-            inv_temperature[rows],
-            logsumexp[rows],
-            gradient.rows(rows),
-        )
-        _gemm.apply_dlogits(
-            dlogits,
-            scale,
-            hidden_states[rows],
-            weight,
-            None if grad_hidden is None else grad_hidden[rows],
-            grad_weight,
-            rows.start == 0,
-            group,
-        )
+        chunk = head.rows(rows)
+        dlogits = backend.recompute_dlogits(chunk, logsumexp[rows], gradient.rows(rows))
+        chunk_grad_hidden = None if grad_hidden is None else grad_hidden[rows]
+        apply_dlogits(dlogits, scale, chunk, chunk_grad_hidden, grad_weight, rows.start == 0, group)
         del dlogits  # before the next chunk is allocated
     return (
         hidden_states.new_empty(0) if grad_hidden is None else grad_hidden,
@@ -113,25 +126,18 @@ def _(grad_logprobs, grad_entropy, hidden_states, weight, *rest):
 
 
 def _save_rows(ctx, inputs, output) -> None:
-    hidden_states, weight, labels, inv_temperature, _, ctx.impl, ctx.group = inputs
-    ctx.save_for_backward(hidden_states, weight, labels, inv_temperature, *output)
+    *rows, _, ctx.impl, ctx.group = inputs
+    ctx.save_for_backward(*rows, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_rows(ctx, grad_logprobs, grad_entropy, _):
-    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    grad_hidden, grad_weight = linear_logprob_bwd(
-        grad_logprobs,
-        grad_entropy,
-        *ctx.saved_tensors,
-        needs_hidden,
-        needs_weight,
-        ctx.impl,
-        ctx.group,
+    needs = ctx.needs_input_grad[:2]
+    grads = linear_logprob_bwd(
+        grad_logprobs, grad_entropy, *ctx.saved_tensors, *needs, ctx.impl, ctx.group
     )
-    grad_hidden = grad_hidden if needs_hidden else None
-    grad_weight = grad_weight if needs_weight else None
-    return grad_hidden, grad_weight, None, None, None, None, None
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *wanted, None, None, None, None, None
 
 
 linear_logprob_fwd.register_autograd(_backward_rows, setup_context=_save_rows)
@@ -165,12 +171,12 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or values that do not fit.
         RuntimeError: the named implementation cannot run here.
     """
-    tensors, impl, group = check_all(
+    head, impl, group = check_all(
         "linear_logprob", hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":
         return reference.linear_logprob(hidden_states, weight, labels, temperature=temperature)
-    return linear_logprob_fwd(*tensors, False, impl, group)[0]
+    return linear_logprob_fwd(*head, False, impl, group)[0]
 
 
 def linear_logprob_entropy(
@@ -187,11 +193,11 @@ def linear_logprob_entropy(
     entropy_i = -sum_v p_iv log p_iv of the tempered distribution. Arguments and errors are those of
     `linear_logprob`; an output whose gradient is not asked for costs nothing in the backward.
     """
-    tensors, impl, group = check_all(
+    head, impl, group = check_all(
         "linear_logprob_entropy", hidden_states, weight, labels, temperature, impl, process_group
     )
     if impl == "reference":
         return reference.linear_logprob_entropy(
             hidden_states, weight, labels, temperature=temperature
         )
-    return linear_logprob_fwd(*tensors, True, impl, group)[:2]
+    return linear_logprob_fwd(*head, True, impl, group)[:2]

@@ -1,15 +1,26 @@
 """A row-separable loss of log-probabilities with its gradients formed in the forward: 3 GEMMs.
 
-Symbols as in `reference.py`. For every chunk of rows
+    H [N, D], W [V, D], labels, T
+      |  checks, backend, chunks of rows        _dispatch.py
+      v
+    logits, kept; logprobs [n]      GEMM 1      _chunked.py   <- _maths.py, _row_kernels.py
+      |                                         or _fused.py  <- _head_kernels.py
+      |                                         or _extension.py <- csrc/linear_logprob.cu
+      |  shards of the vocabulary               _vocab_parallel.py
+      v
+    g = dL/dlogprob [n]                         the caller's loss_fn, on a leaf of n floats
+      |  three numbers a row                    _maths.py
+      v
+    dZ [n, V], in place of the logits           the same backend
+      |  dH = dZ W, dW += dZ^T H   GEMMs 2, 3   linear_logprob.py <- _maths.py
+      v
+    loss, dH and dW in float32                  this file
+      |  backward: times the upstream scalar, rounded once
+      v
+    gradients of H and W
 
-    logprob = log softmax(H W^T / T)_y       one GEMM; the chunk's logits are kept
-    g = dL/dlogprob                          the caller's loss on a leaf of n floats
-    dZ                                       in place of the kept logits (`_rows.py`)
-    dH = dZ W,  dW += dZ^T H                 two GEMMs
-
-so the backward only multiplies dH and dW, kept in float32, by the upstream scalar and rounds them,
-once. The scale of g goes into dZ before its one rounding: scaling H instead would save a pass over
-the chunk, and round twice, which costs dW 1.2 times the error.
+Symbols as in `reference.py`. The scale of g goes into dZ before its one rounding: scaling H instead
+would save a pass over the chunk, and round twice, which costs dW 1.2 times the error.
 
 Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW
 and 4 N D bytes for dH. A schema cannot carry `loss_fn`, so the public function is Python over ops.
@@ -21,11 +32,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _chunked, _gemm, _vocab_parallel, reference
-from ._checks import check_temperature_values
-from ._ops import check_all, implementation, refuse_double_backward, row_chunks
-from ._rows import factor_out_exponent, row_gradient
-from .linear_logprob import linear_logprob_fwd
+from . import _chunked, reference
+from ._dispatch import (
+    check_all,
+    check_temperature_values,
+    load_backend,
+    refuse_double_backward,
+    row_chunks,
+)
+from ._maths import Head, factor_out_exponent, row_gradient, weight_accumulator
+from ._vocab_parallel import combine, localize
+from .linear_logprob import apply_dlogits, linear_logprob_fwd
 from .reference import LossFn
 
 
@@ -40,24 +57,20 @@ def _loss_chunk_fwd(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [n], kept [n, V] or [0] if in buffer, offset [n]
     check_temperature_values(inv_temperature)
-    local_labels = _vocab_parallel.localize(labels, len(weight), group)
-    head = (hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
-    backend = implementation(impl)
-    if buffer is None:
-        local, kept, offset = backend.keep(*head)
-    else:
-        local, _, offset = backend.keep(*head, out=buffer)
-        kept = buffer.new_empty(0)
-    stats = _vocab_parallel.combine(local, local_labels, group)
+    local_labels = localize(labels, len(weight), group)
+    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
+    local, kept, offset = load_backend(impl).keep(head, out=buffer)
+    stats = combine(local, local_labels, group)
     # The kept logits become relative to the logsumexp of all shards.
-    return stats.logprobs, kept, offset + (stats.logsumexp - local.logsumexp)
+    offset = offset + (stats.logsumexp - local.logsumexp)
+    return stats.logprobs, kept if buffer is None else buffer.new_empty(0), offset
 
 
 @_loss_chunk_fwd.register_fake
 def _(hidden_states, weight, labels, inv_temperature, buffer, impl, group):
     kept = hidden_states.new_empty(0, dtype=torch.float32)
     if buffer is None:
-        kept = implementation(impl).empty_kept(hidden_states, weight)
+        kept = load_backend(impl).empty_kept(hidden_states, weight)
     return torch.empty_like(inv_temperature), kept, torch.empty_like(inv_temperature)
 
 
@@ -79,19 +92,11 @@ def _loss_chunk_bwd(
     impl: str,
     group: str,
 ) -> None:
-    gradient = row_gradient(logprobs, None, grad_logprobs, None, inv_temperature)
+    head = Head(hidden_states, weight, localize(labels, len(weight), group), inv_temperature)
+    gradient = row_gradient(logprobs, inv_temperature, grad_logprobs)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
-    dlogits = implementation(impl).dlogits_from_kept(
-        kept,
-        offset,
-        _vocab_parallel.localize(labels, len(weight), group),
-        inv_temperature,
-        gradient,
-        hidden_states.dtype,
-    )
-    _gemm.apply_dlogits(
-        dlogits, scale, hidden_states, weight, grad_hidden, grad_weight, is_first, group
-    )
+    dlogits = load_backend(impl).dlogits_from_kept(kept, offset, head, gradient)
+    apply_dlogits(dlogits, scale, head, grad_hidden, grad_weight, is_first, group)
 
 
 @_loss_chunk_bwd.register_fake
@@ -139,9 +144,9 @@ def _backward_loss(ctx, upstream):
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    # `loss.backward()` sends a one, which spares a CPU the copy of a float32 dW, unless the graph,
-    # and with it what is saved, is kept. On a GPU a look at the one would wait for the device; to a
-    # tracer it has no value.
+    # The upstream of `loss.backward()` is exactly 1. On a CPU a float32 gradient is then returned
+    # as it is, which saves the copy of dW, unless the graph is kept and needs it again. On a GPU,
+    # reading the upstream would wait for the device; while the graph is traced it has no value.
     needs_grad = torch.is_grad_enabled()
     is_last_use = not (needs_grad or torch._C._autograd._get_current_graph_task_keep_graph())
     if grad.dtype == dtype and is_last_use and not upstream.is_cuda:
@@ -155,92 +160,10 @@ _attach_gradients.register_autograd(_backward_loss, setup_context=_save_gradient
 refuse_double_backward(_scale_gradient)
 
 
-def linear_logprob_loss(
-    hidden_states: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    labels: Tensor,  # [N] int64
-    loss_fn: LossFn,
-    *,
-    temperature: float | Tensor = 1.0,
-    impl: str = "auto",
-    process_group: ProcessGroup | None = None,
-) -> Tensor:  # scalar float32
-    """Return sum over chunks of loss_fn(logprobs[rows], rows), with gradients formed on the way.
-
-    Three GEMMs instead of four, because the loss is known while the logits still exist; the
-    backward only scales. `loss_fn` is plain torch on n floats:
-
-        def loss_fn(logprobs, rows):
-            return -(advantages[rows] * logprobs).sum()
-
-    It must be separable over rows (its sum over chunks is the loss) and may depend on parameters
-    through `logprobs` alone; any scalar may multiply the result. It is called once per chunk with a
-    leaf tensor and the rows it covers, and never for an empty input, whose loss is a connected 0.
-    Without gradients (`torch.no_grad`, or nothing requires them) only the loss is computed.
-
-    Args:
-        hidden_states: [N, D] bfloat16, float16 or float32.
-        weight: [V, D] of the same dtype.
-        labels: [N] int64 in [0, V), already shifted.
-        loss_fn: ([n] float32 logprobs, rows: slice) -> scalar.
-        temperature: a float or a float32 tensor [N], > 0.
-        impl: as in `linear_logprob`.
-        process_group: as in `linear_logprob`.
-
-    Raises:
-        ValueError: as in `linear_logprob`, or `loss_fn` does not return a scalar tensor.
-        RuntimeError: the named implementation cannot run here.
-    """
-    op = "linear_logprob_loss"
-    tensors, impl, group = check_all(
-        op, hidden_states, weight, labels, temperature, impl, process_group
-    )
-    if impl == "reference":
-        return reference.linear_logprob_loss(
-            hidden_states, weight, labels, loss_fn, temperature=temperature
-        )
-    hidden_states, weight, labels, inv_temperature = tensors
-    needs_hidden, needs_weight = (
-        torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, weight)
-    )
-    h, w = hidden_states.detach(), weight.detach()
-    grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
-    grad_weight = _gemm.weight_accumulator(w, len(h)) if needs_weight else None
-    loss = torch.zeros((), device=h.device)
-    chunks = row_chunks(h, w, impl)
-    has_gradient = needs_hidden or needs_weight
-    buffer = _shared_buffer(h[chunks[0]], w, impl) if chunks and has_gradient else None
-    for rows in chunks:
-        head = (h[rows], w, labels[rows], inv_temperature[rows])
-        if not has_gradient:
-            logprobs, _, _ = linear_logprob_fwd(*head, False, impl, group)
-            loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
-            continue
-        chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
-        logprobs, kept, offset = _loss_chunk_fwd(*head, chunk_buffer, impl, group)
-        kept = kept if chunk_buffer is None else chunk_buffer
-        chunk_loss, grad_logprobs = _loss_and_gradient(op, loss_fn, logprobs, rows)
-        loss += chunk_loss
-        _loss_chunk_bwd(
-            grad_logprobs,
-            logprobs,
-            kept,
-            offset,
-            *head,
-            grad_hidden[rows] if needs_hidden else None,
-            grad_weight,
-            rows.start == 0,
-            impl,
-            group,
-        )
-        del kept  # before the next chunk is allocated
-    return _attach_gradients(loss, hidden_states, weight, grad_hidden, grad_weight)
-
-
 def _shared_buffer(hidden_states: Tensor, weight: Tensor, impl: str) -> Tensor | None:
     """Return the chunk that all chunks use on a CPU; None where the allocator keeps freed memory.
 
-    The CPU's returns the pages of a chunk to the system; to take them anew costs 4% of the time.
+    A CPU's allocator returns the pages of a chunk to the system; taking them again costs 4%.
     """
     if impl != "chunked" or hidden_states.is_cuda:
         return None
@@ -273,3 +196,75 @@ def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tens
             f"{op}: expected loss_fn to return a scalar tensor, got {got}; sum over its rows"
         )
     return loss
+
+
+def linear_logprob_loss(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] int64
+    loss_fn: LossFn,
+    *,
+    temperature: float | Tensor = 1.0,
+    impl: str = "auto",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:  # scalar float32
+    """Return sum over chunks of loss_fn(logprobs[rows], rows), with gradients formed on the way.
+
+    Three GEMMs instead of four, because the loss is known while the logits still exist; the
+    backward only scales. `loss_fn` is plain torch on n floats:
+
+        def loss_fn(logprobs, rows):
+            return -(advantages[rows] * logprobs).sum()
+
+    It must be separable over rows (its sum over chunks is the loss) and may depend on parameters
+    only through `logprobs`; any scalar may multiply the result. It is called once per chunk with a
+    leaf tensor and the rows it covers, and never for an empty input, whose loss is a connected 0.
+    Without gradients (`torch.no_grad`, or nothing requires them) only the loss is computed.
+
+    Args:
+        hidden_states: [N, D] bfloat16, float16 or float32.
+        weight: [V, D] of the same dtype.
+        labels: [N] int64 in [0, V), already shifted.
+        loss_fn: ([n] float32 logprobs, rows: slice) -> scalar.
+        temperature: a float or a float32 tensor [N], > 0.
+        impl: as in `linear_logprob`.
+        process_group: as in `linear_logprob`.
+
+    Raises:
+        ValueError: as in `linear_logprob`, or `loss_fn` does not return a scalar tensor.
+        RuntimeError: the named implementation cannot run here.
+    """
+    op = "linear_logprob_loss"
+    head, impl, group = check_all(
+        op, hidden_states, weight, labels, temperature, impl, process_group
+    )
+    if impl == "reference":
+        return reference.linear_logprob_loss(
+            hidden_states, weight, labels, loss_fn, temperature=temperature
+        )
+    inputs = head[:2]
+    needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
+    head = Head(*(x.detach() for x in head))
+    h, w, *_ = head
+    grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
+    grad_weight = weight_accumulator(w, len(h)) if needs_weight else None
+    loss = torch.zeros((), device=h.device)
+    chunks = row_chunks(h, w, impl)
+    has_gradient = needs_hidden or needs_weight
+    buffer = _shared_buffer(h[chunks[0]], w, impl) if chunks and has_gradient else None
+    for rows in chunks:
+        chunk = head.rows(rows)
+        if not has_gradient:
+            logprobs, _, _ = linear_logprob_fwd(*chunk, False, impl, group)
+            loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
+            continue
+        chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
+        logprobs, kept, offset = _loss_chunk_fwd(*chunk, chunk_buffer, impl, group)
+        kept = kept if chunk_buffer is None else chunk_buffer
+        chunk_loss, grad_logprobs = _loss_and_gradient(op, loss_fn, logprobs, rows)
+        loss += chunk_loss
+        chunk_grad = None if grad_hidden is None else grad_hidden[rows]
+        grads = (chunk_grad, grad_weight, rows.start == 0)
+        _loss_chunk_bwd(grad_logprobs, logprobs, kept, offset, *chunk, *grads, impl, group)
+        del kept  # before the next chunk is allocated
+    return _attach_gradients(loss, *inputs, grad_hidden, grad_weight)

@@ -11,7 +11,7 @@ are float64, and differentiated by autograd:
     loss = sum_b w_b (score_b - reward_b)^2,  w_b = 1/B by default
 
 The score and its loss are LaSeR's last-token self-reward (arXiv 2510.14943, equations 8 and 10).
-Here the logits [N, V] do exist, in float32: 4 N V bytes, and as much again a few times in backward.
+Here the logits [N, V] do exist, in float32: 4 N V bytes, and several times that in the backward.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -77,8 +79,32 @@ def open_world() -> Iterator[World]:
         # A rank that refuses its input at once would cut off another that is still connecting.
         world.barrier()
         yield world
+        # Nor does one that is done close the connections of another that still computes.
+        world.barrier()
     finally:
         dist.destroy_process_group()
+        _await_gloo()
+
+
+def _await_gloo() -> None:
+    """Wait until gloo's threads rest, where the system shows them (Linux).
+
+    Destroying a group ends its threads, unless something holds it, as the mesh of a sharded model
+    does. A thread reports a collective done before it frees the tensors, which takes the
+    interpreter's lock. On a busy machine it may come so late that the interpreter is gone, and
+    then aborts the process: "terminate called without an active exception".
+    """
+    while any(map(_is_busy_in_gloo, Path("/proc/self/task").glob("*/stat"))):
+        time.sleep(0.001)
+
+
+def _is_busy_in_gloo(thread: Path) -> bool:
+    try:
+        # Reading gives up the interpreter's lock: a thread that waits for it is awake meanwhile.
+        _, name, state = thread.read_text().replace("(", ")").split(")", 2)
+    except OSError:
+        return False  # the thread has ended
+    return name == "pt_gloo_runloop" and state.split()[0] != "S"
 
 
 def check_world(config: MeasureConfig, size: int) -> None:

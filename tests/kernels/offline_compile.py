@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from laser_kernels import _fused, _head_kernels, _row_kernels, _triton_gemm
+from laser_kernels import _fused, _head_kernels, _row_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
@@ -79,7 +79,7 @@ def compile_kernel(arch, name, kernel, constants, types, **options):
 
 
 def main(arch):
-    for (kind, addressing), tile in _triton_gemm.TILES.items():
+    for (kind, addressing), tile in _fused.TILES.items():
         if tile.uses_tma and arch < 90:
             continue
         blocks = dict(BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d, TMA=tile.uses_tma)

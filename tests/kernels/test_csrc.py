@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from laser_kernels import _extension, _ops
-from laser_kernels._fused import Fused
-from laser_kernels._rows import row_gradient
+from laser_kernels import _dispatch, _extension
+from laser_kernels._maths import Head, row_gradient
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -45,7 +44,7 @@ emulates = pytest.mark.skipif(
 
 
 class Emulated(NamedTuple):
-    fused: Fused
+    fused: _extension.Cuda
     library: Path
 
     def shared_bytes(self) -> int:
@@ -72,7 +71,7 @@ def build(folder: Path, name: str, sources=_extension.SOURCES, change=None) -> E
     run = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     torch.ops.load_library(library)
-    return Emulated(Fused(_extension.CudaGemm(getattr(torch.ops, name))), library)
+    return Emulated(_extension.Cuda(getattr(torch.ops, name)), library)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def emulated(tmp_path_factory) -> Emulated:
 
 
 @pytest.fixture
-def fused(emulated) -> Fused:
+def fused(emulated) -> _extension.Cuda:
     return emulated.fused
 
 
@@ -99,12 +98,9 @@ def check_scores(fused, head, kind):
     h, w, labels = (x.detach() for x in head)
     inv_temperature = torch.rand(len(h)) / 2 + 0.75
     logprobs, *others = exact_rows(head, inv_temperature)
-    keep, score = {
-        "many": (fused.keep, fused.statistics),
-        "few": (fused.keep_few, fused.statistics_few),
-    }[kind]
-    stats, kept, offset = keep(h, w, labels, inv_temperature)
-    assert all(map(torch.equal, stats, score(h, w, labels, inv_temperature)))
+    head, few = Head(h, w, labels, inv_temperature), kind == "few"
+    stats, kept, offset = fused.keep(head, few)
+    assert all(map(torch.equal, stats, fused.statistics(head, few=few)))
     expected = (logprobs.gather(1, labels[:, None])[:, 0], *others)
     for actual, exact in zip(stats, expected, strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-7, atol=2e-5)
@@ -132,10 +128,11 @@ def test_dlogits(fused, make_head, relative_error, num_rows, hidden_size, vocabu
     logprobs, logsumexp, entropy = exact_rows(head, inv_temperature)
     expected_target = logprobs.gather(1, labels[:, None])[:, 0]
     g, e = torch.randn(num_rows), torch.randn(num_rows)
-    gradient = row_gradient(expected_target.float(), entropy.float(), g, e, inv_temperature)
+    gradient = row_gradient(expected_target.float(), inv_temperature, g, entropy.float(), e)
     if num_rows > 1:
         labels[-1] = -1  # the target is in another shard
-    actual = fused.recompute_dlogits(h, w, labels, inv_temperature, logsumexp.float(), gradient)
+    head = Head(h, w, labels, inv_temperature)
+    actual = fused.recompute_dlogits(head, logsumexp.float(), gradient)
     constant, slope, target = (x.double() for x in gradient)
     expected = logprobs.exp() * (constant[:, None] + slope[:, None] * logprobs)
     here = labels >= 0
@@ -143,11 +140,10 @@ def test_dlogits(fused, make_head, relative_error, num_rows, hidden_size, vocabu
     assert actual.dtype == dtype and actual.shape == expected.shape
     assert relative_error(actual, expected) <= {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     if num_rows > 5:
-        _, kept, offset = fused.keep(h, w, labels.clamp(min=0), inv_temperature)
-        constant, slope, target = gradient = row_gradient(
-            expected_target.float(), None, g, None, inv_temperature
-        )
-        actual = fused.dlogits_from_kept(kept, offset, labels, inv_temperature, gradient, dtype)
+        _, kept, offset = fused.keep(head._replace(labels=labels.clamp(min=0)))
+        gradient = row_gradient(expected_target.float(), inv_temperature, g)
+        constant, _, target = gradient
+        actual = fused.dlogits_from_kept(kept, offset, head, gradient)
         expected = logprobs.exp() * constant.double()[:, None]
         expected[here, labels[here]] = target.double()[here]
         # The interpreter truncates to bfloat16.
@@ -175,13 +171,14 @@ def test_flags_choose_the_rows(fused, kind):
     num_rows = 300 if kind == "many" else 20
     h, w = torch.randn(num_rows, 8).half(), torch.randn(100, 8).half()
     ones = torch.ones(num_rows)
+    head, few = Head(h, w, torch.zeros(num_rows, dtype=int), ones), kind == "few"
     for flagged in (None, num_rows - 1):
         flags = torch.zeros(num_rows + 1, dtype=torch.int32)
         if flagged is not None:
             flags[flagged], flags[-1] = 1, 1
         partials = torch.full((num_rows, 3, 1), torch.nan)
         kept = torch.full((num_rows, 104), 12345, dtype=torch.int16)
-        fused.gemm.statistics(kind, h, w, kept[:, :100], flags, ones, ones, partials)
+        fused.launch_statistics(head, kept[:, :100], flags, ones, partials, few)
         first = num_rows if flagged is None else 256 if kind == "many" else 0
         assert partials[:first].isnan().all() and partials[first:].isfinite().all()
         assert (kept[:first] == 12345).all() and (kept[first:, :100] != 12345).all()
@@ -193,29 +190,27 @@ def test_flags_choose_the_rows(fused, kind):
 def test_any_order_of_threads_gives_the_same_bits(fused, make_head, kind, num_rows):
     """Every launch schedules threads and transfers differently."""
     h, w, labels = (x.detach() for x in make_head(num_rows, 200, 1000, torch.bfloat16))
-    keep = fused.keep if kind == "many" else fused.keep_few
-    runs = [keep(h, w, labels, torch.ones(num_rows)) for _ in range(2)]
+    head = Head(h, w, labels, torch.ones(num_rows))
+    runs = [fused.keep(head, few=kind == "few") for _ in range(2)]
     for a, b in zip((*runs[0][0], *runs[0][1:]), (*runs[1][0], *runs[1][1:]), strict=True):
         assert torch.equal(a, b)
     if kind == "many":
-        alone = fused.keep(h[200:201], w, labels[200:201], torch.ones(1))
+        alone = fused.keep(head.rows(slice(200, 201)))
         assert torch.equal(alone[0].logprobs, runs[0][0].logprobs[200:201])
 
 
 @emulates
 def test_shared_memory_of_every_kernel(emulated):
     """At most the 227 KB of a CTA, and nearly all of it: a longer ring hides more latency."""
-    gemm, found = emulated.fused.gemm, {}
+    found = {}
     w, kept = torch.randn(64, 8).half(), torch.empty(128, 64, dtype=torch.int16)
     for kind, num_rows in (("many", 1), ("few", 16), ("few", 64), ("few", 128)):
-        rows = torch.ones(num_rows)
-        h, flags = (
-            torch.randn(num_rows, 8).half(),
-            torch.full((num_rows + 1,), 2, dtype=torch.int32),
-        )
+        h, rows = torch.randn(num_rows, 8).half(), torch.ones(num_rows)
+        head = Head(h, w, torch.zeros(num_rows, dtype=int), rows)
+        flags = torch.full((num_rows + 1,), 2, dtype=torch.int32)
         for out in (None, kept[:num_rows]):
             partials = torch.empty(num_rows, 3, 1)
-            gemm.statistics(kind, h, w, out, flags, rows, rows, partials)
+            emulated.fused.launch_statistics(head, out, flags, rows, partials, kind == "few")
             name = f"{kind} rows, N {num_rows}, {'kept' if out is not None else 'none'}"
             found[name] = emulated.shared_bytes() / 1024
     print(found)
@@ -327,7 +322,7 @@ def test_loader_hands_pytorch_the_sources_and_sm_90a(monkeypatch, toolkit):
         cpp_extension, "load", lambda *args, **options: calls.append((args, options))
     )
     _extension.load.cache_clear()
-    assert _ops.implementation("cuda") is _ops.implementation("cuda")
+    assert _dispatch.load_backend("cuda") is _dispatch.load_backend("cuda")
     _extension.load.cache_clear()
     (((_, sources), options),) = calls
     assert [Path(source).name for source in sources] == list(_extension.SOURCES)

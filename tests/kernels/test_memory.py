@@ -62,7 +62,7 @@ def test_peak_memory_is_bounded_by_the_formula(form, monkeypatch):
     }[form]
     peak = peak_bytes(function)
     assert 0.5 * bound < peak <= bound + rows
-    assert peak < 4 * N * V  # the logits alone, let alone their gradients
+    assert peak < 4 * N * V  # the logits, not to mention their gradients
 
 
 def test_backward_of_the_loss_itself_copies_no_gradient(monkeypatch):

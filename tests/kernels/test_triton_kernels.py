@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from laser_kernels import _fused, _head_kernels, _row_kernels, _triton_gemm
-from laser_kernels._rows import row_gradient
+from laser_kernels import _fused, _head_kernels, _row_kernels
+from laser_kernels._maths import Head, row_gradient
 
 ELEMENTWISE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,13 +41,15 @@ def test_row_dlogits_in_place(rows, dtype, with_entropy):
     logprobs, logsumexp, entropy = (x.float() for x in exact_statistics(*rows))
     g, e = torch.randn_like(logprobs), torch.randn_like(logprobs) if with_entropy else None
     labels[0] = -1  # the target is in another shard
-    gradient = row_gradient(logprobs, entropy, g, e, inv_temperature)
+    gradient = row_gradient(logprobs, inv_temperature, g, entropy, e)
     slope = 0 if e is None else gradient.slope.double()[:, None]
     z = logits.double() * inv_temperature.double()[:, None] - logsumexp.double()[:, None]
     expected = z.exp() * (gradient.constant.double()[:, None] + slope * z)
     expected[range(1, 5), labels[1:]] = gradient.target[1:].double()
     memory = logits.data_ptr()
-    actual = _row_kernels.dlogits_(logits, logsumexp, labels, inv_temperature, gradient, dtype)
+    no_matrices = logits.new_empty(2, 0, dtype=dtype)
+    head = Head(*no_matrices, labels, inv_temperature)
+    actual = _row_kernels.dlogits_(logits, logsumexp, head, gradient)
     assert actual.dtype == dtype and actual.data_ptr() == memory
     # The interpreter truncates to bfloat16, a GPU rounds.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
@@ -55,7 +57,7 @@ def test_row_dlogits_in_place(rows, dtype, with_entropy):
 
 
 def test_kept_logits_cost_no_accuracy(device, relative_error):
-    """Steps of 2^-9 under dlogits of 8 bits: at most 1.1 times the error of the 8 bits alone."""
+    """Steps of 2^-9 under dlogits of 8 bits: at most 1.1 times the error of only the 8 bits."""
     n, v = 16, _fused.UNPACK_BLOCK + 100
     x = torch.randn(n, v, dtype=torch.float64) * 8  # log2 units, around the anchor
     kept = (x * 512).round().clamp(-(2**15), 2**15 - 1).to(device, torch.int16)
@@ -72,12 +74,10 @@ def test_kept_logits_cost_no_accuracy(device, relative_error):
 
 @pytest.mark.parametrize("hidden_size", [16, 25])  # TMA can address rows of 16, not of 25
 def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
-    head = make_head(20, hidden_size, 97, torch.float16)
-    tile = _triton_gemm.tile_for("many", head.hidden_states, head.weight)
-    assert tile.uses_tma == (hidden_size == 16)
-    ones = torch.ones(20, device=head.labels.device)
-    h, w = (x.detach() for x in head[:2])
-    stats, kept, log_total = _fused.with_triton().keep(h, w, head.labels, ones)
+    h, w, labels = (x.detach() for x in make_head(20, hidden_size, 97, torch.float16))
+    head = Head(h, w, labels, torch.ones(20, device=h.device))
+    assert _fused.tile_for(head, few=False).uses_tma == (hidden_size == 16)
+    stats, kept, log_total = _fused.TRITON.keep(head)
     logits = h.double() @ w.double().T
     torch.testing.assert_close(stats.logsumexp.double(), logits.logsumexp(1), rtol=0, atol=2e-5)
     actual = kept.double() / 512 * 0.6931471805599453 - log_total[:, None]
@@ -88,7 +88,7 @@ def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
 def test_only_overflowing_row_blocks_run_again(make_head):
-    """A second pass over a plain batch would be wasted, one over row 0 alone is right."""
+    """A second pass over a plain batch would be wasted, one over row 0 only is right."""
     head = make_head(40, 16, 97, torch.float16, max_logit=3)
     with torch.no_grad():
         head.weight[:, 0] = 0
@@ -96,17 +96,16 @@ def test_only_overflowing_row_blocks_run_again(make_head):
         head.hidden_states[:, 0] = 0
         head.hidden_states[0, 0] = 200
         head.labels[0] = 5
-    h, w = (x.detach() for x in head[:2])
-    tile = _triton_gemm.tile_for("many", h, w)
-    blocks = -(-97 // tile.v)
-    device = h.device
-    flags = torch.zeros(41, dtype=torch.int32, device=device)
+    h, w, labels = (x.detach() for x in head)
+    ones, anchor = torch.ones(40, device=h.device), torch.zeros(40, device=h.device)
+    head = Head(h, w, labels, ones)
+    tile = _fused.tile_for(head, few=False)
+    flags = torch.zeros(41, dtype=torch.int32, device=h.device)
     flags[[0, 40]] = 1
-    partials = torch.full((40, 3, blocks), float("nan"), device=device)
-    rows = (flags, torch.zeros(40, device=device), torch.ones(40, device=device), partials)
-    _triton_gemm.launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    partials = torch.full((40, 3, -(-97 // tile.v)), float("nan"), device=h.device)
+    _fused.TRITON.launch_statistics(head, None, flags, anchor, partials, few=False)
     assert partials[: tile.n].isfinite().all()
     assert partials[tile.n :].isnan().all()
     flags.zero_(), partials.fill_(float("nan"))
-    _triton_gemm.launch(_head_kernels.statistics_kernel, tile, h, w, None, *rows, KEEP=False)
+    _fused.TRITON.launch_statistics(head, None, flags, anchor, partials, few=False)
     assert partials.isnan().all()

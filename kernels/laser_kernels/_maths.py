@@ -1,0 +1,192 @@
+"""The arithmetic that all implementations share: rows as vectors, and the GEMMs around the softmax.
+
+With log p_iv = z_iv - lse_i and upstream gradients g = dL/dlogprob, e = dL/dentropy:
+
+    dL/dz_iv = g_i (1[v = y_i] - p_iv) - e_i p_iv (log p_iv + entropy_i)
+             = p_iv (constant_i + slope_i log p_iv)                  v != y_i
+             = target_i                                              v  = y_i
+
+so three numbers a row describe the whole row of dlogits. They carry the factor 1/T_i
+of z = H W^T / T.
+
+Every GEMM has a float32 accumulator that is never rounded. On a GPU 16-bit operands go to cuBLAS
+with float32 output. The CPU has no such GEMM: there operands are widened, the weight block by
+block, so that no float32 copy of a 16-bit weight ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of a 16-bit weight that are widened, or of a scaled product that exists, at a time.
+BLOCK_V = 8192
+
+
+class Head(NamedTuple):
+    """What a pass over the vocabulary reads; the tensors are contiguous."""
+
+    hidden_states: Tensor  # [n, D]
+    weight: Tensor  # [V, D]
+    labels: Tensor  # [n]; in a gradient, -1: another shard of the vocabulary has the target
+    inv_temperature: Tensor  # [n] float32
+
+    def rows(self, rows: slice) -> Head:
+        """Return a range of rows."""
+        return Head(
+            self.hidden_states[rows], self.weight, self.labels[rows], self.inv_temperature[rows]
+        )
+
+
+class Statistics(NamedTuple):
+    """What a pass over the vocabulary leaves of each row; all float32 [n]."""
+
+    logprobs: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+
+
+class RowGradient(NamedTuple):
+    """dL/dlogits of a row in three numbers; all float32 [n]."""
+
+    constant: Tensor
+    slope: Tensor | None  # None: zero, no gradient came through the entropy
+    target: Tensor
+
+    def rows(self, rows: slice) -> RowGradient:
+        """Return a range of rows."""
+        slope = None if self.slope is None else self.slope[rows]
+        return RowGradient(self.constant[rows], slope, self.target[rows])
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three numbers with a slope in any case, as the GPU kernels read them."""
+        slope = torch.zeros_like(self.constant) if self.slope is None else self.slope
+        return self.constant, slope, self.target
+
+
+def concatenate(parts: list[Statistics], like: Tensor) -> Statistics:
+    """Join the statistics of row chunks; no chunk means no row."""
+    if not parts:
+        parts = [Statistics(*(like.new_empty(0) for _ in range(3)))]
+    return Statistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def row_gradient(
+    logprobs: Tensor,  # [n]
+    inv_temperature: Tensor,  # [n]
+    grad_logprobs: Tensor | None,  # [n]
+    entropy: Tensor | None = None,  # [n]
+    grad_entropy: Tensor | None = None,  # [n]
+) -> RowGradient:
+    """Turn upstream gradients into row coefficients; a missing gradient is zero."""
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(logprobs)
+    g = grad_logprobs.float() * inv_temperature
+    constant, target = -g, -g * torch.expm1(logprobs)
+    if grad_entropy is None:
+        return RowGradient(constant, None, target)
+    assert entropy is not None
+    e = grad_entropy.float() * inv_temperature
+    target = target - e * logprobs.exp() * (logprobs + entropy)
+    return RowGradient(constant - e * entropy, -e, target)
+
+
+def factor_out_exponent(
+    gradient: RowGradient, dtype: torch.dtype
+) -> tuple[RowGradient, Tensor | None]:
+    """Divide float16 gradients by a power of two, the second result, to keep their digits.
+
+    A loss averaged over 1e5 tokens has dlogits below the smallest float16; scaled to their
+    largest row they lose only what is 2^-24 of it. The other dtypes have the range themselves.
+    """
+    if dtype != torch.float16:
+        return gradient, None
+    constant, slope, target = gradient
+    parts = [part for part in gradient if part is not None]
+    largest = torch.cat([constant.new_zeros(1), *parts]).abs().amax()
+    scale = torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1)
+    slope = None if slope is None else slope / scale
+    return RowGradient(constant / scale, slope, target / scale), scale
+
+
+def logits(hidden_states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return H W^T as float32 [n, V], in `out` if there is one."""
+    if hidden_states.is_cuda:
+        return _mm(hidden_states, weight.T, out)
+    if out is None:
+        out = hidden_states.new_empty(len(hidden_states), len(weight), dtype=torch.float32)
+    for columns in _weight_blocks(weight):
+        _mm(hidden_states, weight[columns].T, out[:, columns])
+    return out
+
+
+def hidden_gradient(dlogits: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return (dZ W) * scale as float32 [n, D]."""
+    if dlogits.is_cuda:
+        out = _mm(dlogits, weight)
+    else:
+        first, *others = _weight_blocks(weight)
+        out = _mm(dlogits[:, first], weight[first])
+        for columns in others:
+            out.addmm_(dlogits[:, columns].float(), weight[columns].float())
+    return out if scale is None else out.mul_(scale)
+
+
+def weight_accumulator(weight: Tensor, num_rows: int) -> Tensor:
+    """Return a float32 buffer for dW: the first chunk overwrites it, without chunks it is zero."""
+    make = torch.empty if num_rows else torch.zeros
+    return make(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def add_weight_gradient(
+    out: Tensor,  # [V, D] float32
+    dlogits: Tensor,  # [n, V]
+    hidden_states: Tensor,  # [n, D]
+    is_first: bool,
+    scale: Tensor | None,
+) -> None:
+    """Add (dZ^T H) * scale to `out`; the first chunk overwrites it and saves a fill and a read."""
+    if scale is not None:
+        for start in range(0, len(out), BLOCK_V):
+            columns = slice(start, start + BLOCK_V)
+            product = _mm(dlogits[:, columns].T, hidden_states).mul_(scale)
+            out[columns].copy_(product) if is_first else out[columns].add_(product)
+    elif is_first:
+        _mm(dlogits.T, hidden_states, out)
+    elif _is_cublas_16_bit(dlogits):
+        torch.addmm(out, dlogits.T, hidden_states, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(dlogits.T.float(), hidden_states.float())
+
+
+def weight_gradient(dlogits: Tensor, hidden_states: Tensor, scale: Tensor | None) -> Tensor:
+    """Return (dZ^T H) * scale of a single chunk as [V, D] in the dtype of H."""
+    shape = (dlogits.shape[1], hidden_states.shape[1])
+    if _is_cublas_16_bit(dlogits) and scale is None:
+        # The GEMM itself rounds its accumulator.
+        return torch.mm(dlogits.T, hidden_states, out=hidden_states.new_empty(shape))
+    out = hidden_states.new_empty(shape, dtype=torch.float32)
+    add_weight_gradient(out, dlogits, hidden_states, True, scale)
+    return out.to(hidden_states.dtype)
+
+
+def _is_cublas_16_bit(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a b in float32, also under autocast, which would round the operands."""
+    with torch.autocast(a.device.type, enabled=False):
+        if not _is_cublas_16_bit(a):
+            return torch.mm(a.float(), b.float(), out=out)
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _weight_blocks(weight: Tensor) -> list[slice]:
+    """Row blocks of the weight; a float32 weight needs no widening and is one block."""
+    step = len(weight) if weight.dtype == torch.float32 else BLOCK_V
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
