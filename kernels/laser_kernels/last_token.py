@@ -108,7 +108,7 @@ def _(grad_logprobs, logprobs, kept, offset, hidden_states, weight, token_id, *r
     )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output):
     hidden_states, weight, ctx.token_id, rewards, sample_weight, ctx.beta, _, _, ctx.impl = inputs
     _, *saved = output
     ctx.save_for_backward(hidden_states, weight, rewards, sample_weight, *saved)

@@ -125,7 +125,7 @@ def _(grad_logprobs, grad_entropy, hidden_states, weight, *rest):
     )
 
 
-def _save_rows(ctx, inputs, output) -> None:
+def _save_rows(ctx, inputs, output):
     *rows, _, ctx.impl, ctx.group = inputs
     ctx.save_for_backward(*rows, *output)
     ctx.set_materialize_grads(False)

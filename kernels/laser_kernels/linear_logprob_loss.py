@@ -132,7 +132,7 @@ def _(grad, upstream, dtype):
     return torch.empty_like(grad, dtype=dtype)
 
 
-def _save_gradients(ctx, inputs, output) -> None:
+def _save_gradients(ctx, inputs, output):
     _, hidden_states, _, grad_hidden, grad_weight = inputs
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.dtype = hidden_states.dtype
