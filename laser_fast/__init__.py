@@ -18,6 +18,7 @@ TRAIN_PACKAGES = (
     "rich",
     "safetensors",
     "tensorboard",
+    "tokenizers",
     "tomli_w",
     "transformers",
     "typer",

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.run import build_optimizer
 from tiny_models import make_config, make_sequences
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore

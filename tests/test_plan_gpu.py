@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.run import build_optimizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from laser_fast.model.attention import IMPLEMENTATIONS
