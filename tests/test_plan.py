@@ -309,9 +309,9 @@ def test_hopeless_plan_says_so():
 @pytest.mark.parametrize(
     ("sections", "num_gpus", "message"),
     [
-        ({"model": {"replicas": 3}}, 8, "model.replicas = 3 does not divide 8 GPUs"),
+        ({"model": {"replicas": 3}}, 8, "model.replicas = 3 does not divide the 8 ranks"),
         ({"rollout": {"tensor_parallel": 3}}, 8, "rollout.tensor_parallel = 3 does not divide"),
-        ({}, 24, "does not divide over 24 GPUs"),
+        ({}, 24, "does not divide over 24 ranks"),
     ],
 )
 def test_impossible_setup_is_refused(sections, num_gpus, message):

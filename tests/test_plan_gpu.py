@@ -45,10 +45,9 @@ def _config(*, gradient_checkpointing):
             cpu_offload=False,
             replicas=1,
         ),
-        data=SimpleNamespace(max_prompt_tokens=8, prompts_per_step=1),
-        rollout=SimpleNamespace(
-            engine="hf", group_size=4, max_new_tokens=8, max_num_seqs=4, tensor_parallel=1
-        ),
+        data=SimpleNamespace(prompts_per_step=1),
+        rollout=SimpleNamespace(engine="hf", group_size=4, max_num_seqs=4, tensor_parallel=1),
+        max_sequence_tokens=17,
         loss=SimpleNamespace(kl_coef=0.0),
         optim=SimpleNamespace(
             tokens_per_microbatch=TOKENS, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01

@@ -101,7 +101,7 @@ def _train(model: Qwen2ForCausalLM, *, seed: int, steps: int, world: World | Non
 
 def _lr_factor(step: int, steps: int) -> float:
     """A linear ramp of 20 steps, then a cosine to 5%."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))  # of 0, too, torch asks once
     return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * cosine)
 
 
