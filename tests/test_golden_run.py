@@ -30,8 +30,8 @@ from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Completion, Group
 from laser_fast.rewards import Grader
 from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, rows, write_tokenizer
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.sampler import Sampler
+from laser_fast.training.schedule import GradientCap
 from laser_fast.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -31,9 +31,8 @@ from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
 from laser_fast.rollout.vllm_setup import import_vllm
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.sampler import Sampler
-from laser_fast.training.schedule import is_due
+from laser_fast.training.schedule import GradientCap, is_due
 from laser_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,9 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rollout.agreement import DisagreementError
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
-from laser_fast.training.schedule import learning_rate, mixes_scores
+from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores
 from laser_fast.training.step_metrics import RowMetrics, table_metrics
 from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
 

@@ -11,8 +11,8 @@ from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig, ModelConfig
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
-from laser_fast.training.grad_cap import GradientCap
 from laser_fast.training.objective import Objective
+from laser_fast.training.schedule import GradientCap
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laser_fast.training.grad_cap import MEASURE_EVERY, GradientCap
+from laser_fast.training.schedule import MEASURE_EVERY, GradientCap
 
 
 def test_no_cap_never_measures():
