@@ -67,21 +67,25 @@ def train(
 def train_run(config: Config, *, resume: bool = False) -> None:
     """Make the files of a sandbox that the configuration asks for, train, and draw the run."""
     from laser_fast.model.distributed import open_world
-    from laser_fast.sandbox.files import write_sandbox
+    from laser_fast.sandbox.files import resolve_sandbox, write_sandbox
     from laser_fast.training.run import check_start
     from laser_fast.training.run import train as run_training
 
     with open_world() as world:
-        check_start(config, world, resume=resume)
-        config = write_sandbox(config, world)
-        run_training(config, world=world, resume=resume, on_end=_draw_run)
+        resolved = resolve_sandbox(config)
+        check_start(resolved, world, resume=resume)
+        write_sandbox(config, world)
+        run_training(resolved, world=world, resume=resume, on_end=_draw_run)
 
 
 def _draw_run(folder: Path) -> None:
     from laser_fast.report.page import write_run_files
 
-    for name, path in write_run_files(folder).items():
-        typer.echo(f"{name}: {path}")
+    try:
+        for name, path in write_run_files(folder).items():
+            typer.echo(f"{name}: {path}")
+    except (ConfigError, OSError) as error:  # it must not hide how the run itself ended
+        logging.warning("the run could not be drawn: %s; try `laser-fast report %s`", error, folder)
 
 
 @app.command()

@@ -68,7 +68,8 @@ def sample(model: Model, tokenizer: Tokenizer, problems: Problems, group_size: i
     is_end = torch.cat([nothing, is_answer & is_eos], dim=1)
     answers = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
     golds = [row["answer"] for row in problems for _ in range(group_size)]
-    rewards = [grade("sandbox", answer, gold) for answer, gold in zip(answers, golds, strict=True)]
+    # A grade that failed is None; the trainer drops such an answer, here it counts as wrong.
+    rewards = [grade("sandbox", a, gold) or 0.0 for a, gold in zip(answers, golds, strict=True)]
     return Rollout(ids, is_text, is_sampled, is_end, torch.tensor(rewards, device=ids.device))
 
 

@@ -19,5 +19,3 @@ __all__ = [
     "linear_logprob_loss",
     "reference",
 ]
-
-__version__ = "0.1.0"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+# A thread that is busy for longer is stuck, and may not keep a failed process alive.
+_GLOO_DEADLINE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -79,7 +82,7 @@ def open_world() -> Iterator[World]:
         # A rank that refuses its input at once would cut off another that is still connecting.
         world.barrier()
         yield world
-        # Nor does one that is done close the connections of another that still computes.
+        # And a rank that is done would close the connections of another that still computes.
         world.barrier()
     finally:
         dist.destroy_process_group()
@@ -94,7 +97,10 @@ def _await_gloo() -> None:
     interpreter's lock. On a busy machine it may come so late that the interpreter is gone, and
     then aborts the process: "terminate called without an active exception".
     """
+    deadline = time.monotonic() + _GLOO_DEADLINE_S
     while any(map(_is_busy_in_gloo, Path("/proc/self/task").glob("*/stat"))):
+        if time.monotonic() > deadline:
+            return
         time.sleep(0.001)
 
 

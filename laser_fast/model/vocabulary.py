@@ -98,9 +98,14 @@ def _eos_token_ids(
         default = None
     for ids in (default, model_config.eos_token_id, tokenizer.eos_token_id):
         for token_id in ids if isinstance(ids, list) else [ids]:
-            is_there = token_id is not None and token_id < vocab_size
-            if is_there and token_id not in found:
-                found.append(token_id)
+            if token_id is None or token_id >= model_config.vocab_size or token_id in found:
+                continue
+            if token_id >= vocab_size:
+                raise ConfigError(
+                    f'model.path: "{path}" ends completions with id {token_id}, which its '
+                    f"tokenizer of {vocab_size} ids does not have; check that both belong together"
+                )
+            found.append(token_id)
     if not found:
         raise ConfigError(
             f'model.path: "{path}" declares no EOS token; set eos_token_id in its '

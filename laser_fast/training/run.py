@@ -6,6 +6,7 @@ Everything that can be wrong with the input is found before the model is loaded.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -50,7 +51,7 @@ def check_start(config: Config, world: World, *, resume: bool) -> None:
         latest_checkpoint(folder.path)
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
-        import_vllm()  # missing or unsupported, it is named before minutes of loading
+        import_vllm()  # a missing or unsupported one is named before minutes of loading
     world.barrier()  # every rank has seen the folder as it was
 
 
@@ -61,7 +62,7 @@ def train(
     resume: bool = False,
     on_end: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Train as configured; with `resume`, continue the run in `output_dir`. Collective.
+    """Train as configured, after `check_start`; `resume` continues the run. Collective.
 
     Args:
         config: the run; its model and data are files or on the hub.
@@ -73,13 +74,12 @@ def train(
         ConfigError: the configuration or its inputs cannot run; nothing was overwritten.
     """
     started = time.monotonic()
-    check_start(config, world, resume=resume)
     folder, checkpoint = Path(config.output_dir), None
     if resume:
         config, checkpoint = resumed_config(config), latest_checkpoint(folder)
     with ExitStack() as stack:
-        sampler, held_out = _build_sampler(config, world, stack)
-        trainer, first_step = _build_trainer(sampler, checkpoint)
+        sampler, reference, held_out = _build_sampler(config, world, stack)
+        trainer, first_step = _build_trainer(sampler, reference, checkpoint)
         log = Log()
         if world.is_main:
             resume_step = first_step if resume else None
@@ -106,8 +106,10 @@ def train(
         log.finish(wall_seconds=time.monotonic() - started)
 
 
-def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Sampler, list[Prompt]]:
-    """Check every input, then load the model; also the held-out prompts of this rank."""
+def _build_sampler(
+    config: Config, world: World, stack: ExitStack
+) -> tuple[Sampler, Policy | None, list[Prompt]]:
+    """Check every input, then load the models; also this rank's held-out prompts."""
     model_config = load_model_config(config.model)
     check_lengths(config, model_config.max_position_embeddings)
     vocabulary = load_vocabulary(
@@ -124,7 +126,9 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
     uses_server = config.rollout.engine == "vllm_server"
     # A server that does not fit is found before the model is loaded.
     engine = make_engine(config, None, vocabulary.special) if uses_server else None
-    policy = build_policy(config.model, world)
+    policy, reference = build_policy(config.model, world), None
+    if config.loss.kl_coef > 0:  # before the engine, which takes a share of what is left
+        reference = build_policy(config.model, world).requires_grad_(False)
     engine = engine or make_engine(config, policy, vocabulary.special)
     stack.callback(engine.close)
     check_stop = stack.enter_context(stop_at_sigterm(world))
@@ -146,15 +150,14 @@ def _build_sampler(config: Config, world: World, stack: ExitStack) -> tuple[Samp
         policy=policy,
         packer=packer,
     )
-    return sampler, held_out
+    return sampler, reference, held_out
 
 
-def _build_trainer(sampler: Sampler, checkpoint: Path | None) -> tuple[Trainer, int]:
+def _build_trainer(
+    sampler: Sampler, reference: Policy | None, checkpoint: Path | None
+) -> tuple[Trainer, int]:
     """The trainer as it was at the checkpoint, and the step that comes next."""
-    config, policy, world = sampler.config, sampler.policy, sampler.world
-    reference = None
-    if config.loss.kl_coef > 0:
-        reference = build_policy(config.model, world).requires_grad_(False)
+    config, policy = sampler.config, sampler.policy
     optimizer = build_optimizer(policy, config.optim)
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
     first_step, ref_logprob = 0, None
@@ -165,7 +168,7 @@ def _build_trainer(sampler: Sampler, checkpoint: Path | None) -> tuple[Trainer, 
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         config=config,
-        world=world,
+        world=sampler.world,
         stage=sampler.stage,
         sampler=sampler,
         packer=sampler.packer,
@@ -245,12 +248,16 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
 
 
 def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
+    ref_logprob = trainer.score.ref_logprob
     return save_checkpoint(
         folder,
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        trainer_state={"ref_logprob": trainer.score.ref_logprob, "cap": trainer.cap.state_dict()},
+        trainer_state={
+            "ref_logprob": None if math.isnan(ref_logprob) else ref_logprob,  # JSON has no nan
+            "cap": trainer.cap.state_dict(),
+        },
         config_toml=dump_config(trainer.config),
         keep=trainer.config.checkpoint.keep,
         world=trainer.world,

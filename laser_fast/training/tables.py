@@ -75,7 +75,7 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
 
 
 def step_advantages(tables: StepTables, config: Config, score: SelfScore | None) -> Tensor:
-    """Advantages of all completions, [P, G] float32; a `score` is mixed in. 0 for failed grades."""
+    """Advantages of all completions, [P, G] float32; a `score` is mixed in. Failed grades get 0."""
     rewards = tables.rewards
     if config.reward.overlong == "penalty":
         rewards = rewards + overlong_penalty(

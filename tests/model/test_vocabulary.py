@@ -115,3 +115,8 @@ def test_no_tokenizer(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(ConfigError, match="has no usable tokenizer"):
         load(str(tmp_path))
+
+
+def test_an_eos_that_the_tokenizer_does_not_have_is_refused(folder):
+    with pytest.raises(ConfigError, match="id 60, which its tokenizer of 15 ids does not have"):
+        load(folder(generation_eos=[60], model_eos=60))

@@ -118,6 +118,27 @@ def test_a_run_continues_on_another_world_size(two_ranks, tmp_path):
     assert_close_metrics(*lines, tolerance=1e-5)
 
 
+def test_a_sandbox_run_resumes_by_the_word_that_it_was_started_with(
+    tmp_path, write_config, monkeypatch
+):
+    from laser_fast.sandbox import files
+
+    make = files.make_sandbox_model
+    made = []
+
+    def make_quickly(*arguments, **keys):
+        made.append(arguments)
+        make(*arguments, **keys, steps=8)
+
+    monkeypatch.setattr(files, "make_sandbox_model", make_quickly)
+    words = {"model": {"path": "sandbox"}, "data": {"train": "sandbox", "eval": "sandbox"}}
+    path = write_config(tmp_path, **words, reward={"kind": "sandbox"})
+    train_run(load_config(path, ["optim.steps=2"]))
+    train_run(load_config(path, ["optim.steps=3"]), resume=True)
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+    assert len(made) == 1
+
+
 def make_engine(model, tokenizer, **options):
     eos, score_token = tokenizer.convert_tokens_to_ids([EOS_TOKEN, RESERVED_TOKENS[0]])
     tokens = SpecialTokens(
