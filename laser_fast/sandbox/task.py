@@ -7,7 +7,7 @@ A problem is worked from left to right; letters label its steps:
 
 It has three or four operations `+` and `*` with operands 1 to 9, and at most one rare power `^`.
 Power is hardly practised before training with rewards and frequent in it, so that wrong answers,
-which self-verification needs, come about by themselves. `laser_fast.rewards.sandbox` grades.
+which self-verification needs, come about by themselves. The reward "sandbox" grades.
 
 About a tenth of all problems, chosen by a hash of their text, is held out: the split "eval" draws
 only from it, everything else never.

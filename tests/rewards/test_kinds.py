@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.rewards import exact, gsm8k, math
+from laser_fast.rewards import gsm8k, math
+from laser_fast.rewards.boxed import exact
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -117,7 +118,7 @@ def test_gsm8k_gold_without_a_number_is_a_failure():
     ],
 )
 def test_exact_reward(text, answer, expected):
-    assert exact.reward(text, answer) == expected
+    assert exact(text, answer) == expected
 
 
 def golds(*files):
