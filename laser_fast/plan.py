@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from laser_fast.config_errors import ConfigError
+from laser_fast.model.distributed import check_world
 from laser_fast.model.policy import compute_dtype, load_model_config
 
 if TYPE_CHECKING:
@@ -56,14 +57,7 @@ class Plan:
     workspace_mb: float = WORKSPACE_MB
 
     def __post_init__(self) -> None:
-        gpus, config = self.num_gpus, self.config
-        replicas, parallel = config.model.replicas, config.rollout.tensor_parallel
-        for key, parts in (("model.replicas", replicas), ("rollout.tensor_parallel", parallel)):
-            if gpus % parts:
-                raise ConfigError(f"{key} = {parts} does not divide {gpus} GPUs; choose a divisor")
-        if config.data.prompts_per_step % gpus:
-            given = f"data.prompts_per_step = {config.data.prompts_per_step}"
-            raise ConfigError(f"{given} does not divide over {gpus} GPUs; change one of the two")
+        check_world(self.config, self.num_gpus)  # one rank on each GPU
 
     @property
     def num_shards(self) -> int:
@@ -76,15 +70,10 @@ class Plan:
         return compute_dtype(self.config.model, torch.device("cuda")).itemsize
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, the score's position included."""
-        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens + 1
-
-    @property
     def sequence_bytes(self) -> int:
         """Keys and values of a longest sequence."""
         per_layer = 2 * self.compute_bytes * _head_widths(self.model)[1]
-        return self.longest * self.model.num_hidden_layers * per_layer
+        return self.config.max_sequence_tokens * self.model.num_hidden_layers * per_layer
 
     @cached_property
     def phases(self) -> dict[str, tuple[Term, ...]]:
@@ -140,7 +129,7 @@ class Plan:
         if rollout.engine == "hf":
             batch = self.config.data.prompts_per_step * rollout.group_size // self.num_gpus
             count = min(rollout.max_num_seqs, batch)
-            formula = f"{count} sequences x {self.longest} tokens x 2 L Dkv c"
+            formula = f"{count} sequences x {self.config.max_sequence_tokens} tokens x 2 L Dkv c"
             cache = Term("key-value cache", count * self.sequence_bytes, formula)
             return {"rollout": (Term("gathered policy", policy, "c P, all of it"), cache)}
         formula = "c P / rollout.tensor_parallel; asleep (level 2) in training: 0"
@@ -183,11 +172,7 @@ class Plan:
 
 
 def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
-    """Plan a run on `num_gpus` GPUs of `memory_gb` (1e9 bytes) each, without reading any weights.
-
-    Raises:
-        ConfigError: the model's config cannot be read, or the run does not divide over the GPUs.
-    """
+    """Plan a run on `num_gpus` GPUs of `memory_gb` (1e9 bytes) each; reads no weights."""
     try:
         model = load_model_config(config.model)
     except ConfigError as error:
@@ -254,7 +239,7 @@ def advise(plan: Plan) -> tuple[list[str], Plan]:
 
 def _tune(plan: Plan) -> Plan:
     """Move values in turn, each as little as possible, until as many phases fit as can."""
-    rollout, tokens = plan.config.rollout, plan.config.optim.tokens_per_microbatch
+    rollout, longest = plan.config.rollout, plan.config.max_sequence_tokens - 1
     numbers = [rollout.max_num_seqs >> n for n in range(rollout.max_num_seqs.bit_length())]
     engines = [
         {"tensor_parallel": parts, "gpu_memory_fraction": share}
@@ -262,7 +247,8 @@ def _tune(plan: Plan) -> Plan:
         if plan.num_gpus % parts == 0 and plan.model.num_attention_heads % parts == 0
         for share in (rollout.gpu_memory_fraction, *(n / 20 for n in range(19, 0, -1)))
     ]
-    budgets = (tokens, *range((tokens - 1) // 512 * 512, plan.longest - 1, -512), plan.longest - 1)
+    tokens = plan.config.optim.tokens_per_microbatch
+    budgets = (tokens, *range((tokens - 1) // 512 * 512, longest, -512), longest)
     # The first of equals wins, so that nothing moves in vain.
     plan = min((_set(plan, "rollout", max_num_seqs=n) for n in numbers), key=Plan.misfits)
     plan = min((_set(plan, "rollout", **e) for e in engines), default=plan, key=Plan.misfits)
@@ -277,10 +263,10 @@ def _set(plan: Plan, section: str, **values: float | bool) -> Plan:
 
 def _settings(plan: Plan) -> dict[str, object]:
     """What advice may change, by the name that a user types."""
-    parts = {name: getattr(plan.config, name) for name in ("model", "rollout", "optim")}
-    settings = {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
-    other = {"--gpus": plan.num_gpus, "LASER_KERNELS_WORKSPACE_MB": plan.workspace_mb}
-    return other | settings
+    settings = {"--gpus": plan.num_gpus, "LASER_KERNELS_WORKSPACE_MB": plan.workspace_mb}
+    for name in ("model", "rollout", "optim"):
+        settings |= {f"{name}.{key}": value for key, value in getattr(plan.config, name)}
+    return settings
 
 
 def print_plan(plan: Plan) -> None:
@@ -300,8 +286,8 @@ def print_plan(plan: Plan) -> None:
         soft_wrap=True,
     )
     terms = Table("per GPU", Column("GB", justify="right"), "formula")
-    for name, size, formula in plan.terms.values():
-        terms.add_row(name, f"{size / 1e9:.3f}", formula)
+    for name, num_bytes, formula in plan.terms.values():
+        terms.add_row(name, f"{num_bytes / 1e9:.3f}", formula)
     reserve = f"its terms, and {RESERVE_GB:g} GB for context, NCCL and gaps of the allocator"
     phases = Table("phase", Column("GB", justify="right"), reserve)
     for name, peak in plan.peaks.items():
@@ -311,7 +297,8 @@ def print_plan(plan: Plan) -> None:
     if plan.host_gb:
         console.print(f"model.cpu_offload keeps {plan.host_gb:.1f} GB per GPU in host memory")
     if plan.num_cached < math.inf:
-        console.print(f"The cache holds {plan.num_cached:.0f} sequences of {plan.longest} tokens")
+        longest = plan.config.max_sequence_tokens
+        console.print(f"The cache holds {plan.num_cached:.0f} sequences of {longest} tokens")
     console.print(verdict(plan), soft_wrap=True)
 
 
@@ -322,7 +309,7 @@ def verdict(plan: Plan) -> str:
     if not plan.misfits():
         return f"It fits: {problem}."
     if plan.peaks[worst] <= memory:
-        problem = f"the cache holds {plan.num_cached:.2f} of a sequence of {plan.longest} tokens"
+        problem = f"the cache holds only {plan.num_cached:.2f} of a longest sequence"
     changes, after = advise(plan)
     if not changes:
         return f"It does not fit: {problem}, and nothing here makes it fit; take a smaller model."

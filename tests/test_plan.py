@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from laser_fast.training.optimizer import build_optimizer
 from tiny_models import make_config, make_sequences
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,6 +18,7 @@ from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan import Plan, activation_bytes_per_token, advise, count_parameters, verdict
+from laser_fast.training.run import build_optimizer
 from laser_kernels import linear_logprob_loss
 
 QWEN_7B = {
@@ -309,9 +309,9 @@ def test_hopeless_plan_says_so():
 @pytest.mark.parametrize(
     ("sections", "num_gpus", "message"),
     [
-        ({"model": {"replicas": 3}}, 8, "model.replicas = 3 does not divide 8 GPUs"),
+        ({"model": {"replicas": 3}}, 8, "model.replicas = 3 does not divide the 8 ranks"),
         ({"rollout": {"tensor_parallel": 3}}, 8, "rollout.tensor_parallel = 3 does not divide"),
-        ({}, 24, "does not divide over 24 GPUs"),
+        ({}, 24, "does not divide over 24 ranks"),
     ],
 )
 def test_impossible_setup_is_refused(sections, num_gpus, message):

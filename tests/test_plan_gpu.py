@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from laser_fast.training.optimizer import build_optimizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from laser_fast.model.attention import IMPLEMENTATIONS
@@ -16,6 +15,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan import RESERVE_GB, Plan, count_parameters
 from laser_fast.records import TrainingSequence
+from laser_fast.training.run import build_optimizer
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu
@@ -45,10 +45,9 @@ def _config(*, gradient_checkpointing):
             cpu_offload=False,
             replicas=1,
         ),
-        data=SimpleNamespace(max_prompt_tokens=8, prompts_per_step=1),
-        rollout=SimpleNamespace(
-            engine="hf", group_size=4, max_new_tokens=8, max_num_seqs=4, tensor_parallel=1
-        ),
+        data=SimpleNamespace(prompts_per_step=1),
+        rollout=SimpleNamespace(engine="hf", group_size=4, max_num_seqs=4, tensor_parallel=1),
+        max_sequence_tokens=17,
         loss=SimpleNamespace(kl_coef=0.0),
         optim=SimpleNamespace(
             tokens_per_microbatch=TOKENS, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01

@@ -97,7 +97,7 @@ class WorkerPool:
         waiting = deque(range(len(calls)))
         with self._lock:
             try:
-                while waiting or any(worker.is_busy for worker in self._workers):
+                while waiting or any({*worker.calls} - {_START} for worker in self._workers):
                     self._hand_out(function, calls, waiting, deadline_s)
                     self._collect(results, waiting)
             except BaseException:
@@ -180,10 +180,6 @@ class _Worker:
         self.calls = deque([_START])
         self.deadline_s = _START_DEADLINE_S
         self.deadline = time.monotonic() + self.deadline_s
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.calls) and self.calls[0] != _START
 
     def send(self, function: str, calls: dict[int, Arguments], deadline_s: float) -> None:
         """Hand over calls, by their number; the deadline is that of each one."""
