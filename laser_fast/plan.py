@@ -263,10 +263,10 @@ def _set(plan: Plan, section: str, **values: float | bool) -> Plan:
 
 def _settings(plan: Plan) -> dict[str, object]:
     """What advice may change, by the name that a user types."""
-    settings = {"--gpus": plan.num_gpus, "LASER_KERNELS_WORKSPACE_MB": plan.workspace_mb}
-    for name in ("model", "rollout", "optim"):
-        settings |= {f"{name}.{key}": value for key, value in getattr(plan.config, name)}
-    return settings
+    parts = {name: getattr(plan.config, name) for name in ("model", "rollout", "optim")}
+    settings = {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
+    other = {"--gpus": plan.num_gpus, "LASER_KERNELS_WORKSPACE_MB": plan.workspace_mb}
+    return other | settings
 
 
 def print_plan(plan: Plan) -> None:

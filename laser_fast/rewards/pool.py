@@ -1,7 +1,7 @@
 """Worker processes that can be killed: one call at a time, each under a hard deadline.
 
 A grader may hang in C code (a big integer power, a regular expression) or take its process down;
-only the kill of a process is a deadline. So every call runs alone in a worker, a lost worker is
+only the kill of a process is a deadline. So a worker runs one call at a time, a lost worker is
 replaced, and no other call notices.
 
 Workers are fresh interpreters: never a fork, because the parent has the threads of torch, gloo

@@ -55,7 +55,7 @@ Item = TypeVar("Item")
 
 
 class VllmEngine:
-    """Colocated vLLM; implements `rollout.engine.Engine`. Every rank builds one, once per run.
+    """vLLM beside the training; implements `rollout.engine.Engine`. Every rank builds one per run.
 
     A ConfigError says that vLLM is missing, unsupported, or cannot run the model as configured.
     """
