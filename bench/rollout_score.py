@@ -34,8 +34,7 @@ from bench.random_qwen2 import SMOKE, Sizes, random_qwen2
 from bench.runner import base_parser
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.vllm import VllmEngine
-from laser_fast.rollout.vllm_setup import import_vllm
+from laser_fast.rollout.vllm import VllmEngine, import_vllm
 
 SCORE_TOKEN, EOS = 0, 1
 FIRST_COUNT = 2  # ids below are special; above, counting down to EOS is counting up to the top

@@ -172,11 +172,7 @@ class Plan:
 
 
 def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
-    """Plan a run on `num_gpus` GPUs of `memory_gb` (1e9 bytes) each, without reading any weights.
-
-    Raises:
-        ConfigError: the model's config cannot be read, or the run does not divide over the GPUs.
-    """
+    """Plan a run on `num_gpus` GPUs of `memory_gb` (1e9 bytes) each; reads no weights."""
     try:
         model = load_model_config(config.model)
     except ConfigError as error:
@@ -243,8 +239,7 @@ def advise(plan: Plan) -> tuple[list[str], Plan]:
 
 def _tune(plan: Plan) -> Plan:
     """Move values in turn, each as little as possible, until as many phases fit as can."""
-    rollout, tokens = plan.config.rollout, plan.config.optim.tokens_per_microbatch
-    least = plan.config.max_sequence_tokens - 1
+    rollout, longest = plan.config.rollout, plan.config.max_sequence_tokens - 1
     numbers = [rollout.max_num_seqs >> n for n in range(rollout.max_num_seqs.bit_length())]
     engines = [
         {"tensor_parallel": parts, "gpu_memory_fraction": share}
@@ -252,7 +247,8 @@ def _tune(plan: Plan) -> Plan:
         if plan.num_gpus % parts == 0 and plan.model.num_attention_heads % parts == 0
         for share in (rollout.gpu_memory_fraction, *(n / 20 for n in range(19, 0, -1)))
     ]
-    budgets = (tokens, *range((tokens - 1) // 512 * 512, least, -512), least)
+    tokens = plan.config.optim.tokens_per_microbatch
+    budgets = (tokens, *range((tokens - 1) // 512 * 512, longest, -512), longest)
     # The first of equals wins, so that nothing moves in vain.
     plan = min((_set(plan, "rollout", max_num_seqs=n) for n in numbers), key=Plan.misfits)
     plan = min((_set(plan, "rollout", **e) for e in engines), default=plan, key=Plan.misfits)
@@ -290,8 +286,8 @@ def print_plan(plan: Plan) -> None:
         soft_wrap=True,
     )
     terms = Table("per GPU", Column("GB", justify="right"), "formula")
-    for name, size, formula in plan.terms.values():
-        terms.add_row(name, f"{size / 1e9:.3f}", formula)
+    for name, num_bytes, formula in plan.terms.values():
+        terms.add_row(name, f"{num_bytes / 1e9:.3f}", formula)
     reserve = f"its terms, and {RESERVE_GB:g} GB for context, NCCL and gaps of the allocator"
     phases = Table("phase", Column("GB", justify="right"), reserve)
     for name, peak in plan.peaks.items():
@@ -313,8 +309,7 @@ def verdict(plan: Plan) -> str:
     if not plan.misfits():
         return f"It fits: {problem}."
     if plan.peaks[worst] <= memory:
-        longest = plan.config.max_sequence_tokens
-        problem = f"the cache holds {plan.num_cached:.2f} of a sequence of {longest} tokens"
+        problem = f"the cache holds only {plan.num_cached:.2f} of a longest sequence"
     changes, after = advise(plan)
     if not changes:
         return f"It does not fit: {problem}, and nothing here makes it fit; take a smaller model."

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from laser_fast.config import ConfigError, DataConfig, PromptConfig
-from laser_fast.data.rows import Fields, RowSource, answer_text, open_rows, question_text
+from laser_fast.data.rows import RowSource, answer_text, open_rows, question_text
 from laser_fast.records import Prompt
 
 if TYPE_CHECKING:
@@ -48,22 +48,15 @@ _log = logging.getLogger(__name__)
 
 
 class PromptSource:
-    """The prompts of one data set.
+    """The prompts of one data set: `num_prompts`, and `num_dropped` longer rows that are left out.
 
     Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2. The epoch is in
     the name because sampling noise is keyed by it: a prompt that comes again, even in the same
     step, is answered differently.
 
     `name` opens every prompt_id and names the order together with `seed`. A step has `per_step`
-    prompts over all ranks. With a `limit` only the first prompts are taken.
-
-    Attributes:
-        num_prompts: prompts to draw from, after the limit.
-        num_dropped: rows left out because they exceed `data.max_prompt_tokens`.
-
-    Raises:
-        ConfigError: for a data set that is missing, broken, lacks a field or has no prompt left,
-            and for a chat template that the tokenizer does not have.
+    prompts over all ranks. With a `limit` only the first prompts are taken. A ConfigError names
+    what is wrong with the data set, or a chat template that the tokenizer does not have.
     """
 
     def __init__(
@@ -96,27 +89,16 @@ class PromptSource:
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def prompts(
-        self,
-        step: int,
-        *,
-        attempt: int = 0,
-        rounds: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, step: int, *, attempt: int = 0, rounds: int = 0, rank: int = 0, world_size: int = 1
     ) -> list[Prompt]:
         """Return this rank's contiguous share of the prompts of a step.
 
         Steps count from 0. `attempt` 0 gives the step's first prompts, i those of its i-th
         resampling, up to `rounds` = `rollout.resample_rounds`.
         """
-        if not (0 <= attempt <= rounds and 0 <= rank < world_size and step >= 0):
-            raise ValueError(
-                "prompts: expected step >= 0, 0 <= attempt <= rounds, 0 <= rank < world_size, "
-                f"got {step=}, {attempt=}, {rounds=}, {rank=}, {world_size=}"
-            )
+        assert step >= 0 and 0 <= attempt <= rounds and 0 <= rank < world_size
         share, rest = divmod(self._per_step, world_size)
-        if rest:
-            raise ValueError(f"prompts: {self._per_step} do not divide over {world_size} processes")
+        assert rest == 0, f"{self._per_step} prompts do not divide over {world_size} ranks"
         start = (step * (rounds + 1) + attempt) * self._per_step + rank * share
         places = [divmod(i, self.num_prompts) for i in range(start, start + share)]
         rows = [int(self._rows[self._order(epoch)[index]]) for epoch, index in places]
@@ -130,14 +112,10 @@ class PromptSource:
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
         table = self._table[rows]
-        columns = zip(
-            names, *(table[name] for name in ("text", "prompt_ids", "answer")), strict=True
-        )
+        columns = zip(names, table["text"], table["prompt_ids"], table["answer"], strict=True)
         return [
-            Prompt(
-                prompt_id=f"{self._name}-{name}", text=text, prompt_ids=tuple(ids), answer=answer
-            )
-            for name, text, ids, answer in columns
+            Prompt(prompt_id=f"{self._name}-{name}", text=text, prompt_ids=tuple(ids), answer=gold)
+            for name, text, ids, gold in columns
         ]
 
     def _draw_order(self, epoch: int) -> torch.Tensor:
@@ -195,30 +173,26 @@ def _tokenize(
     source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Yield one record of `_FEATURES` per row."""
-    fields: Fields = {
-        config.prompt_field: "data.prompt_field",
-        config.answer_field: "data.answer_field",
-    }
-    word = wording(config, tokenizer)
+    question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
+    fields = {question: "data.prompt_field", answer: "data.answer_field"}
     rows = source.read(fields)
     is_empty = True
     while batch := list(islice(rows, _BATCH)):
         is_empty = False
-        questions = [question_text(row, fields, config.prompt_field, place) for place, row in batch]
-        answers = [answer_text(row, fields, config.answer_field, place) for place, row in batch]
-        texts = [word(question + config.prompt_suffix) for question in questions]
+        questions = [question_text(row, fields, question, place) for place, row in batch]
+        answers = [answer_text(row, fields, answer, place) for place, row in batch]
+        texts = [word(text + config.prompt_suffix) for text in questions]
         encoded = tokenizer(
             texts,
             # A chat template writes its special tokens itself.
             add_special_tokens=config.template != "chat",
             return_attention_mask=False,
-            # Over-long prompts are counted here and need no warning of their own.
-            verbose=False,
+            verbose=False,  # over-long prompts are counted and need no warning of their own
         )["input_ids"]
-        for (place, _), text, answer, ids in zip(batch, texts, answers, encoded, strict=True):
+        for (place, _), text, gold, ids in zip(batch, texts, answers, encoded, strict=True):
             if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-            yield {"text": text, "answer": answer, "prompt_ids": ids, "num_tokens": len(ids)}
+            yield {"text": text, "answer": gold, "prompt_ids": ids, "num_tokens": len(ids)}
     if is_empty:
         raise ConfigError(f"{source.name}: the data set has no rows")
 
@@ -238,16 +212,11 @@ def _fingerprint(
     source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """A name for everything that decides what `_tokenize` yields."""
-    parts = [
-        _FORMAT,
-        source.identity,
-        config.prompt_field,
-        config.answer_field,
-        config.prompt_suffix,
-        config.template,
-        tokenizer.chat_template if config.template == "chat" else None,
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
-    ]
+    keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
+    chat_template = tokenizer.chat_template if config.template == "chat" else None
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    parts = [_FORMAT, source.identity, *keys, chat_template, vocabulary]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -123,9 +123,8 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{place}: not valid JSON: {error.msg} at column {error.colno}"
-                ) from None
+                fault = f"not valid JSON: {error.msg} at column {error.colno}"
+                raise ConfigError(f"{place}: {fault}") from None
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{place}: not valid UTF-8: {error.reason}") from None
             yield place, row
@@ -138,13 +137,11 @@ def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
-    line = 1
+    decoder, line = json.JSONDecoder(), 1
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(_CHUNK)
-            position = 0
-            end = text.index("[") + 1
+            position, end = 0, text.index("[") + 1
             while True:
                 gap = _BETWEEN_ITEMS.match(text, end)
                 assert gap is not None  # it may be empty
@@ -181,9 +178,8 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path}: not valid UTF-8 after line {reader.line_num}: {error.reason}"
-            ) from None
+            fault = f"not valid UTF-8 after line {reader.line_num}: {error.reason}"
+            raise ConfigError(f"{path}: {fault}") from None
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:

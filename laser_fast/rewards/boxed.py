@@ -1,4 +1,4 @@
-r"""The final answer of a completion: the content of its last \boxed{}."""
+r"""What a completion's text says: its boxed answer, its format, and the rewards of plain text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character, which is no brace
+_TAGS = ("</think>", "<answer>", "</answer>")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -25,3 +26,34 @@ def extract_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : brace.start()].strip()
     return None
+
+
+def exact(text: str, answer: str) -> float:
+    r"""Reward "exact": 1.0 if the completion's answer equals `answer`, both stripped, else 0.0.
+
+    The completion's answer is its last \boxed{}, or the whole text if it has no box.
+    """
+    boxed = extract_boxed(text)
+    return float((text if boxed is None else boxed).strip() == answer.strip())
+
+
+def sandbox(text: str, answer: str) -> float:
+    r"""Reward "sandbox": 1.0 if one \boxed{} with `answer`, a digit, ends the text, else 0.0."""
+    has_one_box = text.count(r"\boxed{") == 1
+    return float(has_one_box and text.endswith(rf"\boxed{{{answer}}}"))
+
+
+def passes_gate(text: str, prompt: str = "") -> bool:
+    r"""Whether a completion passes the format gate of the released LaSeR code.
+
+    As in its `reward_score/__init__.py`: if the prompt asks for `<answer>` and `</answer>`, the
+    completion needs `</think>`, `<answer>` and `</answer>`, once each and in this order, a boxed
+    answer between the last two and nothing after them. Otherwise it needs exactly one `\boxed{`.
+    """
+    if not ("<answer>" in prompt and "</answer>" in prompt):
+        return text.count(r"\boxed{") == 1
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
+    think, start, end = (text.index(tag) for tag in _TAGS)
+    has_box = r"\boxed{" in text[start:end]
+    return think < start < end and has_box and text.rstrip().endswith("</answer>")

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from laser_fast.config_errors import ConfigError
-from laser_fast.rewards.gate import passes_gate
+from laser_fast.rewards.boxed import passes_gate
 from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
 from laser_fast.rewards.user import RewardError
 
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from laser_fast.config import RewardConfig
     from laser_fast.records import Group
 
-_KINDS = ("math", "gsm8k", "exact", "sandbox")
-_BUILT_IN = {kind: f"laser_fast.rewards.{kind}:reward" for kind in _KINDS}
+_BUILT_IN = {
+    "math": "laser_fast.rewards.math:reward",
+    "gsm8k": "laser_fast.rewards.gsm8k:reward",
+    "exact": "laser_fast.rewards.boxed:exact",
+    "sandbox": "laser_fast.rewards.boxed:sandbox",
+}
 _RENAMED = {"laser_fast.data.sandbox:reward": "sandbox"}
 _USER = "laser_fast.rewards.user:call"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
@@ -45,13 +49,10 @@ class Grader:
     def __init__(self, config: RewardConfig) -> None:
         _check(config)
         self._config = config
-        self._is_user = config.kind not in _BUILT_IN
+        self._function = _BUILT_IN.get(config.kind, config.kind)
+        limit = _MEMORY_LIMIT if config.kind in _BUILT_IN else None
         try:
-            self._pool = WorkerPool(
-                _BUILT_IN.get(config.kind, config.kind),
-                num_workers=config.workers,
-                memory_limit=None if self._is_user else _MEMORY_LIMIT,
-            )
+            self._pool = WorkerPool(self._function, num_workers=config.workers, memory_limit=limit)
         except WorkerStartError as error:
             raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
 
@@ -94,18 +95,17 @@ class Grader:
                 f"grade: expected as many answers (and prompts) as the {len(texts)} texts, "
                 f"got {len(answers)}" + ("" if prompts is None else f" and {len(prompts)}")
             )
-        golds = [str(answer) for answer in answers]
-        if self._is_user:
-            return self._grade_by_user(list(texts), golds)
-        rewards: list[float | None] = [0.0] * len(texts)
-        rows = list(range(len(texts)))
+        rows: Sequence[int] = range(len(texts))
         if self._config.format_gate:
             rows = [i for i in rows if passes_gate(texts[i], prompts[i] if prompts else "")]
-        calls = [(texts[i], golds[i]) for i in rows]
-        outcomes = self._run(_BUILT_IN[self._config.kind], calls)
+        outcomes = self._outcomes([(texts[i], str(answers[i])) for i in rows])
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        for reason, count in Counter(failure.reason for failure in failures).items():
+            example = next(failure.summary for failure in failures if failure.reason == reason)
+            _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)
+        rewards: list[float | None] = [0.0] * len(texts)
         for i, outcome in zip(rows, outcomes, strict=True):
             rewards[i] = None if isinstance(outcome, Failure) else outcome
-        _log_failures(outcomes)
         return rewards
 
     def same_answer(self, first: str, second: str) -> bool:
@@ -121,35 +121,26 @@ class Grader:
         [outcome] = self._run(_SAME_ANSWER, [(first, second)])
         return outcome is True
 
-    def _grade_by_user(self, texts: list[str], golds: list[str]) -> list[float | None]:
-        """One call with everything; where it is lost, a call for each completion."""
-        if not texts:
-            return []
+    def _outcomes(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+        """A reward or a `Failure` for each completion with its gold."""
         kind = self._config.kind
-        [outcome] = outcomes = self._run(_USER, [(kind, texts, golds)])
-        if isinstance(outcome, Failure) and outcome.reason != "error" and len(texts) > 1:
+        if kind in _BUILT_IN or not pairs:
+            return self._run(self._function, pairs)
+        [outcome] = outcomes = self._run(_USER, [(kind, pairs)])
+        if isinstance(outcome, Failure) and outcome.reason != "error" and len(pairs) > 1:
             _log.warning(
                 'reward function "%s": a call with %d completions failed: %s; calling it with one '
                 "at a time (if it is only slow, raise reward.timeout_s = %g)",
-                *(kind, len(texts), outcome.summary, self._config.timeout_s),
+                *(kind, len(pairs), outcome.summary, self._config.timeout_s),
             )
-            calls = [(kind, [text], [gold]) for text, gold in zip(texts, golds, strict=True)]
-            outcomes = self._run(_USER, calls)
-        rewards = [reward for outcome in outcomes for reward in self._user_rewards(outcome)]
-        _log_failures(outcomes)
-        return rewards
-
-    def _user_rewards(self, outcome: list[float | None] | Failure) -> list[float | None]:
-        """The checked rewards of one call; its exception if it raised, None if it was lost."""
-        if not isinstance(outcome, Failure):
-            return outcome
-        if outcome.reason != "error":
-            return [None]
-        if outcome.summary.startswith(f"{RewardError.__name__}: "):
-            raise RewardError(outcome.summary.partition(": ")[2])
-        raise RewardError(
-            f'reward function "{self._config.kind}" raised {outcome.summary}\n{outcome.traceback}'
-        )
+            outcomes = self._run(_USER, [(kind, [pair]) for pair in pairs])
+        for error in outcomes:
+            if isinstance(error, Failure) and error.reason == "error":
+                name, _, fault = error.summary.partition(": ")
+                if name != RewardError.__name__:
+                    fault = f'reward function "{kind}" raised {error.summary}\n{error.traceback}'
+                raise RewardError(fault)
+        return [item for each in outcomes for item in (each if isinstance(each, list) else [each])]
 
     def _run(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._pool.run(function, calls, deadline_s=self._config.timeout_s)
@@ -209,17 +200,10 @@ def _check(config: RewardConfig) -> None:
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
         hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
         raise ConfigError(
-            f'reward.kind = "{kind}": expected {", ".join(_KINDS)} or "module:function"{hint}'
+            f'reward.kind = "{kind}": expected {", ".join(_BUILT_IN)} or "module:function"{hint}'
         )
     if config.format_gate and kind != "math":
         raise ConfigError(
             f'reward.format_gate = true works only with reward.kind = "math", got "{kind}"; '
             "set it to false or check the format in your function"
         )
-
-
-def _log_failures(outcomes: Sequence[Any]) -> None:
-    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    for reason, count in Counter(failure.reason for failure in failures).items():
-        example = next(failure.summary for failure in failures if failure.reason == reason)
-        _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)

@@ -28,8 +28,7 @@ _NUMBER = re.compile(
 def reward(text: str, answer: str) -> float:
     """Return 1.0 if the completion's number equals the gold's, else 0.0.
 
-    Raises:
-        ValueError: if the gold holds no number; the grade is then unknown, not 0.
+    A gold without a number is a ValueError; the grade is then unknown, not 0.
     """
     gold = last_number(answer.rpartition("####")[2])
     if gold is None:

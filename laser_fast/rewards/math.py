@@ -28,11 +28,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 def reward(text: str, answer: str) -> float:
     r"""Return 1.0 if the last \boxed{} of the completion equals the gold `answer`, else 0.0.
 
-    The gold may be LaTeX, a number, several values, or a solution that ends in a \boxed{}.
-
-    Raises:
-        ValueError: if math-verify finds nothing in the gold.
-        Exception: whatever math-verify raises on the gold or in the comparison.
+    The gold may be LaTeX, a number, several values, or a solution that ends in a \boxed{}. One that
+    math-verify cannot read is a ValueError, or what math-verify itself raises.
     """
     guess = extract_boxed(text)
     if not guess:
@@ -54,16 +51,12 @@ def reward(text: str, answer: str) -> float:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two boxed answers are the same value; the equivalence of a majority vote.
+    """Whether two boxed answers are the same value; symmetric, unlike math-verify.
 
-    Symmetric, unlike math-verify. An answer that cannot be parsed equals only its own text. Runs
-    in the calling process without a deadline: `Grader.same_answer` has one.
+    Runs in the calling process without a deadline: `Grader.same_answer`, for votes, has one.
     """
-    first, second = first.strip(), second.strip()
-    if first == second:
-        return True
     try:
-        values = _parse(first), _parse(second)
+        values = _parse(first.strip()), _parse(second.strip())
         return _equal(*values) or _equal(*reversed(values))
     except MemoryError:
         raise

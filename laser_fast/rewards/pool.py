@@ -1,7 +1,7 @@
 """Worker processes that can be killed: one call at a time, each under a hard deadline.
 
 A grader may hang in C code (a big integer power, a regular expression) or take its process down;
-only the kill of a process is a deadline. So every call runs alone in a worker, a lost worker is
+only the kill of a process is a deadline. So a worker runs one call at a time, a lost worker is
 replaced, and no other call notices.
 
 Workers are fresh interpreters: never a fork, because the parent has the threads of torch, gloo
@@ -9,21 +9,29 @@ and NCCL, and never a child of `multiprocessing` (nor of a pool built on it, suc
 because those import the caller's `__main__` again: a training script, with torch and all, or one
 without a main guard, which would start over. One event loop in the calling thread watches all
 pipes and deadlines; there are no helper threads.
+
+A message to a worker is `(function name, arguments of each call, deadline in seconds)`. Each call
+is answered by what it returned or by a `Failure`. The end of the pipe ends the worker.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -31,6 +39,8 @@ from typing import Any, Literal
 # Imports of a user's module from a cold network disk take long; a grade never waits for this.
 _START_DEADLINE_S = 300.0
 _CLOSE_GRACE_S = 2.0
+# The parent kills a worker at its deadline; a later one is for a parent that is gone.
+_ORPHAN_GRACE_S = 10.0
 # Calls that travel in one message; each has its own deadline and reply. 512 quick grades cost 23 ms
 # of CPU time, and one by one 78 ms.
 _MAX_BATCH = 8
@@ -87,7 +97,7 @@ class WorkerPool:
         waiting = deque(range(len(calls)))
         with self._lock:
             try:
-                while waiting or any(worker.is_busy for worker in self._workers):
+                while waiting or any({*worker.calls} - {_START} for worker in self._workers):
                     self._hand_out(function, calls, waiting, deadline_s)
                     self._collect(results, waiting)
             except BaseException:
@@ -154,7 +164,7 @@ class _Worker:
         # The same import path as here, and last the current folder, for a user's reward module.
         code = (
             f"import sys; sys.path[:] = {[*sys.path, os.getcwd()]!r}; "
-            f"from laser_fast.rewards.worker import main; main({arguments})"
+            f"from laser_fast.rewards.pool import serve; serve({arguments})"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -171,10 +181,6 @@ class _Worker:
         self.deadline_s = _START_DEADLINE_S
         self.deadline = time.monotonic() + self.deadline_s
 
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.calls) and self.calls[0] != _START
-
     def send(self, function: str, calls: dict[int, Arguments], deadline_s: float) -> None:
         """Hand over calls, by their number; the deadline is that of each one."""
         self.connection.send((function, list(calls.values()), deadline_s))
@@ -185,11 +191,11 @@ class _Worker:
     def receive(self) -> Any:
         """The result of the first call, or the `Failure` that took its place."""
         try:
-            status, *content = self.connection.recv()
+            outcome = self.connection.recv()
         except (EOFError, OSError):
             return Failure("crash", f"the worker ended with {self._exit_code()}")
         self.deadline = time.monotonic() + self.deadline_s
-        return Failure("error", *content) if status == "error" else content[0]
+        return outcome
 
     def kill(self) -> None:
         """End the process and its children, now."""
@@ -218,3 +224,44 @@ def _close_all(workers: list[_Worker], owner: int) -> None:
             worker.process.wait(max(end - time.monotonic(), 0.0))
         worker.kill()
     workers.clear()
+
+
+def serve(file_descriptor: int, first_function: str, memory_limit: int | None) -> None:
+    """Be a worker: say whether the first function imports, then answer calls."""
+    if memory_limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    connection = Connection(file_descriptor)
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        connection.send(_answer(first_function, None))
+        while True:
+            function, calls, deadline_s = connection.recv()
+            end, armed = deadline_s + _ORPHAN_GRACE_S, float("-inf")
+            for arguments in calls:
+                if time.monotonic() > armed + 1.0:  # to arm it takes as long as a quick grade
+                    # A C thread without the GIL: it ends even a process stuck in a big power.
+                    faulthandler.dump_traceback_later(end, exit=True, file=nowhere)
+                    armed = time.monotonic()
+                connection.send(_answer(function, arguments))
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _answer(name: str, arguments: Arguments | None) -> Any:
+    """What a function returns, or its exception as a `Failure`; None for arguments imports it."""
+    try:
+        function = resolve(name)
+        return None if arguments is None else function(*arguments)
+    except BaseException as error:  # also SystemExit: a grader must not end its worker
+        return Failure("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+@cache
+def resolve(name: str) -> Callable[..., Any]:
+    """Import the function that "module:function" names."""
+    module_name, _, function_name = name.partition(":")
+    function = importlib.import_module(module_name)
+    for part in function_name.split("."):
+        function = getattr(function, part)
+    if not callable(function):
+        raise TypeError(f"{function_name} is {type(function).__name__}, not a function")
+    return function

@@ -9,19 +9,20 @@ else is accepted: a list of another length would otherwise be broadcast over the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from laser_fast.rewards.worker import resolve
+from laser_fast.rewards.pool import resolve
 
 
 class RewardError(RuntimeError):
     """The user's reward function is broken; the message names the function and the fault."""
 
 
-def call(kind: str, completions: list[str], answers: list[str]) -> list[float | None]:
-    """Call the function that `kind` names and check what it returns."""
-    return check_rewards(resolve(kind)(completions, answers), len(completions), kind=kind)
+def call(kind: str, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """Call the function that `kind` names with the completions and answers of `pairs`."""
+    completions, answers = map(list, zip(*pairs, strict=True))
+    return check_rewards(resolve(kind)(completions, answers), len(pairs), kind=kind)
 
 
 def check_rewards(rewards: Any, num_completions: int, *, kind: str) -> list[float | None]:
@@ -30,7 +31,7 @@ def check_rewards(rewards: Any, num_completions: int, *, kind: str) -> list[floa
     if isinstance(rewards, (str, bytes, dict, set)) or not isinstance(rewards, Iterable):
         raise RewardError(
             f"{name}: expected a list of {num_completions} numbers, "
-            f"got {type(rewards).__name__} {_short(rewards)}"
+            f"got {type(rewards).__name__} {rewards!r:.80}"
         )
     rewards = list(rewards)
     if len(rewards) != num_completions:
@@ -49,13 +50,8 @@ def _number(reward: Any, name: str) -> float | None:
         number = reward.__float__()
     except (AttributeError, TypeError, ValueError, RuntimeError):
         raise RewardError(
-            f"{name}: expected a number, got {type(reward).__name__} {_short(reward)}"
+            f"{name}: expected a number, got {type(reward).__name__} {reward!r:.80}"
         ) from None
     if not math.isfinite(number):
         raise RewardError(f"{name}: expected a finite number, got {number}")
     return number
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

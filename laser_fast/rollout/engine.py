@@ -49,35 +49,26 @@ class CopyingEngine(Engine, Protocol):
     """A sampler that holds a copy of the weights, so that every sync has to be proved."""
 
     def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
-        """Log-probs of given completion ids under the engine's current weights.
-
-        Returns one list per completion, flattened over `groups`. The agreement check compares
-        them with the policy's own.
-        """
+        """Log-probs of given ids under the engine's current weights, one list per completion."""
 
 
 def make_engine(config: MeasureConfig, policy: Policy | None, tokens: SpecialTokens) -> Engine:
     """The engine that `rollout.engine` names; only "hf" samples with the policy itself."""
-    if config.rollout.engine == "vllm":
+    rollout, max_model_len = config.rollout, config.max_sequence_tokens
+    if rollout.engine == "vllm":
         from laser_fast.rollout.vllm import VllmEngine
 
-        return VllmEngine(
-            config.model.path,
-            config.rollout,
-            tokens,
-            max_model_len=config.max_sequence_tokens,
-            dtype=config.model.compute_dtype,
-        )
-    if config.rollout.engine == "vllm_server":
+        model, dtype = config.model.path, config.model.compute_dtype
+        return VllmEngine(model, rollout, tokens, max_model_len=max_model_len, dtype=dtype)
+    if rollout.engine == "vllm_server":
         from laser_fast.rollout.vllm_server import VllmServerEngine
 
-        return VllmServerEngine(config.rollout, tokens, max_model_len=config.max_sequence_tokens)
+        return VllmServerEngine(rollout, tokens, max_model_len=max_model_len)
     from laser_fast.rollout.hf import HfEngine
 
     assert policy is not None
-    return HfEngine(
-        policy.hf, tokens, max_num_seqs=config.rollout.max_num_seqs, unsharded=policy.unsharded
-    )
+    unsharded, max_num_seqs = policy.unsharded, rollout.max_num_seqs
+    return HfEngine(policy.hf, tokens, max_num_seqs=max_num_seqs, unsharded=unsharded)
 
 
 def make_sampling(

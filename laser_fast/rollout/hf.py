@@ -68,9 +68,8 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample the completions of each prompt; an empty prompt is a ValueError."""
-        for prompt in prompts:
-            if not prompt.prompt_ids:
-                raise ValueError(f"prompt {prompt.prompt_id}: expected at least one id, got none")
+        if empty := [prompt.prompt_id for prompt in prompts if not prompt.prompt_ids]:
+            raise ValueError(f"prompt {empty[0]}: expected at least one id, got none")
         # Neighbours of equal length need no padding.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].prompt_ids))
         rows = [(prompts[p], sample) for p in order for sample in range(sampling.group_size)]
@@ -135,14 +134,12 @@ class HfEngine:
     def _read_prompts(self, prompts: Sequence[Prompt]) -> _Context:
         """Every distinct prompt read once, then one row for each entry of `prompts`."""
         device = self.model.device
-        distinct = list(dict.fromkeys(prompt.prompt_ids for prompt in prompts))
-        place = {prompt_ids: i for i, prompt_ids in enumerate(distinct)}
-        width = max(map(len, distinct))
-        ids = [[self.tokens.pad_token_id] * (width - len(p)) + list(p) for p in distinct]
-        padding = torch.tensor([width - len(p) for p in distinct], device=device)
-        is_read = torch.arange(width, device=device) >= padding[:, None]
-        context = _Context(self.model, len(distinct))
-        context.read(torch.tensor(ids, device=device), is_read)
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(p.prompt_ids for p in prompts))}
+        width = max(map(len, place))
+        ids = [[self.tokens.pad_token_id] * (width - len(p)) + list(p) for p in place]
+        is_read = [[False] * (width - len(p)) + [True] * len(p) for p in place]
+        context = _Context(self.model, len(place))
+        context.read(torch.tensor(ids, device=device), torch.tensor(is_read, device=device))
         context.select(torch.tensor([place[p.prompt_ids] for p in prompts], device=device))
         return context
 

@@ -45,8 +45,6 @@ _Kind = tuple[int, int | None, frozenset[int]]
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What one request asked for."""
-
     kind: _Kind
     tempering: Tempering | None
     output_ids: Sequence[int] = ()  # V1 only: the runner's own, growing list
@@ -62,7 +60,7 @@ class SelfScoreProcessor(V1Interface, V2Interface):
     def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "the self-score needs one logits row per request: switch off speculation"
+                "the self-score needs one logits row a request: switch off speculation"
             )
         self._model_eos_token_ids = _model_eos_token_ids(vllm_config)
 
@@ -93,9 +91,8 @@ class SelfScoreProcessor(V1Interface, V2Interface):
     def update_state(self, batch_update: Any) -> None:
         """Learn which rows hold which requests (V1 only)."""
 
-    def _new_request(
-        self, params: SamplingParams, output_ids: Sequence[int] = ()
-    ) -> _Request | None:
+    def _parse(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> _Request | None:
+        """What a request asks for; None if it names no score token."""
         asked = params.extra_args or {}
         if SCORE_TOKEN_ID not in asked:
             return None
@@ -132,7 +129,7 @@ class _V1Processor(SelfScoreProcessor):
         process_dict_updates(
             self._requests,
             batch_update,
-            lambda params, prompt_ids, output_ids: self._new_request(params, output_ids),
+            lambda params, _, output_ids: self._parse(params, output_ids),
         )
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -159,7 +156,7 @@ class _V2Processor(SelfScoreProcessor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take over a slot; slots are reused without a sign that the last request left."""
         self._slots.pop(req_idx, None)
-        request = self._new_request(sampling_params)
+        request = self._parse(sampling_params)
         if request is not None:
             self._slots[req_idx] = request
         return request is not None
@@ -209,9 +206,7 @@ def _is_token_id(value: object) -> bool:
 def _model_eos_token_ids(vllm_config: VllmConfig) -> frozenset[int]:
     """Every id that the served model's configurations call an end."""
     config = vllm_config.model_config
-    declared = (
-        config.try_get_generation_config().get("eos_token_id"),
-        getattr(config.hf_text_config, "eos_token_id", None),
-    )
-    lists = [found if isinstance(found, list) else [found] for found in declared]
-    return frozenset(token_id for found in lists for token_id in found if token_id is not None)
+    found = [config.try_get_generation_config().get("eos_token_id")]
+    found.append(getattr(config.hf_text_config, "eos_token_id", None))
+    lists = [ids if isinstance(ids, list) else [ids] for ids in found]
+    return frozenset(token_id for ids in lists for token_id in ids if token_id is not None)

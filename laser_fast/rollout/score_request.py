@@ -56,18 +56,16 @@ def request_fields(
     stops the request and nothing is forced, but z_c and the head's padding stay banned.
     """
     eos_token_ids = list(tokens.eos_token_ids)
+    forcing, stopping = (eos_token_ids, []) if sampling.needs_score else ([], eos_token_ids)
     fields = {
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens + int(sampling.needs_score),
         "ignore_eos": True,
-        "stop_token_ids": [tokens.score_token_id, *([] if sampling.needs_score else eos_token_ids)],
+        "stop_token_ids": [tokens.score_token_id, *stopping],
         "logprobs": 0,
     }
-    return fields, {
-        SCORE_TOKEN_ID: tokens.score_token_id,
-        EOS_TOKEN_IDS: eos_token_ids if sampling.needs_score else [],
-        VOCAB_SIZE: tokens.vocab_size,
-    }
+    own = {EOS_TOKEN_IDS: forcing, VOCAB_SIZE: tokens.vocab_size}
+    return fields, {SCORE_TOKEN_ID: tokens.score_token_id, **own}
 
 
 def parse_completion(

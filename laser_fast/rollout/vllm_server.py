@@ -130,13 +130,9 @@ class VllmServerEngine:
 
     def _sample(self, sampling: Sampling, prompt: Prompt) -> Group:
         fields, vllm_xargs = request_fields(self._tokens, sampling)
-        choices = self._complete(
-            prompt.prompt_ids,
-            n=sampling.group_size,
-            seed=completion_seed(sampling.seed, prompt.prompt_id, 0),  # vLLM adds the index
-            vllm_xargs=vllm_xargs,
-            **fields,
-        )
+        seed = completion_seed(sampling.seed, prompt.prompt_id, 0)  # vLLM adds the index
+        fields |= {"n": sampling.group_size, "seed": seed, "vllm_xargs": vllm_xargs}
+        choices = self._complete(prompt.prompt_ids, **fields)
         choices.sort(key=lambda choice: choice["index"])
         drawn = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
         try:
@@ -174,11 +170,9 @@ class VllmServerEngine:
                 f'"vllm_server" supports 0.{OLDEST[1]} to 0.{NEWEST[1]}'
             )
         if model["max_model_len"] < needed:
-            raise self._unfit(
-                f"--max-model-len {needed}",
-                f"has max_model_len {model['max_model_len']}, but the longest prompt, completion "
-                f"and score token need {needed}",
-            )
+            fault = f"has max_model_len {model['max_model_len']}, but the longest prompt, "
+            fault += f"completion and score token need {needed}"
+            raise self._unfit(f"--max-model-len {needed}", fault)
         try:
             self._http.get("/weight_info")
         except ValueError:
@@ -190,13 +184,8 @@ class VllmServerEngine:
         eos, score = self._tokens.eos_token_ids[0], self._tokens.score_token_id
         probe = Sampling(group_size=1, temperature=0.0, max_new_tokens=1, seed=0)
         fields, vllm_xargs = request_fields(self._tokens, probe)
-        (choice,) = self._complete(
-            [eos],
-            allowed_token_ids=[eos, score],
-            logit_bias={str(score): -100.0},
-            vllm_xargs=vllm_xargs,
-            **fields,
-        )
+        fields |= {"allowed_token_ids": [eos, score], "logit_bias": {str(score): -100.0}}
+        (choice,) = self._complete([eos], vllm_xargs=vllm_xargs, **fields)
         if choice["token_ids"] != [eos, score]:
             raise self._unfit(f"--logits-processors {PROCESSOR}", "does not score completions")
         if choice["logprobs"]["token_logprobs"][-1] >= 0.0:  # that of a forced token

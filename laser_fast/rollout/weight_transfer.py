@@ -23,7 +23,7 @@ from torch import Tensor
 
 from laser_fast.config import ConfigError
 from laser_fast.rollout.server_http import Http
-from laser_fast.rollout.vllm_setup import import_vllm
+from laser_fast.rollout.vllm import import_vllm
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -104,12 +104,11 @@ class NcclTransfer:
 
         with socket.socket() as probe:
             probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        meeting = {
-            "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            "master_port": port,
-            "world_size": 1 + self._http.get("/get_world_size")["world_size"],
-        }
+            meeting = {
+                "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+                "master_port": probe.getsockname()[1],
+                "world_size": 1 + self._http.get("/get_world_size")["world_size"],
+            }
         theirs = meeting | {"rank_offset": 1, "packed": False}
         with self._meanwhile("/init_weight_transfer_engine", {"init_info": theirs}):
             return trainer_init(meeting)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -88,9 +89,10 @@ def _train(model: Qwen2ForCausalLM, *, seed: int, steps: int, world: World | Non
         num_labels = sum(len(ids) - num_prompt for ids, num_prompt in batch)
         loss = _loss(model, batch[rank::size]) / num_labels
         loss.backward()
-        if world is not None:
-            _sum_gradients(model, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if world is not None:  # add up what all ranks found in their shares, in one call
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            vector_to_parameters(world.sum(parameters_to_vector(grads)).cpu(), grads)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -128,11 +130,3 @@ def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Ten
     ).last_hidden_state[0]
     logits = model.lm_head(hidden_states[is_labelled])
     return cross_entropy(logits, labels[is_labelled], reduction="sum")
-
-
-def _sum_gradients(model: Qwen2ForCausalLM, world: World) -> None:
-    """Add up the gradients of all ranks' shares, in one call."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    total = world.sum(torch.cat([grad.flatten() for grad in grads]))
-    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))

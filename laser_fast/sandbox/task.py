@@ -7,7 +7,7 @@ A problem is worked from left to right; letters label its steps:
 
 It has three or four operations `+` and `*` with operands 1 to 9, and at most one rare power `^`.
 Power is hardly practised before training with rewards and frequent in it, so that wrong answers,
-which self-verification needs, come about by themselves. `laser_fast.rewards.sandbox` grades.
+which self-verification needs, come about by themselves. The reward "sandbox" grades.
 
 About a tenth of all problems, chosen by a hash of their text, is held out: the split "eval" draws
 only from it, everything else never.
@@ -44,10 +44,7 @@ _ANSWER_ONLY = 0.45
 
 
 def rows(split: Split, *, seed: int) -> list[dict[str, str]]:
-    """Distinct problems as rows with the fields "problem" and "answer".
-
-    "train" has 8192 rows, "eval" 400 of the held-out class; a power occurs in 40% of both.
-    """
+    """Distinct problems as rows with the fields "problem" and "answer"; 40% contain a power."""
     problems = _problems(f"{split}/{seed}", held_out=split == "eval", rare=_RARE_TRAIN)
     distinct: dict[str, str] = {}
     while len(distinct) < NUM_ROWS[split]:
@@ -57,10 +54,7 @@ def rows(split: Split, *, seed: int) -> list[dict[str, str]]:
 
 
 def warm_up_rows(*, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (problem, correct response) without end, to imitate before training with rewards.
-
-    55% show their work, the others give only the answer; a power occurs in 6%.
-    """
+    """Yield (problem, correct response) without end; 55% show their work, 6% contain a power."""
     rng = random.Random(f"sandbox/responses/{seed}")
     for problem in _problems(f"warm-up/{seed}", held_out=False, rare=_RARE_WARM_UP):
         work, answer = solve(problem)

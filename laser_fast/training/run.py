@@ -30,7 +30,7 @@ from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
-from laser_fast.rollout.vllm_setup import import_vllm
+from laser_fast.rollout.vllm import import_vllm
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due

@@ -229,10 +229,10 @@ def test_a_step_larger_than_the_data_set_repeats_rows_under_new_names(tmp_path, 
 
 def test_wrong_shares_are_refused(tmp_path, tokenizer):
     prompts = source(numbered(tmp_path / "a.jsonl", 3), tokenizer, prompts_per_step=4)
-    with pytest.raises(ValueError, match="4 do not divide over 3 processes"):
+    with pytest.raises(AssertionError, match="4 prompts do not divide over 3 ranks"):
         prompts.prompts(0, world_size=3)
     for wrong in ({"attempt": 1}, {"rank": 1}, {"attempt": -1, "rounds": 1}):
-        with pytest.raises(ValueError, match="expected step >= 0"):
+        with pytest.raises(AssertionError):
             prompts.prompts(0, **wrong)
 
 

@@ -1,7 +1,6 @@
 import pytest
 
-from laser_fast.rewards.boxed import extract_boxed
-from laser_fast.rewards.gate import passes_gate
+from laser_fast.rewards.boxed import extract_boxed, passes_gate
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_same_answer_has_a_deadline(math_grader):
     assert not math_grader.same_answer("0.5", "2")
     assert not math_grader.same_answer(HANG[7:-1], "5")
     assert math_grader.same_answer(HANG[7:-1], HANG[7:-1] + " ")
+    assert math_grader.same_answer(r" \frac{", r"\frac{ ")
 
 
 def test_wrong_lengths_are_refused(math_grader):

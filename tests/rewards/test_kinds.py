@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.rewards import exact, gsm8k, math
+from laser_fast.rewards import gsm8k, math
+from laser_fast.rewards.boxed import exact
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -72,7 +73,6 @@ def test_same_answer_is_symmetric():
         assert math.same_answer(second, first)
     assert not math.same_answer("1", "2")
     assert not math.same_answer(r"\frac{", r"\sqrt{")
-    assert math.same_answer(r" \frac{", r"\frac{ ")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_gsm8k_gold_without_a_number_is_a_failure():
     ],
 )
 def test_exact_reward(text, answer, expected):
-    assert exact.reward(text, answer) == expected
+    assert exact(text, answer) == expected
 
 
 def golds(*files):

@@ -2,29 +2,29 @@ import math
 
 import pytest
 
-from laser_fast.rollout.agreement import DisagreementError, check_agreement, disagreement
+from laser_fast.rollout.agreement import DisagreementError, check_agreement
 
 
 def test_disagreement_is_the_mean_over_tokens_not_over_completions():
     engine = [[-1.0], [-2.0, -3.0, -4.0]]
     policy = [[-1.5], [-2.0, -3.1, -4.0]]
-    assert disagreement(engine, policy) == pytest.approx((0.5 + 0.1) / 4)
+    assert check_agreement(engine, policy) == pytest.approx((0.5 + 0.1) / 4)
 
 
 def test_disagreement_without_tokens_is_zero():
-    assert disagreement([], []) == 0.0
-    assert disagreement([[]], [[]]) == 0.0
+    assert check_agreement([], []) == 0.0
+    assert check_agreement([[]], [[]]) == 0.0
 
 
 def test_a_nan_never_passes():
-    assert disagreement([[float("nan")]], [[-1.0]]) == math.inf
+    assert check_agreement([[float("nan")]], [[-1.0]]) == math.inf
     with pytest.raises(DisagreementError, match="token 1 of completion 0"):
         check_agreement([[-1.0, float("nan")]], [[-1.0, -2.0]], max_disagreement=10.0)
 
 
 def test_different_tokens_are_refused():
     with pytest.raises(ValueError, match=r"\[2\] of the engine and \[1\] of the policy"):
-        disagreement([[-1.0, -2.0]], [[-1.0]])
+        check_agreement([[-1.0, -2.0]], [[-1.0]])
 
 
 def test_check_returns_the_value_at_the_limit_and_names_the_worst_token_above_it():

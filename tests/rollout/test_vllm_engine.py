@@ -195,7 +195,7 @@ def test_heads_that_do_not_divide_are_refused_by_name(tmp_path, tiny, monkeypatc
     config.hidden_size = 96
     config.save_pretrained(tmp_path)
     # As if a second rank shared this engine: vLLM looks at the heads before it starts anything.
-    monkeypatch.setattr("laser_fast.rollout.vllm._tensor_parallel_group", lambda size: None)
+    monkeypatch.setattr("torch.distributed.new_subgroups", lambda size: (None, []))
     with pytest.raises(ConfigError, match=r"vLLM cannot run.*attention heads \(3\).*\(2\)"):
         dataclasses.replace(tiny, path=tmp_path).engine(tensor_parallel=2)
 

@@ -5,7 +5,7 @@ import torch
 
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Prompt, Sampling
-from laser_fast.rollout.agreement import disagreement
+from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.score_request import PROCESSOR
 from laser_fast.rollout.vllm import VllmEngine
 from laser_fast.rollout.vllm_server import VllmServerEngine
@@ -20,7 +20,7 @@ PROMPTS = [
 
 def check_scores_and_logprobs(policy, groups):
     rollout = [c.rollout_logprobs for group in groups for c in group.completions]
-    assert disagreement(rollout, policy.token_logprobs(groups)) < 0.05  # bfloat16, peaked model
+    assert check_agreement(rollout, policy.token_logprobs(groups)) < 0.05  # bfloat16, peaked model
     scored = [(g, c) for g in groups for c in g.completions if c.is_finished]
     assert len(scored) > 5
     gaps = [abs(c.score_logprob - policy.score_logprob(g, c)) for g, c in scored]

@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
 import torch
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from laser_fast.config import ConfigError
 from laser_fast.records import Sampling, SpecialTokens
 from laser_fast.rollout.score_request import parse_completion, score_request
 from laser_fast.rollout.tempering import Tempering, collect
-from laser_fast.rollout.vllm import account_for, checkpoint_names
-from laser_fast.rollout.vllm_setup import check_version, first_line
+from laser_fast.rollout.vllm import account_for, check_version, checkpoint_names, first_line
 
 SCORE = 7
 TOKENS = SpecialTokens(score_token_id=SCORE, eos_token_ids=(2, 3), pad_token_id=2, vocab_size=10)
@@ -161,10 +162,11 @@ def test_other_versions_are_refused_with_the_range(version):
 
 
 def test_first_line_unwraps_a_pydantic_error():
-    wrapped = (
-        "1 validation error for VllmConfig\n  Value error, heads do not divide [type=value_error]"
-        "\n    For further information visit ..."
-    )
-    assert first_line(ValueError(wrapped)) == "heads do not divide"
+    def divide(value):
+        raise ValueError("heads do not divide")
+
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Annotated[int, AfterValidator(divide)]).validate_python(3)
+    assert first_line(caught.value) == "heads do not divide"
     assert first_line(ValueError("plain\nmore")) == "plain"
     assert first_line(ValueError()) == "ValueError"

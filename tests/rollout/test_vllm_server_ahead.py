@@ -36,7 +36,7 @@ def test_stale_samples_are_corrected_and_everything_agrees(server, served, tmp_p
             "group_size": 4,
             "max_disagreement": 1e-3,
         },
-        "reward": {"kind": "laser_fast.sandbox.task:reward", "workers": 1},
+        "reward": {"kind": "sandbox", "workers": 1},
         # The random model's score token is likely: its beta has to be large.
         "score": {"token": RESERVED_TOKENS[0], "beta": 1.0, "loss_coef": 1.0},
         "optim": {"steps": 5, "lr": 1e-3, "tokens_per_microbatch": 10_000},

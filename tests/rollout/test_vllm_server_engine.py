@@ -12,7 +12,7 @@ import torch
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout import server_http
-from laser_fast.rollout.agreement import disagreement
+from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm_server import VllmServerEngine
 
@@ -68,8 +68,8 @@ def test_the_server_samples_from_the_synced_weights(server, served, other):
         assert [group.prompt for group in groups] == PROMPTS
         expected = policy.token_logprobs(groups)
         rollout = [c.rollout_logprobs for c in completions(groups)]
-        assert disagreement(rollout, expected) < 1e-5
-        assert disagreement(engine.token_logprobs(groups, temperature=1.0), expected) < 1e-5
+        assert check_agreement(rollout, expected) < 1e-5
+        assert check_agreement(engine.token_logprobs(groups, temperature=1.0), expected) < 1e-5
         finished = [(g, c) for g in groups for c in g.completions if c.is_finished]
         assert len(finished) > 2
         for group, completion in finished:

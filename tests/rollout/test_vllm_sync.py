@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laser_fast.records import Prompt, Sampling
-from laser_fast.rollout.agreement import DisagreementError, check_agreement, disagreement
+from laser_fast.rollout.agreement import DisagreementError, check_agreement
 from laser_fast.rollout.vllm import VllmEngine
 
 pytestmark = pytest.mark.vllm
@@ -24,14 +24,14 @@ def other(tmp_path_factory, tiny):
 
 
 def given_disagreement(engine, policy, groups):
-    return disagreement(
+    return check_agreement(
         engine.token_logprobs(groups, temperature=1.0), policy.token_logprobs(groups)
     )
 
 
 def rollout_disagreement(policy, groups):
     rollout = [c.rollout_logprobs for group in groups for c in group.completions]
-    return disagreement(rollout, policy.token_logprobs(groups))
+    return check_agreement(rollout, policy.token_logprobs(groups))
 
 
 def load_past_the_accounting(engine, weights):

@@ -13,7 +13,7 @@ from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import open_world
 from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.agreement import disagreement
+from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.vllm import VllmEngine
 
 TOKENS = SpecialTokens(score_token_id=7, eos_token_ids=(2, 3), pad_token_id=0, vocab_size=120)
@@ -48,8 +48,8 @@ def main(path, tensor_parallel):
                 ]
             sampled = [c.rollout_logprobs for g in groups for c in g.completions]
             found = {
-                "given": disagreement(given, expected),
-                "rollout": disagreement(sampled, expected),
+                "given": check_agreement(given, expected),
+                "rollout": check_agreement(sampled, expected),
                 "draws": {
                     g.prompt.prompt_id: [c.completion_ids for c in g.completions] for g in groups
                 },

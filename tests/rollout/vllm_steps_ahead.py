@@ -6,9 +6,9 @@ Prints one JSON line: the smallest and the largest importance weight of every lo
 import json
 import sys
 
+from laser_fast.cli import train_run
 from laser_fast.config import load_config
 from laser_fast.training import objective
-from laser_fast.training.run import train
 
 
 def main(path):
@@ -21,7 +21,7 @@ def main(path):
         return weights
 
     objective.tis_weights = spy
-    train(load_config(path))
+    train_run(load_config(path))
     print(json.dumps(seen))
 
 

@@ -38,6 +38,11 @@ def test_the_folder_is_a_small_tied_qwen2_with_its_tokenizer(hardly_trained):
     assert [TOKENS[i] for i in tokenizer(ROWS[1][1])["input_ids"]] == ["\\boxed{", "4", "}"]
 
 
+def test_a_model_may_stay_untrained(tmp_path):
+    make_sandbox_model(tmp_path / "model", seed=0, steps=0)
+    assert load(tmp_path / "model")[0].config.vocab_size == len(TOKENS)
+
+
 def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
     torch.manual_seed(5)
     expected_draw = torch.rand(())

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2Config
 
-from laser_fast.rewards.sandbox import reward
+from laser_fast.rewards.boxed import sandbox as reward
 from laser_fast.sandbox.task import (
     EOS_TOKEN,
     PAD_TOKEN,
