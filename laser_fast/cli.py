@@ -317,11 +317,11 @@ def _measured(
     """The benchmarks that the names mean, each with its configuration."""
     from laser_fast.evaluation.benchmarks import find_benchmark
     from laser_fast.evaluation.settings import build_config
-    from laser_fast.sandbox.files import eval_file
+    from laser_fast.sandbox.files import cached_rows
 
-    files = {}
+    files, split = {}, "eval" if layers.get("is_held_out", True) else "train"
     if "sandbox" in names:
-        files["sandbox"] = eval_file(build_config(model, **layers).seed)
+        files["sandbox"] = cached_rows(split, build_config(model, **layers).seed)
     found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]
 

@@ -15,7 +15,6 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan import RESERVE_GB, Plan, count_parameters
 from laser_fast.records import TrainingSequence
-from laser_fast.training.run import build_optimizer
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu

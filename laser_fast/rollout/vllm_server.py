@@ -68,6 +68,7 @@ class VllmServerEngine:
         self._model = self._check_server()
         self._check_processor()
         transfer = NcclTransfer if torch.cuda.is_available() else FileTransfer
+        self._transfer: FileTransfer | NcclTransfer | None
         self._transfer = transfer(self._http, config.sync_buffer_mb * 2**20)
         self._weight_version = ""
 
@@ -79,6 +80,7 @@ class VllmServerEngine:
         """
         version = [f"laser-{uuid.uuid4().hex}"]
         if not dist.is_initialized() or dist.get_rank() == 0:
+            assert self._transfer is not None, "the engine was closed"
             self._transfer.send(weights)
             self._http.post("/update_weight_version", {"new_version": version[0]})
             answer = self._http.post("/reset_prefix_cache")
@@ -110,7 +112,7 @@ class VllmServerEngine:
     def close(self) -> None:
         """Give up what is in flight; the server stays up for those who started it."""
         self._http.close()
-        del self._transfer
+        self._transfer = None
 
     def _ask(
         self, answer: Callable[[Item], Answer], items: Sequence[Item], temperature: float

@@ -1,7 +1,7 @@
 """The sandbox as files: what the word "sandbox" stands for in a configuration or a command.
 
-model.path is OUTPUT_DIR/sandbox/model, and data.train and data.eval are train.jsonl and eval.jsonl
-beside it. They follow from `config.seed`; a resumed run finds what the first one made.
+model.path is OUTPUT_DIR/sandbox/seedN/model, and data.train and data.eval are train.jsonl and
+eval.jsonl beside it. They follow from `config.seed` N; a resumed run finds what the first one made.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import get_args
 
 from laser_fast.config import Config
@@ -19,7 +20,7 @@ from laser_fast.sandbox.task import Split, rows
 
 def resolve_sandbox(config: Config) -> Config:
     """The configuration with the files in place of the word; writes nothing."""
-    folder = Path(config.output_dir) / "sandbox"
+    folder = Path(config.output_dir) / "sandbox" / f"seed{config.seed}"
     model, data = config.model, config.data
     if model.path == "sandbox":
         model = model.model_copy(update={"path": str(folder / "model")})
@@ -35,8 +36,7 @@ def write_sandbox(config: Config, world: World) -> Config:
     """
     resolved = resolve_sandbox(config)
     # The maximum is also a barrier: every rank has looked before the first one writes.
-    weights = Path(resolved.model.path) / "model.safetensors"  # written last
-    is_missing = world.max(int(not weights.exists()))
+    is_missing = world.max(int(not Path(resolved.model.path).exists()))
     if is_missing and config.model.path == "sandbox":
         make_sandbox_model(resolved.model.path, seed=config.seed, world=world)
     for split in get_args(Split):
@@ -46,11 +46,11 @@ def write_sandbox(config: Config, world: World) -> Config:
     return resolved
 
 
-def eval_file(seed: int) -> Path:
-    """The held-out problems as a file in the user's cache, made if missing."""
+def cached_rows(split: Split, seed: int) -> Path:
+    """The problems of a split as a file in the user's cache, made if missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "laser_fast" / "sandbox" / f"eval-seed{seed}.jsonl"
-    write_rows(path, "eval", seed=seed)
+    path = cache / "laser_fast" / "sandbox" / f"{split}-seed{seed}.jsonl"
+    write_rows(path, split, seed=seed)
     return path
 
 
@@ -61,6 +61,6 @@ def write_rows(path: str | Path, split: Split, *, seed: int) -> None:
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with NamedTemporaryFile("w", dir=path.parent, delete=False) as unfinished:
+        unfinished.write(text)
+    os.replace(unfinished.name, path)

@@ -32,7 +32,7 @@ def test_files_stand_in_for_a_name(tmp_path):
 
 
 def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("laser_fast.sandbox.files.eval_file", lambda seed: f"seed-{seed}.jsonl")
+    monkeypatch.setattr("laser_fast.sandbox.files.cached_rows", lambda split, seed: f"{split}-{seed}.jsonl")
     file = tmp_path / "run.toml"
     file.write_text("seed = 3\n")
     for config, overrides, seed in ((None, [], 0), (file, [], 3), (file, ["seed=5"], 5)):

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from functools import partial
 
 import datasets
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from laser_fast.config import parse_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.sandbox import files
-from laser_fast.sandbox.files import eval_file, resolve_sandbox, write_sandbox
+from laser_fast.sandbox.files import cached_rows, resolve_sandbox, write_sandbox
 from laser_fast.sandbox.model import make_sandbox_model
 from laser_fast.sandbox.task import rows
 
@@ -54,9 +55,10 @@ def read(path):
 def test_resolving_names_the_files_and_changes_nothing_else(tmp_path):
     config = make_config(tmp_path)
     resolved = resolve_sandbox(config)
-    assert resolved.model.path == str(tmp_path / "sandbox" / "model")
-    assert resolved.data.train == str(tmp_path / "sandbox" / "train.jsonl")
-    assert resolved.data.eval == str(tmp_path / "sandbox" / "eval.jsonl")
+    folder = tmp_path / "sandbox" / "seed0"
+    assert resolved.model.path == str(folder / "model")
+    assert resolved.data.train == str(folder / "train.jsonl")
+    assert resolved.data.eval == str(folder / "eval.jsonl")
     data = {"train": "sandbox", "eval": "sandbox"}
     assert (
         resolved.model_copy(
@@ -77,7 +79,7 @@ def test_files_are_made_once(tmp_path, world, short_warm_start):
     config = make_config(tmp_path / "run", seed=3)
     resolved = write_sandbox(config, world)
     assert resolved == resolve_sandbox(config)
-    assert sorted(os.listdir(tmp_path / "run" / "sandbox")) == [
+    assert sorted(os.listdir(tmp_path / "run" / "sandbox" / "seed3")) == [
         "eval.jsonl",
         "model",
         "train.jsonl",
@@ -94,11 +96,17 @@ def test_files_are_made_once(tmp_path, world, short_warm_start):
     assert len(short_warm_start) == 1
 
 
+def test_another_seed_has_a_model_of_its_own(tmp_path, world, short_warm_start):
+    paths = [write_sandbox(make_config(tmp_path, seed=seed), world).model.path for seed in (0, 1)]
+    weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in paths]
+    assert not torch.equal(*weights)
+
+
 def test_only_what_is_named_is_made(tmp_path, world, short_warm_start):
     config = make_config(tmp_path, model={"path": "m"}, data={"train": "t", "eval": "sandbox"})
     resolved = write_sandbox(config, world)
     assert (resolved.model.path, resolved.data.train) == ("m", "t")
-    assert [path.name for path in (tmp_path / "sandbox").iterdir()] == ["eval.jsonl"]
+    assert [path.name for path in (tmp_path / "sandbox" / "seed0").iterdir()] == ["eval.jsonl"]
     assert write_sandbox(
         make_config(tmp_path / "b", model={"path": "m"}, data={"train": "t"}), world
     )
@@ -134,23 +142,24 @@ def test_prompts_are_a_function_of_the_seed(tmp_path, world, short_warm_start):
 
 
 def test_the_held_out_problems_have_a_stable_place(cache):
-    path = eval_file(5)
+    path = cached_rows("eval", 5)
     assert path == cache / "laser_fast" / "sandbox" / "eval-seed5.jsonl"
     assert read(path) == rows("eval", seed=5)
     status = path.stat()
-    assert eval_file(5) == path
+    assert cached_rows("eval", 5) == path
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (status.st_mtime_ns, status.st_ino)
-    assert eval_file(6) != path
+    assert cached_rows("eval", 6) != path
 
 
 def test_without_a_cache_of_their_own_users_share_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert eval_file(0) == tmp_path / ".cache" / "laser_fast" / "sandbox" / "eval-seed0.jsonl"
+    folder = tmp_path / ".cache" / "laser_fast" / "sandbox"
+    assert cached_rows("eval", 0) == folder / "eval-seed0.jsonl"
 
 
 def test_processes_may_ask_for_the_held_out_problems_at_once(cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        paths = pool.map(eval_file, [0] * 4)
+        paths = pool.map(partial(cached_rows, "eval"), [0] * 4)
     assert len(set(paths)) == 1 and read(paths[0]) == rows("eval", seed=0)
     assert os.listdir(cache / "laser_fast" / "sandbox") == ["eval-seed0.jsonl"]
