@@ -10,6 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from laser_kernels import (
+    last_token_loss,
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_logprob_loss,
+)
+
 HAS_GPU = torch.cuda.is_available()
 # bf16 tl.dot is wrong in Triton's interpreter (triton-lang/triton#11584): float16 stands in there.
 TRITON_DTYPES = (torch.bfloat16, torch.float16) if HAS_GPU else (torch.float16,)
@@ -75,3 +82,42 @@ def rounded_dlogits_gradients(head: tuple, grad_logprobs: Tensor, temperature: T
 @pytest.fixture
 def baseline_gradients():
     return rounded_dlogits_gradients
+
+
+@pytest.fixture
+def scalar_ops() -> dict[str, Callable[..., Tensor]]:
+    """Every op with a gradient as a function of h, w, labels, impl and one number g a row."""
+
+    def logprob(h, w, labels, impl, g):
+        return (linear_logprob(h, w, labels, temperature=0.7, impl=impl) * g).sum()
+
+    def entropy(h, w, labels, impl, g):
+        logprobs, entropy = linear_logprob_entropy(h, w, labels, impl=impl)
+        return (logprobs * g + entropy * g.flip(0)).sum()
+
+    def loss(h, w, labels, impl, g):
+        def loss_fn(logprobs, rows):
+            return (g[rows] * logprobs.exp()).sum()
+
+        return linear_logprob_loss(h, w, labels, loss_fn, impl=impl)
+
+    def last_token(h, w, labels, impl, g):
+        return last_token_loss(h, w, 3, g, beta=0.1, ref_logprob=-4.0, impl=impl)[0]
+
+    return {f.__name__: f for f in (logprob, entropy, loss, last_token)}
+
+
+@pytest.fixture
+def push_away() -> Callable[..., None]:
+    def push(head: tuple, gaps: dict[int, float]) -> None:
+        """Give rows a target, token 5, that lies about that many nats below the maximum."""
+        hidden_states, weight, labels = head
+        with torch.no_grad():
+            weight[:, 0] = 0
+            weight[5, 0] = -1
+            hidden_states[:, 0] = 0
+            for row, gap in gaps.items():
+                labels[row] = 5
+                hidden_states[row, 0] = gap
+
+    return push

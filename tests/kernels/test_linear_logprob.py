@@ -57,17 +57,12 @@ def test_all_negative_logits(case, make_head):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
 @pytest.mark.parametrize("gap", [60, 120, 1000])
-def test_target_far_below_the_maximum(case, gap, make_head):
+def test_target_far_below_the_maximum(case, gap, make_head, push_away):
     """The anchor's guard: e^gap overflows or nearly so, in two of otherwise plain rows."""
     impl, dtype = case
     head = make_head(20, 16, 97, dtype, max_logit=3)
+    push_away(head, {1: gap, 18: gap})
     with torch.no_grad():
-        head.weight[:, 0] = 0
-        head.weight[5, 0] = -1
-        head.hidden_states[:, 0] = 0
-        for row in (1, 18):
-            head.labels[row] = 5
-            head.hidden_states[row, 0] = gap
         logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
         exact = reference.linear_logprob_entropy(*head.float64())
     assert exact[0][1] < -gap + 10
@@ -129,23 +124,6 @@ def test_gradients_are_exact(case, upstream, make_head, relative_error):
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
 
 
-def test_gradients_are_as_good_as_rounding_dlogits_alone(
-    case, make_head, relative_error, baseline_gradients
-):
-    impl, dtype = case
-    head = make_head(37, 48, 203, dtype)
-    temperature = torch.rand(37, device=head.labels.device) + 0.5
-    g = torch.randn_like(temperature)
-    logprobs = linear_logprob(*head, temperature=temperature, impl=impl)
-    actual = torch.autograd.grad(logprobs, head[:2], g)
-    baseline = baseline_gradients(head, g, temperature)
-    double = head.float64()
-    logprobs = reference.linear_logprob(*double, temperature=temperature)
-    exact = torch.autograd.grad(logprobs, double[:2], g.double())
-    for a, b, e in zip(actual, baseline, exact, strict=True):
-        assert relative_error(a, e) <= 1.1 * relative_error(b, e)
-
-
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_tiny_float16_gradients_do_not_vanish(impl, make_head):
     """dlogits of a loss averaged over 2^20 tokens lie below float16; their sums need not."""
@@ -161,32 +139,6 @@ def test_tiny_float16_gradients_do_not_vanish(impl, make_head):
     assert (tiny.double() - unit.double() * 2.0**-20).abs().max() <= 2.0**-24
 
 
-@pytest.mark.parametrize("frozen", ["hidden_states", "weight"])
-def test_a_frozen_input_gets_no_gradient(case, frozen, make_head):
-    impl, dtype = case
-    head = make_head(5, 16, 97, dtype)
-    g = torch.randn(5, device=head.labels.device)
-    both = torch.autograd.grad(linear_logprob(*head, impl=impl), head[:2], g)
-    getattr(head, frozen).requires_grad_(False)
-    linear_logprob(*head, impl=impl).backward(g)
-    assert getattr(head, frozen).grad is None
-    kept, expected = (head.weight, both[1]) if frozen == "hidden_states" else (head[0], both[0])
-    assert torch.equal(kept.grad, expected)
-
-
-def test_rows_without_upstream_gradient_contribute_exactly_nothing(case, make_head):
-    impl, dtype = case
-    head = make_head(40, 16, 97, dtype)
-    g = torch.randn(40, device=head.labels.device)
-    g[::3] = 0
-    grad_hidden, grad_weight = torch.autograd.grad(linear_logprob(*head, impl=impl), head[:2], g)
-    assert grad_hidden[::3].abs().max() == 0
-    with torch.no_grad():
-        head.hidden_states[::3] = 1
-    (again,) = torch.autograd.grad(linear_logprob(*head, impl=impl), head.weight, g)
-    assert torch.equal(again, grad_weight)
-
-
 def test_tied_weight_sums_both_gradients(case, make_head, relative_error):
     """The same matrix embeds the inputs and scores the outputs."""
     impl, dtype = case
@@ -199,16 +151,6 @@ def test_tied_weight_sums_both_gradients(case, make_head, relative_error):
     exact = reference.linear_logprob(weight[tokens], weight, head.labels)
     (exact,) = torch.autograd.grad(exact, weight, g.double())
     assert relative_error(actual, exact) <= 2 * GRADIENT_TOLERANCE[dtype]
-
-
-def test_empty_input_is_connected(case, make_head):
-    impl, dtype = case
-    head = make_head(0, 16, 97, dtype)
-    logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
-    assert logprobs.shape == entropy.shape == (0,)
-    (logprobs.sum() + entropy.sum()).backward()
-    assert head.hidden_states.grad.shape == (0, 16)
-    assert head.weight.grad.abs().max() == 0
 
 
 def test_non_contiguous_inputs(case, make_head):
@@ -233,38 +175,6 @@ def test_no_grad_gives_the_same_logprobs(case, make_head):
         alone = linear_logprob(*head, impl=impl)
     assert logprobs.requires_grad and not alone.requires_grad
     assert torch.equal(alone, logprobs)
-
-
-def test_graph_can_be_retained(case, make_head):
-    impl, dtype = case
-    head = make_head(12, 16, 97, dtype)
-    g = torch.randn(12, device=head.labels.device)
-    logprobs = linear_logprob(*head, impl=impl)
-    first = torch.autograd.grad(logprobs, head[:2], g, retain_graph=True)
-    second = torch.autograd.grad(logprobs, head[:2], g)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_workspaces_may_hold_anything_and_runs_repeat(case, make_head):
-    """Deterministic mode fills every uninitialised buffer with NaN or the largest integer."""
-    impl, dtype = case
-    head = make_head(37, 48, 203, dtype)
-    g = torch.randn(37, device=head.labels.device)
-
-    def run():
-        logprobs, entropy = linear_logprob_entropy(*head, impl=impl)
-        grads = torch.autograd.grad([logprobs, entropy], head[:2], [g, g.flip(0)])
-        return logprobs, entropy, *grads
-
-    plain = run()
-    torch.use_deterministic_algorithms(True)
-    try:
-        poisoned = run()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b in zip(plain, poisoned, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16])
@@ -312,12 +222,3 @@ def test_autocast_changes_nothing(impl, dtype, make_head):
         actual = run()
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
-
-
-def test_double_backward_is_refused(case, make_head):
-    impl, dtype = case
-    head = make_head(5, 16, 97, dtype)
-    loss = linear_logprob(*head, impl=impl).square().sum()
-    (grad,) = torch.autograd.grad(loss, head.hidden_states, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()

@@ -38,37 +38,12 @@ def test_loss_and_gradients_are_exact(case, shape, make_head, relative_error):
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
 
 
-def test_gradients_are_as_good_as_rounding_dlogits_alone(
-    case, make_head, relative_error, baseline_gradients
-):
-    impl, dtype = case
-    head = make_head(37, 48, 203, dtype)
-    temperature = torch.rand(37, device=head.labels.device) + 0.5
-    g = torch.randn_like(temperature)
-    loss = linear_logprob_loss(
-        *head, lambda logprobs, rows: (g[rows] * logprobs).sum(), temperature=temperature, impl=impl
-    )
-    actual = torch.autograd.grad(loss, head[:2])
-    baseline = baseline_gradients(head, g, temperature)
-    double = head.float64()
-    logprobs = reference.linear_logprob(*double, temperature=temperature)
-    exact = torch.autograd.grad(logprobs, double[:2], g.double())
-    for a, b, e in zip(actual, baseline, exact, strict=True):
-        assert relative_error(a, e) <= 1.1 * relative_error(b, e)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
 @pytest.mark.parametrize("gap", [120, 1000])
-def test_target_far_below_the_maximum(case, gap, make_head, relative_error):
+def test_target_far_below_the_maximum(case, gap, make_head, push_away, relative_error):
     impl, dtype = case
     head = make_head(20, 16, 97, dtype, max_logit=3)
-    with torch.no_grad():
-        head.weight[:, 0] = 0
-        head.weight[5, 0] = -1
-        head.hidden_states[:, 0] = 0
-        for row in (1, 18):
-            head.labels[row] = 5
-            head.hidden_states[row, 0] = gap
+    push_away(head, {1: gap, 18: gap})
     g = torch.randn(20, device=head.labels.device)
 
     def loss_fn(logprobs, rows):
@@ -106,19 +81,6 @@ def test_loss_fn_sees_every_row_once_in_chunks(make_head, monkeypatch, relative_
         assert relative_error(a, b.double()) <= 1e-5
 
 
-@pytest.mark.parametrize("frozen", ["hidden_states", "weight"])
-def test_a_frozen_input_gets_no_gradient(case, frozen, make_head):
-    impl, dtype = case
-    head = make_head(5, 16, 97, dtype)
-    loss_fn = policy_loss(5, head.labels.device)
-    both = torch.autograd.grad(linear_logprob_loss(*head, loss_fn, impl=impl), head[:2])
-    getattr(head, frozen).requires_grad_(False)
-    linear_logprob_loss(*head, loss_fn, impl=impl).backward()
-    assert getattr(head, frozen).grad is None
-    kept, expected = (head.weight, both[1]) if frozen == "hidden_states" else (head[0], both[0])
-    assert torch.equal(kept.grad, expected)
-
-
 @pytest.mark.parametrize("mode", ["no_grad", "frozen"])
 def test_without_gradients_only_the_loss_is_computed(case, mode, make_head):
     impl, dtype = case
@@ -133,58 +95,12 @@ def test_without_gradients_only_the_loss_is_computed(case, mode, make_head):
     assert torch.equal(alone, with_gradients.detach())
 
 
-def test_empty_input_is_a_connected_zero(case, make_head):
-    impl, dtype = case
-    head = make_head(0, 16, 97, dtype)
-    loss = linear_logprob_loss(*head, lambda logprobs, rows: logprobs.mean(), impl=impl)
-    assert loss.item() == 0
-    loss.backward()
-    assert head.hidden_states.grad.shape == (0, 16)
-    assert head.weight.grad.abs().max() == 0
-
-
 def test_a_loss_that_ignores_the_logprobs_has_zero_gradients(make_head):
     head = make_head(5, 16, 97, torch.float32)
     loss = linear_logprob_loss(*head, lambda logprobs, rows: torch.tensor(2.0), impl="chunked")
     loss.backward()
     assert loss.item() == 2
     assert head.hidden_states.grad.abs().max() == head.weight.grad.abs().max() == 0
-
-
-def test_rows_without_upstream_gradient_contribute_exactly_nothing(case, make_head):
-    impl, dtype = case
-    head = make_head(40, 16, 97, dtype)
-    g = torch.randn(40, device=head.labels.device)
-    g[::3] = 0
-
-    def grads():
-        loss = linear_logprob_loss(
-            *head, lambda logprobs, rows: (g[rows] * logprobs).sum(), impl=impl
-        )
-        return torch.autograd.grad(loss, head[:2])
-
-    grad_hidden, grad_weight = grads()
-    assert grad_hidden[::3].abs().max() == 0
-    with torch.no_grad():
-        head.hidden_states[::3] = 1
-    assert torch.equal(grads()[1], grad_weight)
-
-
-def test_graph_can_be_retained_and_runs_repeat(case, make_head):
-    impl, dtype = case
-    head = make_head(20, 16, 97, dtype)
-    loss_fn = policy_loss(20, head.labels.device)
-    loss = linear_logprob_loss(*head, loss_fn, impl=impl)
-    first = torch.autograd.grad(loss, head[:2], torch.full_like(loss, 3.0), retain_graph=True)
-    second = torch.autograd.grad(loss, head[:2], torch.full_like(loss, 3.0))
-    torch.use_deterministic_algorithms(True)  # poisons uninitialised buffers, too
-    try:
-        loss = linear_logprob_loss(*head, loss_fn, impl=impl)
-        third = torch.autograd.grad(loss, head[:2], torch.full_like(loss, 3.0))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b, c in zip(first, second, third, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_graph_of_the_loss_itself_can_be_retained(case, make_head):
@@ -214,12 +130,3 @@ def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_
         # The CPU rounds nothing but the result; a GPU also rounds dlogits.
         limit = 1.05 if a.device.type == "cpu" else 1.7
         assert relative_error(a, e) <= limit * relative_error(e.bfloat16(), e)
-
-
-def test_double_backward_is_refused(case, make_head):
-    impl, dtype = case
-    head = make_head(5, 16, 97, dtype)
-    loss = linear_logprob_loss(*head, lambda logprobs, rows: logprobs.square().sum(), impl=impl)
-    (grad,) = torch.autograd.grad(loss, head.hidden_states, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()

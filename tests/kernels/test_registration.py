@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from laser_kernels import (
-    last_token_loss,
-    last_token_score,
-    linear_logprob,
-    linear_logprob_entropy,
-    linear_logprob_loss,
-)
+from laser_kernels import last_token_score
 
 OPS = torch.ops.laser_kernels
-SCORE = dict(beta=0.1, ref_logprob=-4.0)
 
 
 def op_arguments(head, impl):
@@ -69,49 +62,28 @@ def test_opcheck(op, case, make_head):
     assert set(checks.values()) == {"SUCCESS"}
 
 
-def public_functions(g):
-    def logprob(h, w, labels, impl):
-        return (linear_logprob(h, w, labels, temperature=0.7, impl=impl) * g).sum()
-
-    def entropy(h, w, labels, impl):
-        logprobs, entropy = linear_logprob_entropy(h, w, labels, impl=impl)
-        return (logprobs * g + entropy * g.flip(0)).sum()
-
-    def fused(h, w, labels, impl):
-        def loss_fn(logprobs, rows):
-            return (g[rows] * logprobs.exp()).sum()
-
-        return linear_logprob_loss(h, w, labels, loss_fn, impl=impl)
-
-    def score(h, w, labels, impl):
-        return last_token_score(h, w, 3, impl=impl, **SCORE).sum()
-
-    def score_loss(h, w, labels, impl):
-        return last_token_loss(h, w, 3, g, impl=impl, **SCORE)[0]
-
-    return {f.__name__: f for f in (logprob, entropy, fused, score, score_loss)}
-
-
-def test_compiled_chunks_that_share_a_buffer_equal_eager_ones(make_head, monkeypatch):
+def test_compiled_chunks_that_share_a_buffer_equal_eager_ones(make_head, scalar_ops, monkeypatch):
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.0001")  # chunks of 128 rows
     head = make_head(300, 16, 41, torch.float32)
-    function = public_functions(torch.randn(300, device=head.labels.device))["fused"]
-    compiled = torch.compile(function, fullgraph=True, backend="inductor")
-    for a, b in zip(
-        torch.autograd.grad(function(*head, "chunked"), head[:2]),
-        torch.autograd.grad(compiled(*head, "chunked"), head[:2]),
-        strict=True,
-    ):
+    g = torch.randn(300, device=head.labels.device)
+    compiled = torch.compile(scalar_ops["loss"], fullgraph=True, backend="inductor")
+    results = (op(*head, "chunked", g) for op in (scalar_ops["loss"], compiled))
+    grads = (torch.autograd.grad(result, head[:2]) for result in results)
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["logprob", "entropy", "fused", "score", "score_loss"])
-def test_compiled_equals_eager(name, case, make_head):
+@pytest.mark.parametrize("name", ["logprob", "entropy", "loss", "last_token", "score"])
+def test_compiled_equals_eager(name, case, make_head, scalar_ops):
+    def score(h, w, labels, impl, g):
+        return (last_token_score(h, w, 3, beta=0.1, ref_logprob=-4.0, impl=impl) * g).sum()
+
     impl, dtype = case
     head = make_head(6, 16, 41, dtype)
-    function = public_functions(torch.randn(6, device=head.labels.device))[name]
+    function = score if name == "score" else scalar_ops[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    eager, traced = function(*head, impl), compiled(*head, impl)
+    g = torch.randn(6, device=head.labels.device)
+    eager, traced = function(*head, impl, g), compiled(*head, impl, g)
     assert torch.equal(eager, traced)
     assert eager.requires_grad == traced.requires_grad == (name != "score")
     if eager.requires_grad:

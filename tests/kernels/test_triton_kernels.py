@@ -87,15 +87,10 @@ def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy reports the overflow that is meant
-def test_only_overflowing_row_blocks_run_again(make_head):
+def test_only_overflowing_row_blocks_run_again(make_head, push_away):
     """A second pass over a plain batch would be wasted, one over row 0 only is right."""
     head = make_head(40, 16, 97, torch.float16, max_logit=3)
-    with torch.no_grad():
-        head.weight[:, 0] = 0
-        head.weight[5, 0] = -1
-        head.hidden_states[:, 0] = 0
-        head.hidden_states[0, 0] = 200
-        head.labels[0] = 5
+    push_away(head, {0: 200})
     h, w, labels = (x.detach() for x in head)
     ones, anchor = torch.ones(40, device=h.device), torch.zeros(40, device=h.device)
     head = Head(h, w, labels, ones)
