@@ -318,9 +318,11 @@ def _measured(
     from laser_fast.evaluation.benchmarks import find_benchmark
     from laser_fast.evaluation.settings import build_config
     from laser_fast.sandbox.files import cached_rows
+    from laser_fast.sandbox.task import Split
 
-    files, split = {}, "eval" if layers.get("is_held_out", True) else "train"
+    files = {}
     if "sandbox" in names:
+        split: Split = "eval" if layers.get("is_held_out", True) else "train"
         files["sandbox"] = cached_rows(split, build_config(model, **layers).seed)
     found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]

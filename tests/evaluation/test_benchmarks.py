@@ -32,14 +32,19 @@ def test_files_stand_in_for_a_name(tmp_path):
 
 
 def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("laser_fast.sandbox.files.cached_rows", lambda split, seed: f"{split}-{seed}.jsonl")
+    def cached_rows(split, seed):
+        return f"{split}-{seed}.jsonl"
+
+    monkeypatch.setattr("laser_fast.sandbox.files.cached_rows", cached_rows)
     file = tmp_path / "run.toml"
     file.write_text("seed = 3\n")
     for config, overrides, seed in ((None, [], 0), (file, [], 3), (file, ["seed=5"], 5)):
         [(benchmark, measured)] = _measured(
             ["sandbox"], None, "m", config=config, overrides=overrides
         )
-        assert (benchmark.source, measured.seed) == (f"seed-{seed}.jsonl", seed)
+        assert (benchmark.source, measured.seed) == (f"eval-{seed}.jsonl", seed)
+    [(benchmark, _)] = _measured(["sandbox"], None, "m", is_held_out=False)
+    assert benchmark.source == "train-0.jsonl"
 
 
 def test_a_missing_file_of_a_name_says_where_it_was_looked_for(tmp_path):
