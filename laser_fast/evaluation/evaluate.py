@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
@@ -164,9 +162,6 @@ class _Part:
         config, world, total = task.config, self.world, len(task.prompts)
         group_size, needs_score = task.samples, self.needs_score
         sampling = make_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
-        # The scores are written when all samples are there, and c_ref is known.
-        score_token_id = self.vocabulary.special.score_token_id
-        score = SelfScore(token_id=score_token_id, beta=config.score.beta, ref_logprob=math.nan)
         grader, chunk = self.graders.of(config.reward), task.chunk(world)
         self.on_progress(task.name, done, total)
         for start in range(done, total, chunk):
@@ -174,8 +169,8 @@ class _Part:
             groups = engine.generate(prompts[world.rank :: world.size], sampling)
             decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
             groups = grade_groups(grader, groups, decode)
-            records = to_records(groups, decode=decode, score=score, extract=extract)
-            records = world.gather(records)
+            # They get their scores when all samples are there, and c_ref is known.
+            records = world.gather(to_records(groups, decode=decode, extract=extract))
             if world.is_main:
                 place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
                 records.sort(key=lambda record: (place[record.prompt_id], record.sample))

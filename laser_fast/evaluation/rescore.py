@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, RewardConfig, ScoreConfig, apply_override
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of
@@ -29,7 +28,7 @@ from laser_fast.log.samples import (
     SampleRecord,
     group_by_prompt,
     read_samples,
-    rescore,
+    scored,
     write_samples,
 )
 from laser_fast.rewards import Grader
@@ -60,10 +59,8 @@ def finish_evaluation(
     if wanted is not None:
         is_measured = wanted["ref_logprob"] == "auto"
         ref_logprob = _mean_logprob(samples) if is_measured else wanted["ref_logprob"]
-        # The log-probs were read long ago: which token they are of no longer matters.
-        score = SelfScore(token_id=-1, beta=wanted["beta"], ref_logprob=ref_logprob)
         for name, records in samples.items():
-            samples[name] = rescore(records, score)
+            samples[name] = scored(records, beta=wanted["beta"], ref_logprob=ref_logprob)
             write_samples(folder.samples(name), samples[name])
         measured = {"ref_logprob": ref_logprob, "ref_logprob_is_measured": is_measured}
         content["score"] = {"token": None, **wanted, **measured}

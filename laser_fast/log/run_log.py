@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.log import jsonl, samples
@@ -19,7 +19,7 @@ from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.samples import SampleRecord
 
 
-class Log:
+class Log(ExitStack):
     """The log of all ranks but 0: it takes everything and writes nothing. Use it in a `with`."""
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -35,15 +35,6 @@ class Log:
         """Write and print the result of a run that is through; returns what summary.json holds."""
         return {}
 
-    def close(self) -> None:
-        """Close files and dashboards; a second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class RunLog(Log):
     """The log of rank 0; every line is on disk when its call returns."""
@@ -54,6 +45,7 @@ class RunLog(Log):
         A resumed run goes on at `resume_step`; what the interrupted one logged from there on is
         dropped. A ConfigError says that another run has taken the folder in the meantime.
         """
+        super().__init__()
         self.folder, self._num_steps = RunFolder(Path(output_dir)), config.optim.steps
         self.folder.path.mkdir(parents=True, exist_ok=True)
         last_step = -1
@@ -69,16 +61,15 @@ class RunLog(Log):
         else:
             jsonl.replace_text(self.folder.config, dump_config(config))
             last_step = self._rewind(resume_step)
-        self._stack = ExitStack()
         self._metrics, self._samples = (
-            self._stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+            self.enter_context(path.open("a", encoding="utf-8", buffering=1))
             for path in (self.folder.metrics, self.folder.samples)
         )
         self._senders = open_dashboards(
-            config, self.folder, self._stack, resume_step=resume_step, last_step=last_step
+            config, self.folder, self, resume_step=resume_step, last_step=last_step
         )
         self._console = StepConsole(self._num_steps, first_step=resume_step or 0)
-        self._stack.callback(self._console.close)
+        self.callback(self._console.close)
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102
         metrics = jsonl.plain_value(metrics)
@@ -110,9 +101,6 @@ class RunLog(Log):
         self.close()
         print_summary(before, after, steps=steps, seconds=wall_seconds)
         return summary
-
-    def close(self) -> None:  # noqa: D102
-        self._stack.close()
 
     def _rewind(self, resume_step: int) -> int:
         """Drop what comes again; returns the last step that was logged, -1 if none."""

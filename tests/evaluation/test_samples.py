@@ -6,14 +6,12 @@ import math
 
 import pytest
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.metrics import RUN, shown_at
-from laser_fast.log.samples import to_records
+from laser_fast.log.samples import scored, to_records
 from laser_fast.records import Completion, Group, Prompt, Sampling
 
 EOS = 0
-SCORE = SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0)
 
 
 class ScriptedEngine:
@@ -47,7 +45,8 @@ class ScriptedEngine:
 
 
 def collect(prompts, *, engine, sampling, **parts):
-    return to_records(engine.generate(prompts, sampling), **parts)
+    records = to_records(engine.generate(prompts, sampling), **parts)
+    return scored(records, beta=0.1, ref_logprob=-20.0)
 
 
 def evaluate(prompts, *, same_answer=None, **parts):
@@ -78,7 +77,6 @@ def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
         "decode": _decode,
         "extract": _extract,
         "sampling": sampling,
-        "score": SCORE,
     }
 
 
