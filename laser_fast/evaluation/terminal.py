@@ -22,7 +22,6 @@ from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 if TYPE_CHECKING:
     from laser_fast.evaluation.calibrate import Calibration
     from laser_fast.evaluation.rescore import Conclusion
-    from laser_fast.evaluation.score_pairs import ScoreTotals
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
@@ -53,10 +52,9 @@ def print_conclusion(conclusion: Conclusion) -> None:
     _say(console, f"report, samples and plots: {conclusion.folder.path}")
 
 
-def print_totals(totals: ScoreTotals, out: Path) -> None:
+def print_totals(totals: Mapping[str, int], out: Path) -> None:
     """One line about a scored file."""
-    unscored = "".join(f", {count} {reason}" for reason, count in sorted(totals.unscored.items()))
-    _say(Console(), f"{totals.num_scored} scored{unscored}: {out}")
+    _say(Console(), f"{', '.join(f'{n} {outcome}' for outcome, n in totals.items())}: {out}")
 
 
 def print_calibration(calibration: Calibration, *, beta: float | None = None) -> None:
