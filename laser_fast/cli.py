@@ -165,7 +165,6 @@ def calibrate(
     seed: Seed = None,
 ) -> None:
     """Measure c_ref on a model's own completions; print the lines for the configuration."""
-    from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
     from laser_fast.evaluation.terminal import print_calibration
 
@@ -175,8 +174,7 @@ def calibrate(
         model,
         config=config,
         overrides=_as_overrides(overrides, rollout__engine=engine, seed=seed),
-        instead=GIVEN_ELSEWHERE,
-        is_held_out=False,
+        is_calibration=True,
     )
     templates = template or ()
     found = run_calibration(

@@ -53,6 +53,12 @@ _NOT_MEASURED = (
     | dict.fromkeys(_UNREAD.split())
     | _INSTEAD
 )
+_NOT_CALIBRATED = {
+    "score.token": "say --token",
+    "score.beta": "say --beta",
+    "score.ref_logprob": "it is what calibrate measures",
+    "data.prompts_per_step": "say --prompts",
+}
 
 
 def build_config(
@@ -61,20 +67,18 @@ def build_config(
     *,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-    instead: Mapping[str, str] | None = None,
-    is_held_out: bool = True,
+    is_calibration: bool = False,
 ) -> MeasureConfig:
     """The configuration of one benchmark's measurement, sampled by the hf engine by default.
 
-    `instead` names further keys without effect, and what to use. With `is_held_out` the fields are
-    those of the file's own evaluation set, not of its training.
+    A calibration reads the fields of the file's training set, others those of its evaluation set.
     """
     _refuse_run_folder(model)
     typed: dict[str, Any] = {}
     for override in overrides:
         apply_override(typed, override)
     options = _dotted(typed)
-    advice = {**_NOT_MEASURED, **(instead or {})}
+    advice = _NOT_MEASURED | (_NOT_CALIBRATED if is_calibration else {})
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
             raise ConfigError(
@@ -82,7 +86,7 @@ def build_config(
             )
     values = {} if benchmark is None else _protocol_of(benchmark)
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
-    values |= _of_file(config, is_held_out)
+    values |= _of_file(config, is_calibration)
     values |= {} if benchmark is None else _rows_of(benchmark)
     values |= {"model.path": model} | options
     if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
@@ -153,10 +157,10 @@ def _rows_of(benchmark: Benchmark) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value}
 
 
-def _of_file(path: Path | None, is_held_out: bool) -> dict[str, Any]:
+def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
     """The keys of a file that a measurement reads."""
     values = {} if path is None else _dotted(read_toml(path))
-    for field in ("prompt_field", "answer_field") if is_held_out else ():
+    for field in () if is_calibration else ("prompt_field", "answer_field"):
         if own := values.get(f"data.eval_{field}"):
             values[f"data.{field}"] = own
     # A run has an engine of its own, and the c_ref that it measured is in the exported model.

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from laser_fast.cli import main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import find_benchmark
-from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE, calibrate
+from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.rescore import rescore_evaluation
@@ -363,8 +364,8 @@ def test_real_files_end_to_end(evaluate, random_model, data_dir, tmp_path):
 
 def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
-    layers = {"instead": GIVEN_ELSEWHERE, "is_held_out": False}
-    config = build_config(model["model"], sandbox, overrides=["rollout.max_num_seqs=8"], **layers)
+    build = partial(build_config, is_calibration=True)
+    config = build(model["model"], sandbox, overrides=["rollout.max_num_seqs=8"])
     options = {"prompts": 6, "samples": 4}
     everything = calibrate(config, sandbox, **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
@@ -377,11 +378,11 @@ def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     assert own.ref_logprob == pytest.approx(sum(ended) / len(ended), abs=0.5)
     templates = ("{prompt}", "0{prompt}")
     two = calibrate(config, sandbox, token="<|reserved_0|>", templates=templates, **options)
-    groups = {part.group: part.count for part in two.candidates[0].spreads}
-    assert groups["all"] == two.num_finished
+    groups = two.candidates[0].spreads
+    assert groups["all"].num == two.num_finished
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
     with pytest.raises(ConfigError, match="--template: .* put {prompt} into it"):
         calibrate(config, sandbox, **options, templates=("none",))
     for key in ("score.token", "score.beta", "score.ref_logprob", "data.prompts_per_step"):
         with pytest.raises(ConfigError, match=f"{key} has no effect here"):
-            build_config("m", sandbox, overrides=[f"{key}=1"], **layers)
+            build("m", sandbox, overrides=[f"{key}=1"])
