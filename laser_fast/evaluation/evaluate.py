@@ -21,9 +21,9 @@ from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of, check_golds
-from laser_fast.evaluation.rescore import Conclusion, finish_evaluation
+from laser_fast.evaluation.rescore import finish_evaluation
 from laser_fast.evaluation.settings import known_ref_logprob
-from laser_fast.evaluation.statistics import DEFAULTS, ReportOptions
+from laser_fast.evaluation.statistics import ReportOptions
 from laser_fast.log.samples import to_records
 from laser_fast.model.distributed import World, check_world, open_world
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
@@ -48,28 +48,23 @@ class _Task:
     name: str
     config: MeasureConfig
     samples: int
+    chunk: int  # problems that are sampled together and written together
     prompts: list[Prompt]
     settings: dict[str, Any]  # what decides the samples
     golds: dict[str, list[str]]  # ids of the problems whose gold is in doubt, on rank 0
-
-    def chunk(self, world: World) -> int:
-        """Problems that are sampled together and written together."""
-        rollout = self.config.rollout
-        completions = _ROUNDS[rollout.engine] * rollout.max_num_seqs * world.size
-        return max(completions // self.samples, 1)
 
 
 def run_evaluation(
     measured: Sequence[tuple[Benchmark, MeasureConfig]],
     out: Path,
+    report: ReportOptions,
     *,
     samples: int | None = None,
     limit: int = 0,
     needs_score: bool = True,
     overwrite: bool = False,
-    report: ReportOptions = DEFAULTS,
     on_progress: Progress = lambda *_: None,
-) -> Conclusion | None:
+) -> EvalFolder | None:
     """Evaluate a model on benchmarks into the folder `out`; see `laser-fast eval --help`.
 
     Each benchmark comes with its configuration, all of the same model. All ranks but the first
@@ -147,14 +142,18 @@ class _Part:
             rejected, unreadable = check_golds(answers, kind=reward.kind, grader=grader)
             golds["golds_rejected"] = [prompts[i].prompt_id for i in rejected]
             golds["golds_unreadable"] = [prompts[i].prompt_id for i in unreadable]
-        return _Task(benchmark.name, config, samples, prompts, settings, golds)
+        rollout = config.rollout
+        completions = _ROUNDS[rollout.engine] * rollout.max_num_seqs * self.world.size
+        chunk = max(completions // samples, 1)
+        return _Task(benchmark.name, config, samples, chunk, prompts, settings, golds)
 
     def count_done(self, task: _Task) -> int:
         """Problems whose samples the folder holds; the rest of a chunk is dropped. Collective."""
-        done = 0
+        done, ids = 0, [prompt.prompt_id for prompt in task.prompts]
         if self.world.is_main:
-            ids, chunk = [prompt.prompt_id for prompt in task.prompts], task.chunk(self.world)
-            done = self.folder.keep_whole_chunks(task.name, ids, size=task.samples, chunk=chunk)
+            done = self.folder.keep_whole_chunks(
+                task.name, ids, size=task.samples, chunk=task.chunk
+            )
         return self.world.max(done)
 
     def sample(self, task: _Task, done: int, engine: Engine) -> None:
@@ -162,20 +161,19 @@ class _Part:
         config, world, total = task.config, self.world, len(task.prompts)
         group_size, needs_score = task.samples, self.needs_score
         sampling = make_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
-        grader, chunk = self.graders.of(config.reward), task.chunk(world)
+        decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
         self.on_progress(task.name, done, total)
-        for start in range(done, total, chunk):
-            prompts = task.prompts[start : start + chunk]
+        for start in range(done, total, task.chunk):
+            prompts = task.prompts[start : start + task.chunk]
             groups = engine.generate(prompts[world.rank :: world.size], sampling)
-            decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
-            groups = grade_groups(grader, groups, decode)
+            groups = grade_groups(self.graders.of(config.reward), groups, decode)
             # They get their scores when all samples are there, and c_ref is known.
             records = world.gather(to_records(groups, decode=decode, extract=extract))
             if world.is_main:
                 place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
                 records.sort(key=lambda record: (place[record.prompt_id], record.sample))
                 self.folder.append(task.name, records)
-                self.on_progress(task.name, min(start + chunk, total), total)
+                self.on_progress(task.name, min(start + task.chunk, total), total)
 
 
 def _count_samples(

@@ -59,15 +59,12 @@ class ReportOptions:
     num_resamples: int = NUM_RESAMPLES
 
 
-DEFAULTS = ReportOptions()
-
-
 def build_report(
     records: Sequence[SampleRecord],
     *,
     name: str = "",
     same_answer: SameAnswer | None = None,
-    options: ReportOptions = DEFAULTS,
+    options: ReportOptions = ReportOptions(),
 ) -> tuple[Report, Draws]:
     """Compute the report of one benchmark and the bootstrap draws behind its intervals.
 

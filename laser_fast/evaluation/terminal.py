@@ -17,7 +17,7 @@ from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.calibrate import Calibration
-    from laser_fast.evaluation.rescore import Conclusion
+    from laser_fast.evaluation.folder import EvalFolder
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
@@ -41,11 +41,11 @@ def progress_bar(*, is_shown: bool = True) -> Iterator[Callable[[str, int, int],
         yield move
 
 
-def print_conclusion(conclusion: Conclusion) -> None:
-    """The tables of an evaluation, and where the rest is."""
+def print_evaluation(folder: EvalFolder) -> None:
+    """The tables of a finished evaluation, and where the rest is."""
     console = Console()
-    print_report(conclusion.report, console)
-    _say(console, f"report, samples and plots: {conclusion.folder.path}")
+    print_report(folder.read_report(), console)
+    _say(console, f"report, samples and plots: {folder.path}")
 
 
 def print_totals(totals: Mapping[str, int], out: Path) -> None:
