@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,11 @@ from laser_fast.config import (
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import replace_text, to_text
 
+# What a configuration file may change of a benchmark, and what belongs to its rows.
+_PROTOCOL = (
+    "data.template", "data.prompt_suffix", "data.max_prompt_tokens", "rollout.max_new_tokens"
+)  # fmt: skip
+_ROWS = ("data.eval_split", "data.prompt_field", "data.answer_field", "reward.kind")
 _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
 # Keys of the sections that measuring shares with training, which only training reads.
@@ -84,10 +90,10 @@ def build_config(
             raise ConfigError(
                 f"{given} has no effect here; {advice[given] or 'only training reads it'}"
             )
-    values = {} if benchmark is None else _protocol_of(benchmark)
+    values = _of_benchmark(benchmark, _PROTOCOL)
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
     values |= _of_file(config, is_calibration)
-    values |= {} if benchmark is None else _rows_of(benchmark)
+    values |= {key: value for key, value in _of_benchmark(benchmark, _ROWS).items() if value}
     values |= {"model.path": model} | options
     if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
         values.pop("rollout.tensor_parallel", None)
@@ -136,25 +142,9 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
         ) from None
 
 
-def _protocol_of(benchmark: Benchmark) -> dict[str, Any]:
-    """What a configuration file may change."""
-    return {
-        "data.template": benchmark.template,
-        "data.prompt_suffix": benchmark.prompt_suffix,
-        "data.max_prompt_tokens": benchmark.max_prompt_tokens,
-        "rollout.max_new_tokens": benchmark.max_new_tokens,
-    }
-
-
-def _rows_of(benchmark: Benchmark) -> dict[str, Any]:
-    """What belongs to the rows, whatever a configuration file says."""
-    values = {
-        "data.eval_split": benchmark.split,
-        "data.prompt_field": benchmark.prompt_field,
-        "data.answer_field": benchmark.answer_field,
-        "reward.kind": benchmark.reward_kind,
-    }
-    return {key: value for key, value in values.items() if value}
+def _of_benchmark(benchmark: Benchmark | None, keys: Sequence[str]) -> dict[str, Any]:
+    found = {} if benchmark is None else asdict(benchmark)
+    return {key: found[key.partition(".")[2]] for key in keys if found}
 
 
 def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:

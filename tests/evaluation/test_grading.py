@@ -85,10 +85,10 @@ def test_every_real_gold_verifies_itself(name, data_dir):
     fields = {benchmark.prompt_field: "prompt", benchmark.answer_field: "answer"}
     golds = [
         answer_text(row, fields, benchmark.answer_field, place)
-        for place, row in open_rows(benchmark.source, split=benchmark.split).read(fields)
+        for place, row in open_rows(benchmark.source, split=benchmark.eval_split).read(fields)
     ]
     assert len(golds) == NUM_ROWS[name]
-    with Grader(RewardConfig(kind=benchmark.reward_kind, timeout_s=30.0, workers=1)) as grader:
-        rejected, unreadable = check_golds(golds, kind=benchmark.reward_kind, grader=grader)
+    with Grader(RewardConfig(kind=benchmark.kind, timeout_s=30.0, workers=1)) as grader:
+        rejected, unreadable = check_golds(golds, kind=benchmark.kind, grader=grader)
     assert [golds[i] for i in rejected] == []
     assert [golds[i] for i in unreadable] == []
