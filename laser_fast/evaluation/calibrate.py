@@ -27,7 +27,6 @@ from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.model.distributed import World, check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
-from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
 from laser_fast.records import Prompt
@@ -160,20 +159,14 @@ def _measure(
     with closing(make_engine(config, policy, vocabulary.special)) as engine:
         engine.sync(policy.stream_weights(world.device))
         groups = engine.generate([prompt for _, prompt in prompts], sampling)
-    packer = Packer(
-        budget=max(config.optim.tokens_per_microbatch, config.max_sequence_tokens),
-        score_token_id=vocabulary.special.score_token_id,
-        temperature=1.0,
-        device=world.device,
-        agree=world.max,
-    )
     rows = [
         (template, prompt, completion)
         for (template, prompt), group in zip(prompts, groups, strict=True)
         for completion in group.completions
     ]
     ended = [prompt.prompt_ids + c.completion_ids for _, prompt, c in rows if c.is_finished]
-    found = iter(last_token_logprobs(policy, ended, packer, token_ids).tolist())
+    budget = config.optim.tokens_per_microbatch
+    found = iter(last_token_logprobs(policy, ended, token_ids, world, budget=budget).tolist())
     name = vocabulary.tokenizer.convert_ids_to_tokens
     readings = [
         Reading(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,9 @@ from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.log.jsonl import to_line
-from laser_fast.model.distributed import World, check_world, open_world
+from laser_fast.model.distributed import check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
-from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -84,45 +83,31 @@ def score_pairs(
         score = SelfScore(token_id=token_id, beta=config.score.beta, ref_logprob=ref_logprob)
         read = partial(_read, data=config.data, vocabulary=vocabulary, model_config=model_config)
         # A bad line is found before the model is loaded.
-        lengths = [len(read(row).ids) for row in rows.read({})]
-        if not lengths:
+        num_pairs = sum(1 for _ in map(read, rows.read({})))
+        if not num_pairs:
             raise ConfigError(f"{source}: no pairs to score")
-        policy = build_policy(config.model, world)
-        packer = Packer(
-            budget=max(config.optim.tokens_per_microbatch, *lengths),
-            score_token_id=token_id,
-            temperature=1.0,
-            device=world.device,
-            agree=world.max,
-        )
+        policy, budget = build_policy(config.model, world), config.optim.tokens_per_microbatch
         lines = rows.read({})
         while chunk := list(islice(lines, _CHUNK * world.size)):
             pairs, done = [read(row) for row in chunk], counts.total()
-            logprobs = _logprobs(pairs, policy, packer, world)
+            readable = [i for i, pair in enumerate(pairs) if pair.reason is None]
+            own = readable[world.rank :: world.size]
+            sequences = [pairs[i].ids for i in own]
+            found = last_token_logprobs(policy, sequences, [token_id], world, budget=budget)
+            logprobs = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
             if world.is_main:
                 with open(unfinished, "a" if done else "w", encoding="utf-8") as file:
-                    for (_, row), pair, logprob in zip(chunk, pairs, logprobs, strict=True):
+                    for i, ((_, row), pair) in enumerate(zip(chunk, pairs, strict=True)):
+                        logprob = logprobs.get(i)
                         value = None if logprob is None else score.of(logprob)
-                        found = {"score_logprob": logprob, "score": value, "reason": pair.reason}
-                        file.write(to_line({**row, **found}))
+                        line = {"score_logprob": logprob, "score": value, "reason": pair.reason}
+                        file.write(to_line({**row, **line}))
             counts.update(pair.reason or "scored" for pair in pairs)
-            on_progress(source.name, counts.total(), len(lengths))
+            on_progress(source.name, counts.total(), num_pairs)
     if not world.is_main:
         return None
     os.replace(unfinished, out)
     return dict(counts)
-
-
-def _logprobs(
-    pairs: Sequence[_Pair], policy: Policy, packer: Packer, world: World
-) -> list[float | None]:
-    """Score log-probs of all pairs, in order; the ranks share them. Collective."""
-    readable = [i for i, pair in enumerate(pairs) if pair.reason is None]
-    own = readable[world.rank :: world.size]
-    sequences = [pairs[i].ids for i in own]
-    found = last_token_logprobs(policy, sequences, packer, [packer.score_token_id])
-    read = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
-    return [read.get(i) for i in range(len(pairs))]
 
 
 def _read(

@@ -54,11 +54,8 @@ _INSTEAD = {
     "rollout.score=off": "scores are read unless eval gets --no-score",
 }
 # Every key that no measurement reads, and what to use instead.
-_NOT_MEASURED = (
-    dict.fromkeys(all_keys(Config).keys() - all_keys(MeasureConfig).keys())
-    | dict.fromkeys(_UNREAD.split())
-    | _INSTEAD
-)
+_UNREAD_KEYS = {*_UNREAD.split(), *all_keys(Config).keys() - all_keys(MeasureConfig).keys()}
+_NOT_MEASURED = dict.fromkeys(_UNREAD_KEYS, "only training reads it") | _INSTEAD
 _NOT_CALIBRATED = {
     "score.token": "say --token",
     "score.beta": "say --beta",
@@ -87,9 +84,7 @@ def build_config(
     advice = _NOT_MEASURED | (_NOT_CALIBRATED if is_calibration else {})
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
-            raise ConfigError(
-                f"{given} has no effect here; {advice[given] or 'only training reads it'}"
-            )
+            raise ConfigError(f"{given} has no effect here; {advice[given]}")
     values = _of_benchmark(benchmark, _PROTOCOL)
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
     values |= _of_file(config, is_calibration)
