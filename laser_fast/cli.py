@@ -32,7 +32,7 @@ from laser_fast.rollout.server_http import ServerError
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.benchmarks import Benchmark
-    from laser_fast.evaluation.rescore import Conclusion
+    from laser_fast.evaluation.folder import EvalFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -42,19 +42,32 @@ app = typer.Typer(
 )
 
 
-Overrides = Annotated[
-    list[str] | None, Argument(help="section.key=value, applied over the configuration file.")
-]
+ModelName = Annotated[str, Argument(help="Hugging Face id or folder.")]
+RunFile = Annotated[Path, Argument(help="TOML file of the run.")]
+RunDir = Annotated[Path, Argument(help="Folder of a run.")]
+Overrides = Annotated[list[str] | None, Argument(help="section.key=value, over those of the file.")]
+Evaluations = Annotated[list[Path] | None, Option("--eval", help="Evaluation not below a run.")]
+ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
+Token = Annotated[str | None, Option(help="The score token.")]
+Beta = Annotated[float | None, Option(min=0, help="Scale of the score.")]
+RefLogprob = Annotated[str | None, Option(help="c_ref; auto: mean of this model's completions.")]
+EngineName = Annotated[str | None, Option("--engine", help="Sampler: hf (default) or vllm.")]
+Seed = Annotated[int | None, Option(min=0, help="Names every draw.")]
+DataDir = Annotated[Path | None, Option(help="Folder of NAME.jsonl files, instead of the hub.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+Ks = Annotated[list[int] | None, Option(min=1, help="k of the report; default 1, 2, 4, ...")]
+BaseRate = Annotated[float | None, Option(min=0, max=1, help="Share correct, for the class prior.")]
+_NAMES = """math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, a data file or a hub id;
+may be repeated. Rows are named by their place, an id of theirs is not read."""
+Benchmarks = Annotated[list[str] | None, Option("--benchmark", "-b", help=_NAMES)]
 
 
 @app.command()
 def train(
-    config: Annotated[Path, Argument(help="TOML file of the run.")],
+    config: RunFile,
     overrides: Overrides = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in output_dir.")] = False,
-    print_config: Annotated[
-        bool, Option("--print-config", help="Show the resolved configuration and stop.")
-    ] = False,
+    print_config: Annotated[bool, Option("--print-config", help="Only show it resolved.")] = False,
 ) -> None:
     """Train as configured; start it under torchrun to use several devices."""
     resolved = load_config(config, overrides or [])
@@ -90,7 +103,7 @@ def _draw_run(folder: Path) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, Argument(help="Folder of a run.")],
+    run: RunDir,
     out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")],
 ) -> None:
     """Write the newest checkpoint of a run as a Hugging Face model."""
@@ -102,15 +115,9 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, Argument(help="Folder of a run.")],
+    run: RunDir,
     other: Annotated[Path | None, Argument(help="Folder of a run to compare it with.")] = None,
-    evaluations: Annotated[
-        list[Path] | None,
-        Option(
-            "--eval",
-            help="Folder of laser-fast eval, found by itself below a run; may be repeated.",
-        ),
-    ] = None,
+    evaluations: Evaluations = None,
 ) -> None:
     """Write RUN/report.html: curves, evaluations, samples and configuration in one file."""
     from laser_fast.report.page import write_report
@@ -120,7 +127,7 @@ def report(
 
 @app.command()
 def plan(
-    config: Annotated[Path, Argument(help="TOML file of the run.")],
+    config: RunFile,
     gpus: Annotated[int, Option(min=1, help="Number of GPUs.")],
     memory: Annotated[float, Option(min=0, help="Memory of one GPU in GB (1e9 bytes).")],
     overrides: Overrides = None,
@@ -141,18 +148,6 @@ def plan(
         raise typer.Exit(1)
 
 
-ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
-Token = Annotated[str | None, Option(help="The score token.")]
-Beta = Annotated[float | None, Option(min=0, help="Scale of the score.")]
-RefLogprob = Annotated[str | None, Option(help="c_ref; auto: mean of this model's completions.")]
-EngineName = Annotated[str | None, Option("--engine", help="Sampler: hf (default) or vllm.")]
-Seed = Annotated[int | None, Option(min=0, help="Names every draw.")]
-DataDir = Annotated[Path | None, Option(help="Folder of NAME.jsonl files, instead of the hub.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
-Ks = Annotated[list[int] | None, Option(min=1, help="k of the report; default 1, 2, 4, ...")]
-BaseRate = Annotated[float | None, Option(min=0, max=1, help="Share correct, for the class prior.")]
-
-
 @app.command()
 def calibrate(
     model: Annotated[str, Argument(help="Hugging Face id or folder, not yet trained.")],
@@ -169,45 +164,26 @@ def calibrate(
     seed: Seed = None,
 ) -> None:
     """Measure c_ref on a model's own completions; print the lines for the configuration."""
-    from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE
     from laser_fast.evaluation.calibrate import calibrate as run_calibration
     from laser_fast.evaluation.terminal import print_calibration
 
-    [(benchmark, measured)] = _measured(
-        [data],
-        data_dir,
-        model,
-        config=config,
-        overrides=_as_overrides(overrides, rollout__engine=engine, seed=seed),
-        instead=GIVEN_ELSEWHERE,
-        is_held_out=False,
-    )
-    templates = template or ()
-    found = run_calibration(
-        measured, benchmark, token=token, prompts=prompts, samples=samples, templates=templates
-    )
+    layers = {"config": config, "is_calibration": True}
+    options = _as_overrides(overrides, rollout__engine=engine, seed=seed)
+    [(benchmark, measured)] = _measured([data], data_dir, model, overrides=options, **layers)
+    sizes = {"prompts": prompts, "samples": samples}
+    found = run_calibration(measured, benchmark, token=token, templates=template or (), **sizes)
     if found is not None:
         print_calibration(found, beta=beta)
 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, Argument(help="Hugging Face id or folder.")],
+    model: ModelName,
     overrides: Overrides = None,
-    benchmark: Annotated[
-        list[str] | None,
-        Option(
-            "--benchmark",
-            "-b",
-            help="math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, a data file or a "
-            "hub id; may be repeated. Rows are named by their place, an id of theirs is not read.",
-        ),
-    ] = None,
+    benchmark: Benchmarks = None,
     out: Annotated[Path | None, Option(help="New folder; evaluations/MODEL by default.")] = None,
     data_dir: DataDir = None,
-    samples: Annotated[
-        int | None, Option(min=1, help="Completions per problem; the paper's by default.")
-    ] = None,
+    samples: Annotated[int | None, Option(min=1, help="Per problem; default: the paper's.")] = None,
     limit: Annotated[int, Option(min=0, help="Only the first problems; 0: all.")] = 0,
     k: Ks = None,
     base_rate: BaseRate = None,
@@ -225,27 +201,21 @@ def evaluate(
     from laser_fast.evaluation.statistics import ReportOptions
     from laser_fast.evaluation.terminal import progress_bar
 
-    options = _as_overrides(
-        overrides,
-        score__token=token,
-        score__beta=beta,
-        score__ref_logprob=ref_logprob,
-        rollout__engine=engine,
-        seed=seed,
-    )
+    scores = {"score__token": token, "score__beta": beta, "score__ref_logprob": ref_logprob}
+    options = _as_overrides(overrides, **scores, rollout__engine=engine, seed=seed)
     with progress_bar(is_shown=_is_main()) as on_progress:
-        conclusion = run_evaluation(
+        folder = run_evaluation(
             _measured(benchmark or (), data_dir, model, config=config, overrides=options),
             out or Path("evaluations") / Path(model).name,
+            ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
             samples=samples,
             limit=limit,
             needs_score=score,
             overwrite=overwrite,
-            report=ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
             on_progress=on_progress,
         )
-    if conclusion is not None:
-        _show(conclusion)
+    if folder is not None:
+        _show(folder)
 
 
 @app.command()
@@ -263,25 +233,17 @@ def rescore(
     from laser_fast.evaluation.rescore import rescore_evaluation
     from laser_fast.evaluation.statistics import ReportOptions
 
-    conclusion = rescore_evaluation(
-        source,
-        out,
-        beta=beta,
-        ref_logprob=ref_logprob,
-        reward=reward,
-        overwrite=overwrite,
-        report=ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
+    report = ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate)
+    folder = rescore_evaluation(
+        source, out, report, beta=beta, ref_logprob=ref_logprob, reward=reward, overwrite=overwrite
     )
-    _show(conclusion)
+    _show(folder)
 
 
 @app.command()
 def score(
-    model: Annotated[str, Argument(help="Hugging Face id or folder.")],
-    source: Annotated[
-        Path,
-        Argument(help="JSON lines with prompt or prompt_ids, response or completion_ids."),
-    ],
+    model: ModelName,
+    source: Annotated[Path, Argument(help="JSON lines: prompt[_ids]; response or completion_ids.")],
     out: Annotated[Path, Argument(help="The same lines with score_logprob, score, reason.")],
     overrides: Overrides = None,
     token: Token = None,
@@ -295,10 +257,8 @@ def score(
     from laser_fast.evaluation.settings import build_config
     from laser_fast.evaluation.terminal import print_totals, progress_bar
 
-    options = _as_overrides(
-        overrides, score__token=token, score__beta=beta, score__ref_logprob=ref_logprob
-    )
-    measured = build_config(model, config=config, overrides=options)
+    scores = {"score__token": token, "score__beta": beta, "score__ref_logprob": ref_logprob}
+    measured = build_config(model, config=config, overrides=_as_overrides(overrides, **scores))
     with progress_bar(is_shown=_is_main()) as on_progress:
         totals = score_pairs(measured, source, out, overwrite=overwrite, on_progress=on_progress)
     if totals is not None:
@@ -328,13 +288,13 @@ def _measured(
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]
 
 
-def _show(conclusion: Conclusion) -> None:
+def _show(folder: EvalFolder) -> None:
     """Draw the plots of an evaluation and print its tables."""
-    from laser_fast.evaluation.terminal import print_conclusion
+    from laser_fast.evaluation.terminal import print_evaluation
     from laser_fast.report.page import write_evaluation_plots
 
-    write_evaluation_plots(conclusion.folder.path)
-    print_conclusion(conclusion)
+    write_evaluation_plots(folder.path)
+    print_evaluation(folder)
 
 
 def _is_main() -> bool:

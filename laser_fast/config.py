@@ -5,7 +5,7 @@ Every key is documented once, here, and read somewhere; a wrong file is refused 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +18,7 @@ with needs_train():
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
 
+_Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -36,14 +37,13 @@ class _Section(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for problem, is_there in self._problems().items():
-            if is_there:
-                raise ValueError(problem)
+        for problem in self._problems():
+            raise ValueError(problem)
         return self
 
-    def _problems(self) -> dict[str, bool]:
-        """What may be wrong with keys that are right by themselves, and whether it is."""
-        return {}
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with keys that are right by themselves."""
+        yield from ()
 
 
 class ModelConfig(_Section):
@@ -83,11 +83,12 @@ class PromptConfig(_Section):
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
 
-    def _problems(self) -> dict[str, bool]:
-        return {
-            f"data.template = {self.template!r} has no place for the question; put {{prompt}} into "
-            'it, or set it to "chat"': self.template != "chat" and "{prompt}" not in self.template
-        }
+    def _problems(self) -> Iterator[str]:
+        if self.template != "chat" and "{prompt}" not in self.template:
+            yield (
+                f"data.template = {self.template!r} has no place for the question; put {{prompt}} "
+                'into it, or set it to "chat"'
+            )
 
 
 class DataConfig(PromptConfig):
@@ -143,21 +144,21 @@ class RolloutConfig(_Section):
     sync_buffer_mb: int = Field(512, ge=1)
     """Largest piece of weights gathered at once while streaming to vLLM."""
 
-    def _problems(self) -> dict[str, bool]:
-        engine, ahead = f'and rollout.engine is "{self.engine}"', self.steps_ahead > 0
-        has_url = self.server_url.startswith(("http://", "https://"))
-        return {
-            'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, got '
-            f'"{self.server_url}"': self.engine == "vllm_server" and not has_url,
-            'rollout.steps_ahead = 1 samples beside training, as only the engine "vllm_server" '
-            f"can, {engine}; set it to 0": ahead and self.engine != "vllm_server",
-            "rollout.steps_ahead = 1 draws the next prompts before the rewards are there that "
-            f"rollout.resample_rounds = {self.resample_rounds} asks for; set one to 0": (
-                ahead and self.resample_rounds > 0
-            ),
-            f"rollout.tensor_parallel = {self.tensor_parallel} splits only the engine "
-            f'"vllm", {engine}; set it to 1': self.tensor_parallel > 1 and self.engine != "vllm",
-        }
+    def _problems(self) -> Iterator[str]:
+        rollout, but = self, f'and rollout.engine is "{self.engine}"'
+        uses_server = rollout.engine == "vllm_server"
+        if uses_server and not rollout.server_url.startswith(("http://", "https://")):
+            got = f'got "{rollout.server_url}"'
+            yield f'rollout.server_url: engine "vllm_server" needs http://HOST:PORT, {got}'
+        if rollout.steps_ahead and not uses_server:
+            yield f'{rollout.steps_ahead = } needs the engine "vllm_server", {but}; set it to 0'
+        if rollout.steps_ahead and rollout.resample_rounds:
+            yield (
+                f"{rollout.steps_ahead = } draws the next prompts before the rewards are there "
+                f"that {rollout.resample_rounds = } asks for; set one to 0"
+            )
+        if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
+            yield f'{rollout.tensor_parallel = } splits only the engine "vllm", {but}; set it to 1'
 
 
 class RewardConfig(_Section):
@@ -228,9 +229,7 @@ class LossConfig(_Section):
     """Ratios above 1 + clip_high are clipped."""
     clip_dual: float = Field(0.0, ge=0)
     """Dual clip: bound of the ratio where the advantage is negative; 0: none."""
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
-        "token-mean"
-    )
+    aggregation: _Aggregation = "token-mean"
     """How token losses become one number; denominators are global."""
     tis_cap: float = Field(2.0, ge=0)
     """Truncated importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
@@ -322,35 +321,46 @@ class Config(MeasureConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    def _problems(self) -> dict[str, bool]:
+    def _problems(self) -> Iterator[str]:
         data, rollout, reward, optim = self.data, self.rollout, self.reward, self.optim
         if self.score.ref_logprob != "auto":
             self.score.check_target(self.score.ref_logprob)
-        budget, longest = optim.tokens_per_microbatch, self.max_sequence_tokens - 1
-        mixed, trained = self.advantage.score_coef, self.score.loss_coef
-        dual, ahead = self.loss.clip_dual, rollout.steps_ahead
-        limit, penalty = rollout.max_new_tokens, reward.overlong_buffer
-        return {
-            f"optim.tokens_per_microbatch = {budget} is less than data.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {longest}; raise it to that": budget < longest,
-            "advantage.score_coef > 0 mixes in a score that score.loss_coef = 0 never trains; set "
-            "advantage.score_coef = 0 or train the score": mixed > 0 and trained == 0,
-            f"loss.clip_dual = {dual:g} would cut the gradient of every unlikely completion; set "
-            "it above 1, such as 3.0, or to 0 for no dual clip": 0 < dual <= 1,
-            "rollout.steps_ahead = 1 needs the correction loss.tis_cap, got 0; set it to 2.0": (
-                ahead > 0 and self.loss.tis_cap == 0
-            ),
-            f"data.eval_every = {data.eval_every} has nothing to evaluate; name held-out prompts "
-            "in data.eval or set data.eval_every = 0": data.eval_every > 0 and not data.eval,
-            'reward.overlong = "penalty" needs overlong_buffer from 1 to rollout.max_new_tokens = '
-            f"{limit}, got {penalty}": reward.overlong == "penalty" and not 0 < penalty <= limit,
-            f"optim.minibatches = {optim.minibatches} exceeds data.prompts_per_step = "
-            f"{data.prompts_per_step}, so that updates would be empty; lower it": (
-                optim.minibatches > data.prompts_per_step
-            ),
-            f"optim.warmup_steps = {optim.warmup_steps} exceeds optim.steps = {optim.steps}; "
-            "lower it or train for longer": optim.warmup_steps > optim.steps,
-        }
+        longest = self.max_sequence_tokens - 1
+        if optim.tokens_per_microbatch < longest:
+            yield (
+                f"{optim.tokens_per_microbatch = } is less than data.max_prompt_tokens + "
+                f"rollout.max_new_tokens = {longest}; raise it to that"
+            )
+        if self.advantage.score_coef > 0 and self.score.loss_coef == 0:
+            yield (
+                "advantage.score_coef > 0 mixes in a score that score.loss_coef = 0 never trains; "
+                "set advantage.score_coef = 0 or train the score"
+            )
+        if 0 < self.loss.clip_dual <= 1:
+            yield (
+                f"loss.clip_dual = {self.loss.clip_dual:g} would cut the gradient of every "
+                "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
+            )
+        if rollout.steps_ahead and self.loss.tis_cap == 0:
+            yield f"{rollout.steps_ahead = } needs the correction loss.tis_cap; set that to 2.0"
+        if data.eval_every > 0 and not data.eval:
+            yield (
+                f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "
+                "data.eval or set data.eval_every = 0"
+            )
+        buffer, limit = reward.overlong_buffer, rollout.max_new_tokens
+        if reward.overlong == "penalty" and not 0 < buffer <= limit:
+            yield (
+                'reward.overlong = "penalty" needs overlong_buffer from 1 to '
+                f"{rollout.max_new_tokens = }, got {buffer}"
+            )
+        if optim.minibatches > data.prompts_per_step:
+            yield (
+                f"{optim.minibatches = } exceeds {data.prompts_per_step = }, so that updates "
+                "would be empty; lower it"
+            )
+        if optim.warmup_steps > optim.steps:
+            yield f"{optim.warmup_steps = } exceeds {optim.steps = }; lower it or train for longer"
 
 
 parse_config = Config.parse
@@ -359,10 +369,8 @@ parse_config = Config.parse
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides and validate.
 
-    Override values are TOML; what does not parse as TOML is taken as a string.
-
-    Raises:
-        ConfigError: one sentence with the key's path, the nearest valid name and what to do.
+    Override values are TOML, or strings where they do not parse as TOML. A ConfigError names the
+    key, the nearest valid name and what to do.
     """
     data = read_toml(path)
     for override in overrides:
@@ -372,7 +380,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as TOML; `load_config` of it gives the same configuration."""
-    return tomli_w.dumps(config.model_dump(mode="python"))
+    return tomli_w.dumps(config.model_dump())
 
 
 def all_keys(kind: type[_Section] = Config) -> dict[str, str]:

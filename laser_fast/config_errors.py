@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# Below this similarity (difflib's ratio) a proposed name would be a guess.
-_CLOSE = 0.6
 # What older versions knew, and what to write today: a key, or a key with its value.
 _RENAMED = {"rollout.score=request": "rollout.score=inline"}
 
@@ -71,8 +69,7 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     location, value = first["loc"][:depth], first["input"]
     path = ".".join(map(str, location))
     is_missing = first["type"] == "missing" and first["loc"] == location
-    renamed = _RENAMED.get(path) or _RENAMED.get(f"{path}={value}")
-    if renamed:
+    if renamed := _RENAMED.get(path) or _RENAMED.get(f"{path}={value}"):
         return f'"{path}" has changed: write {renamed} instead'
     if first["type"] == "extra_forbidden":
         return _unknown(path, value, docs)
@@ -82,25 +79,23 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
         return f"the section [{path}] is missing; add it"
     if path not in docs:
         key = _keys(path, docs)[0]
-        return f'"{path}" is a section, got {_shown(value)}; set its keys instead, such as {key}'
+        return f'"{path}" is a section, got {value!r:.60}; set its keys instead, such as {key}'
     about = f" ({docs[path].split('. ')[0].rstrip('.')})"
     if is_missing:
         return f'"{path}" is missing; set it{about}'
     expected = " or ".join(_expected(p) for p in problems if p["loc"][:depth] == location)
-    return f'"{path}": expected {expected}, got {_shown(value)}{about}'
+    return f'"{path}": expected {expected}, got {value!r:.60}{about}'
 
 
 def _unknown(path: str, value: Any, docs: Mapping[str, str]) -> str:
     section, _, name = path.rpartition(".")
     if not section and isinstance(value, dict):
         sections = list(dict.fromkeys(key.partition(".")[0] for key in docs if "." in key))
-        nearest = _nearest(name, sections)
-        if nearest:
+        if nearest := _nearest(name, sections):
             return f"unknown section [{name}]: rename it to [{nearest}] or remove it"
         return f"unknown section [{name}]: remove it; the sections are {', '.join(sections)}"
     own = _keys(section, docs)
-    nearest = _nearest(name, own) or _nearest(name, docs)
-    if nearest:
+    if nearest := _nearest(name, own) or _nearest(name, docs):
         return f'unknown key "{path}": rename it to "{nearest}" or remove it'
     names = ", ".join(sorted(own, key=lambda key: -_likeness(name, key)))
     return f'unknown key "{path}": remove it or choose one of these, nearest first: {names}'
@@ -116,20 +111,15 @@ def _expected(problem: Mapping[str, Any]) -> str:
     return f"a number {text}" if is_bound else text[:1].lower() + text[1:]
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _keys(section: str, docs: Mapping[str, str]) -> Sequence[str]:
     """Keys of a section; of the top level for an empty name."""
     return [key for key in docs if key.rpartition(".")[0] == section]
 
 
 def _nearest(name: str, keys: Iterable[str]) -> str | None:
-    """The key that is meant, if one is close enough."""
+    """The key that is meant; less like the name, it would be a guess."""
     nearest = max(keys, key=lambda key: _likeness(name, key))
-    return nearest if _likeness(name, nearest) >= _CLOSE else None
+    return nearest if _likeness(name, nearest) >= 0.6 else None
 
 
 def _likeness(name: str, key: str) -> float:

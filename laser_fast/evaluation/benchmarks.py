@@ -21,36 +21,25 @@ PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One set of problems.
+    """One set of problems; most fields are named like the configuration's keys.
 
-    `source` is a local file or a hub data set. Empty fields and `reward_kind` leave the choice to
-    the configuration, which may also change the wording and the lengths.
+    `source` is a local file or a hub data set. Empty fields and `kind`, of the reward, leave the
+    choice to the configuration, which may also change the wording and the lengths.
     """
 
     name: str
     source: str
     prompt_field: str = ""
     answer_field: str = ""
-    reward_kind: str = ""
+    kind: str = ""
     samples: int = 8
-    split: str = "test"
+    eval_split: str = "test"
     template: str = "chat"
     prompt_suffix: str = PROMPT_SUFFIX
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 8192
 
 
-_SANDBOX = Benchmark(
-    "sandbox",
-    "",  # the command line makes the file
-    "problem",
-    "answer",
-    "sandbox",
-    template="{prompt}",
-    prompt_suffix="",
-    max_prompt_tokens=24,
-    max_new_tokens=48,
-)
 _NAMED = {
     benchmark.name: benchmark
     for benchmark in (
@@ -60,9 +49,11 @@ _NAMED = {
         Benchmark("aime25", "math-ai/aime25", "problem", "answer", "math", 32),
         Benchmark("olympiadbench", "math-ai/olympiadbench", "question", "final_answer", "math", 2),
         Benchmark("gsm8k", "openai/gsm8k:main", "question", "answer", "gsm8k"),
-        _SANDBOX,
+        # The command line makes its file.
+        Benchmark("sandbox", "", "problem", "answer", "sandbox", template="{prompt}",
+                  prompt_suffix="", max_prompt_tokens=24, max_new_tokens=48),
     )
-}
+}  # fmt: skip
 NAMES = tuple(_NAMED)
 # What the files of the authors call the question; the answer is always "answer".
 _FILE_PROMPT_FIELD = {"gsm8k": "question"}

@@ -15,18 +15,18 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from laser_fast.algorithm.score import WARN_TARGET
+from laser_fast.algorithm.score import WARN_TARGET, check_score_target
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.model.distributed import World, check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
-from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
 from laser_fast.records import Prompt
@@ -34,21 +34,12 @@ from laser_fast.rollout.engine import make_engine, make_sampling
 
 # The paper's beta; with c_ref near -23 the rule by itself would allow half of it.
 MIN_BETA = 0.1
-# Keys that have no effect on a calibration, and what to use instead.
-GIVEN_ELSEWHERE = {
-    "score.token": "say --token",
-    "score.beta": "say --beta",
-    "score.ref_logprob": "it is what calibrate measures",
-    "data.prompts_per_step": "say --prompts",
-}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """log pi(z) over completions: of all, of one template, or of one EOS token."""
+class Spread(NamedTuple):
+    """log pi(z) over completions."""
 
-    group: str
-    count: int
+    num: int
     mean: float
     std: float
     standard_error: float
@@ -56,29 +47,46 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One token with its spreads, "all" first, and the rule's beta, which may be infinite."""
+    """One token with its spreads: over "all" completions first, then by template and by EOS."""
 
     token: str
     token_id: int
-    spreads: tuple[Spread, ...]
-    beta: float
+    spreads: dict[str, Spread]
 
     @property
     def ref_logprob(self) -> float:
         """c_ref."""
-        return self.spreads[0].mean
+        return self.spreads["all"].mean
 
     @property
-    def noise(self) -> float:
-        """Standard deviation of an untrained model's score at that beta."""
-        return self.beta * self.spreads[0].std if math.isfinite(self.beta) else math.inf
+    def beta(self) -> float:
+        """The rule's beta, which may be infinite."""
+        return propose_beta(self.ref_logprob)
+
+    def noise(self, beta: float) -> float:
+        """Standard deviation of an untrained model's score."""
+        return beta * self.spreads["all"].std if math.isfinite(beta) else math.inf
+
+    def score(self, beta: float) -> dict[str, Any]:
+        """What belongs into a configuration; a ConfigError if this beta cannot be trained."""
+        if not math.isfinite(beta):
+            raise ConfigError(
+                f"no beta keeps the target c_ref + 1/beta below {WARN_TARGET:g}: even {self.token} "
+                f"has c_ref = {self.ref_logprob:.2f}; the score needs a token that the model never "
+                "expects"
+            )
+        try:
+            check_score_target(beta=beta, ref_logprob=self.ref_logprob)
+        except ValueError as error:
+            raise ConfigError(f"{self.token}: {error}") from None
+        return {"token": self.token, "beta": beta, "ref_logprob": round(self.ref_logprob, 3)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """Candidates from the least to the most noise, and how many completions were read."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: list[Candidate]
     num_completions: int
     num_finished: int
 
@@ -120,10 +128,9 @@ def calibrate(
             config.model.path, score_token=token, model_config=model_config
         )
         tokenizer, special = vocabulary.tokenizer, vocabulary.special
-        tokens = {} if token is None else {token: special.score_token_id}
-        tokens = tokens or reserved_tokens(
-            tokenizer, special.eos_token_ids, num_rows=model_config.vocab_size
-        )
+        tokens = reserved_tokens(tokenizer, special.eos_token_ids, num_rows=model_config.vocab_size)
+        if token is not None:
+            tokens = {token: special.score_token_id}
         rows = open_rows(data.source, split=config.data.eval_split)
         drawn: list[tuple[str, Prompt]] = []
         for wording in wordings:
@@ -135,7 +142,6 @@ def calibrate(
             drawn.extend((wording.template, prompt) for prompt in found)
         own = drawn[world.rank :: world.size]
         readings = _measure(own, list(tokens.values()), config, vocabulary, samples, world)
-        readings = world.gather(readings)
     return rank_candidates(readings, tokens) if world.is_main else None
 
 
@@ -147,25 +153,22 @@ def _measure(
     samples: int,
     world: World,
 ) -> list[Reading]:
-    """Completions of this rank's prompts, with the candidates' log-probs after EOS. Collective."""
+    """All ranks' completions, with the candidates' log-probs after EOS; this one has `prompts`."""
     sampling = make_sampling(config, "calibrate", group_size=samples, needs_score=False)
     policy = build_policy(config.model, world)
     with closing(make_engine(config, policy, vocabulary.special)) as engine:
         engine.sync(policy.stream_weights(world.device))
         groups = engine.generate([prompt for _, prompt in prompts], sampling)
-    packer = Packer(
-        budget=max(config.optim.tokens_per_microbatch, config.max_sequence_tokens),
-        score_token_id=vocabulary.special.score_token_id,
-        temperature=1.0,
-        device=world.device,
-        agree=world.max,
-    )
-    members = [(group.prompt, c) for group in groups for c in group.completions]
-    ended = [prompt.prompt_ids + c.completion_ids for prompt, c in members if c.is_finished]
-    found = iter(last_token_logprobs(policy, ended, packer, token_ids).tolist())
-    templates = [template for template, _ in prompts for _ in range(samples)]
+    rows = [
+        (template, prompt, completion)
+        for (template, prompt), group in zip(prompts, groups, strict=True)
+        for completion in group.completions
+    ]
+    ended = [prompt.prompt_ids + c.completion_ids for _, prompt, c in rows if c.is_finished]
+    budget = config.optim.tokens_per_microbatch
+    found = iter(last_token_logprobs(policy, ended, token_ids, world, budget=budget).tolist())
     name = vocabulary.tokenizer.convert_ids_to_tokens
-    return [
+    readings = [
         Reading(
             template=template,
             prompt_id=prompt.prompt_id,
@@ -173,8 +176,9 @@ def _measure(
             completion_ids=c.completion_ids,
             logprobs=next(found) if c.is_finished else None,
         )
-        for template, (prompt, c) in zip(templates, members, strict=True)
+        for template, prompt, c in rows
     ]
+    return world.gather(readings)
 
 
 def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calibration:
@@ -198,22 +202,18 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
     written = {token_id for row in rows for token_id in row.completion_ids}
     candidates = []
     for c, (token, token_id) in enumerate(tokens.items()):
-        if token_id in written:
-            continue
-        spreads = tuple(
-            spread(name, logprobs[members, c], prompt_ids[members])
+        spreads = {
+            name: spread(logprobs[members, c], prompt_ids[members])
             for name, members in groups.items()
             # With one template or one EOS token, that group is everything again.
             if name == "all" or len(members) < len(finished)
-        )
-        beta = propose_beta(spreads[0].mean)
-        candidates.append(Candidate(token=token, token_id=token_id, spreads=spreads, beta=beta))
+        }
+        if token_id not in written:
+            candidates.append(Candidate(token=token, token_id=token_id, spreads=spreads))
     if not candidates:
         raise ConfigError("every reserved token occurs in completions; name one with --token")
-    candidates.sort(key=lambda candidate: candidate.noise)
-    return Calibration(
-        candidates=tuple(candidates), num_completions=len(rows), num_finished=len(finished)
-    )
+    candidates.sort(key=lambda candidate: candidate.noise(candidate.beta))
+    return Calibration(candidates=candidates, num_completions=len(rows), num_finished=len(finished))
 
 
 def propose_beta(ref_logprob: float) -> float:
@@ -227,7 +227,7 @@ def propose_beta(ref_logprob: float) -> float:
     return max(round(digits * 10**exponent, 12), MIN_BETA)
 
 
-def spread(group: str, logprobs: NDArray[np.float64], clusters: ArrayLike) -> Spread:
+def spread(logprobs: NDArray[np.float64], clusters: ArrayLike) -> Spread:
     """Mean, standard deviation and clustered standard error of log-probs [N].
 
     se^2 = P / (P - 1) sum_p (sum_{i in p} (x_i - mean))^2 / N^2 over P clusters; nan for one.
@@ -237,10 +237,4 @@ def spread(group: str, logprobs: NDArray[np.float64], clusters: ArrayLike) -> Sp
     error = math.nan
     if len(sums) > 1:
         error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(logprobs)
-    return Spread(
-        group=group,
-        count=len(logprobs),
-        mean=float(logprobs.mean()),
-        std=float(logprobs.std()),
-        standard_error=error,
-    )
+    return Spread(len(logprobs), float(logprobs.mean()), float(logprobs.std()), error)

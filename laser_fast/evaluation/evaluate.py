@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of, check_golds
-from laser_fast.evaluation.rescore import Conclusion, finish_evaluation
+from laser_fast.evaluation.rescore import finish_evaluation
 from laser_fast.evaluation.settings import known_ref_logprob
-from laser_fast.evaluation.statistics import DEFAULTS, ReportOptions
+from laser_fast.evaluation.statistics import ReportOptions
 from laser_fast.log.samples import to_records
 from laser_fast.model.distributed import World, check_world, open_world
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
@@ -39,6 +37,10 @@ logger = logging.getLogger(__name__)
 # Completions of a chunk per rank, in rounds of rollout.max_num_seqs. vLLM admits sequences as
 # others end, so it wants many; the hf engine works round by round anyway.
 _ROUNDS = {"hf": 1, "vllm": 16, "vllm_server": 16}
+_DOUBTS = {
+    "golds_rejected": "%s: %d golds do not equal themselves, so no answer is right: %s",
+    "golds_unreadable": "%s: %d golds equal no other form of the right answer: %s",
+}
 
 Progress = Callable[[str, int, int], None]  # benchmark, problems done, problems
 
@@ -50,34 +52,30 @@ class _Task:
     name: str
     config: MeasureConfig
     samples: int
+    chunk: int  # problems that are sampled together and written together
     prompts: list[Prompt]
     settings: dict[str, Any]  # what decides the samples
     golds: dict[str, list[str]]  # ids of the problems whose gold is in doubt, on rank 0
-
-    def chunk(self, world: World) -> int:
-        """Problems that are sampled together and written together."""
-        rollout = self.config.rollout
-        completions = _ROUNDS[rollout.engine] * rollout.max_num_seqs * world.size
-        return max(completions // self.samples, 1)
 
 
 def run_evaluation(
     measured: Sequence[tuple[Benchmark, MeasureConfig]],
     out: Path,
+    report: ReportOptions,
     *,
     samples: int | None = None,
     limit: int = 0,
     needs_score: bool = True,
     overwrite: bool = False,
-    report: ReportOptions = DEFAULTS,
     on_progress: Progress = lambda *_: None,
-) -> Conclusion | None:
+) -> EvalFolder | None:
     """Evaluate a model on benchmarks into the folder `out`; see `laser-fast eval --help`.
 
     Each benchmark comes with its configuration, all of the same model. All ranks but the first
     return None. A ConfigError names what does not fit, or says that the output is taken.
     """
-    counts = _count_samples([benchmark for benchmark, _ in measured], samples, report)
+    measured = [(replace(b, samples=samples or b.samples), config) for b, config in measured]
+    _check([benchmark for benchmark, _ in measured], max(report.ks or (1,)))
     configs = [config for _, config in measured]
     if needs_score:
         known_ref_logprob(configs[0].score)
@@ -95,10 +93,8 @@ def run_evaluation(
                 longest.model.path, score_token=token, model_config=model_config
             )
             part = _Part(world, vocabulary, graders, folder, needs_score, on_progress)
-            tasks = [part.prepare(b, config, counts[b.name], limit) for b, config in measured]
+            tasks = [part.prepare(benchmark, config, limit) for benchmark, config in measured]
             if world.is_main:
-                for task in tasks:
-                    _warn(task)
                 folder.prepare(_settings(tasks, vocabulary, needs_score), overwrite=overwrite)
             world.barrier()
             starts = [(task, part.count_done(task)) for task in tasks]
@@ -125,38 +121,46 @@ class _Part:
     needs_score: bool
     on_progress: Progress
 
-    def prepare(
-        self, benchmark: Benchmark, config: MeasureConfig, samples: int, limit: int
-    ) -> _Task:
+    def prepare(self, benchmark: Benchmark, config: MeasureConfig, limit: int) -> _Task:
         """Load the problems and look at their golds, before the model is loaded."""
-        reward, tokenizer = config.reward, self.vocabulary.tokenizer
+        name, samples = benchmark.name, benchmark.samples
+        rollout, reward = config.rollout, config.reward
         rows = open_rows(benchmark.source, split=config.data.eval_split)
-        source = PromptSource(config.data, tokenizer, rows, name=benchmark.name, limit=limit)
+        source = PromptSource(config.data, self.vocabulary.tokenizer, rows, name=name, limit=limit)
         prompts = source.all()
         settings = {
             "source": benchmark.source,
             "samples": samples,
-            "max_new_tokens": config.rollout.max_new_tokens,
+            "max_new_tokens": rollout.max_new_tokens,
             "reward": reward.kind,
             "format_gate": reward.format_gate,
             "num_prompts": len(prompts),
             "num_dropped": source.num_dropped,
             "prompts": _digest(prompts),
         }
-        golds = {}
+        golds: dict[str, list[str]] = {}
         if self.world.is_main:
-            answers, grader = [prompt.answer for prompt in prompts], self.graders.of(reward)
-            rejected, unreadable = check_golds(answers, kind=reward.kind, grader=grader)
-            golds["golds_rejected"] = [prompts[i].prompt_id for i in rejected]
-            golds["golds_unreadable"] = [prompts[i].prompt_id for i in unreadable]
-        return _Task(benchmark.name, config, samples, prompts, settings, golds)
+            golds = check_golds(prompts, kind=reward.kind, grader=self.graders.of(reward))
+            repeated = len(prompts) - len({prompt.text for prompt in prompts})
+            for count, fault in (
+                (source.num_dropped, "over-long problems are left out"),
+                (repeated, "problems repeat an earlier one and count again"),
+            ):
+                if count:
+                    logger.warning("%s: %d %s", name, count, fault)
+            for key, ids in golds.items():
+                if ids:
+                    logger.warning(_DOUBTS[key], name, len(ids), ", ".join(ids[:5]))
+        chunk = max(_ROUNDS[rollout.engine] * rollout.max_num_seqs * self.world.size // samples, 1)
+        return _Task(name, config, samples, chunk, prompts, settings, golds)
 
     def count_done(self, task: _Task) -> int:
         """Problems whose samples the folder holds; the rest of a chunk is dropped. Collective."""
-        done = 0
+        done, ids = 0, [prompt.prompt_id for prompt in task.prompts]
         if self.world.is_main:
-            ids, chunk = [prompt.prompt_id for prompt in task.prompts], task.chunk(self.world)
-            done = self.folder.keep_whole_chunks(task.name, ids, size=task.samples, chunk=chunk)
+            done = self.folder.keep_whole_chunks(
+                task.name, ids, size=task.samples, chunk=task.chunk
+            )
         return self.world.max(done)
 
     def sample(self, task: _Task, done: int, engine: Engine) -> None:
@@ -164,57 +168,33 @@ class _Part:
         config, world, total = task.config, self.world, len(task.prompts)
         group_size, needs_score = task.samples, self.needs_score
         sampling = make_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
-        # The scores are written when all samples are there, and c_ref is known.
-        score_token_id = self.vocabulary.special.score_token_id
-        score = SelfScore(token_id=score_token_id, beta=config.score.beta, ref_logprob=math.nan)
-        grader, chunk = self.graders.of(config.reward), task.chunk(world)
+        decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
         self.on_progress(task.name, done, total)
-        for start in range(done, total, chunk):
-            prompts = task.prompts[start : start + chunk]
+        for start in range(done, total, task.chunk):
+            prompts = task.prompts[start : start + task.chunk]
             groups = engine.generate(prompts[world.rank :: world.size], sampling)
-            decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
-            groups = grade_groups(grader, groups, decode)
-            records = to_records(groups, decode=decode, score=score, extract=extract)
-            records = world.gather(records)
+            groups = grade_groups(self.graders.of(config.reward), groups, decode)
+            # They get their scores when all samples are there, and c_ref is known.
+            records = world.gather(to_records(groups, decode=decode, extract=extract))
             if world.is_main:
                 place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
                 records.sort(key=lambda record: (place[record.prompt_id], record.sample))
                 self.folder.append(task.name, records)
-                self.on_progress(task.name, min(start + chunk, total), total)
+                self.on_progress(task.name, min(start + task.chunk, total), total)
 
 
-def _count_samples(
-    benchmarks: Sequence[Benchmark], samples: int | None, report: ReportOptions
-) -> dict[str, int]:
-    """Samples per problem of each benchmark, if they can be told apart and suffice."""
+def _check(benchmarks: Sequence[Benchmark], k: int) -> None:
+    """Refuse benchmarks that cannot be told apart, or have fewer than k samples per problem."""
     if not benchmarks:
         raise ConfigError("name at least one --benchmark")
-    counts: dict[str, int] = {}
-    for benchmark in benchmarks:
-        name, count, k = benchmark.name, samples or benchmark.samples, max(report.ks or (1,))
-        if name in counts:
+    for place, (name, count) in enumerate((b.name, b.samples) for b in benchmarks):
+        if name in (benchmark.name for benchmark in benchmarks[:place]):
             raise ConfigError(f'two benchmarks are called "{name}"; evaluate them apart')
         if k > count:
             raise ConfigError(
                 f"--k {k} needs as many samples, and {name} gets {count}; raise --samples or "
                 "lower --k"
             )
-        counts[name] = count
-    return counts
-
-
-def _warn(task: _Task) -> None:
-    repeated = len(task.prompts) - len({prompt.text for prompt in task.prompts})
-    rejected, unreadable = task.golds["golds_rejected"], task.golds["golds_unreadable"]
-    first = [", ".join(ids[:5]) for ids in (rejected, unreadable)]
-    for count, fault in (
-        (task.settings["num_dropped"], "over-long problems are left out"),
-        (repeated, "problems repeat an earlier one and count again"),
-        (len(rejected), f"golds do not equal themselves, so no answer is right: {first[0]}"),
-        (len(unreadable), f"golds equal no other form of the right answer: {first[1]}"),
-    ):
-        if count:
-            logger.warning("%s: %d %s", task.name, count, fault)
 
 
 def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool) -> dict[str, Any]:

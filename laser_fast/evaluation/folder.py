@@ -31,13 +31,13 @@ class EvalFolder:
         """Completions of one benchmark."""
         return self.path / benchmark / "samples.jsonl"
 
-    def plots(self, benchmark: str) -> Path:
-        """Plots of one benchmark."""
-        return self.path / benchmark / "plots.png"
-
     def read_settings(self) -> dict[str, Any]:
         """What decided the samples; empty where nothing says."""
         return read_json(self.settings) if self.settings.is_file() else {}
+
+    def read_report(self) -> dict[str, Any]:
+        """All numbers of a finished evaluation."""
+        return read_json(self.report)
 
     def refuse_finished(self) -> None:
         """Raise a ConfigError if the folder holds a report."""
@@ -96,15 +96,16 @@ class EvalFolder:
 
     def _clear(self) -> None:
         """Remove an earlier evaluation, and nothing else."""
+        if not self.settings.is_file():
+            return
         for name in self.read_settings().get("benchmarks", ()):
-            for path in (self.samples(name), self.plots(name)):
+            for path in (self.samples(name), self.path / name / "plots.png"):
                 path.unlink(missing_ok=True)
-            folder = self.samples(name).parent
+            folder = self.path / name
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        if self.settings.exists():
-            self.report.unlink(missing_ok=True)
-            self.settings.unlink()
+        self.report.unlink(missing_ok=True)
+        self.settings.unlink()
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -112,13 +113,8 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     # Benchmarks last: a seed or a length, say, changes their entries too.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "benchmarks", key)):
         if key not in ("score", "golds") and before.get(key) != now.get(key):
-            was, wanted = (_short(settings.get(key)) for settings in (before, now))
+            was, wanted = (json.dumps(settings.get(key)) for settings in (before, now))
             raise ConfigError(
-                f"{path} was begun with another {key}: {was} against {wanted}; choose another "
-                "--out or --overwrite it"
+                f"{path} was begun with another {key}: {was:.120} against {wanted:.120}; choose "
+                "another --out or --overwrite it"
             )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

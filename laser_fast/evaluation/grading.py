@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from laser_fast.algorithm.score import is_correct
 from laser_fast.config import RewardConfig
+from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rewards.gsm8k import last_number
@@ -58,16 +60,18 @@ def answer_of(kind: str) -> Callable[[str], str | None]:
     return answer
 
 
-def check_golds(golds: Sequence[str], *, kind: str, grader: Grader) -> tuple[list[int], list[int]]:
+def check_golds(prompts: Sequence[Prompt], *, kind: str, grader: Grader) -> dict[str, list[str]]:
     r"""Grade every gold, in a \boxed{}, against itself, and a wrong answer against every gold.
 
-    Returns the indices of golds that are rejected, not even equal to themselves, so that no answer
-    can be right; and of golds that are unreadable, since they match only the very same text, so
-    that any other right answer fails to be graded and is dropped.
+    Returns the ids of "golds_rejected", not even equal to themselves, so that no answer can be
+    right; and of "golds_unreadable", which match only the very same text, so that any other right
+    answer fails to be graded and is dropped.
     """
-    extract = answer_of(kind)
-    boxed = [rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds]
-    own = grader.grade(boxed, list(golds))
-    wrong = grader.grade([rf"\boxed{{{_NOBODY}}}"] * len(golds), list(golds))
-    rejected = [i for i, reward in enumerate(own) if reward is None or reward <= 0.5]
-    return rejected, [i for i, reward in enumerate(wrong) if reward is None]
+    golds, extract = [prompt.answer for prompt in prompts], answer_of(kind)
+    own = grader.grade([rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds], golds)
+    wrong = grader.grade([rf"\boxed{{{_NOBODY}}}"] * len(golds), golds)
+    found = list(zip(prompts, own, wrong, strict=True))
+    return {
+        "golds_rejected": [p.prompt_id for p, reward, _ in found if not is_correct(reward or 0.0)],
+        "golds_unreadable": [p.prompt_id for p, _, reward in found if reward is None],
+    }

@@ -7,48 +7,29 @@ from samples that exist.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, RewardConfig, ScoreConfig, apply_override
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.grading import Graders, answer_of
-from laser_fast.evaluation.statistics import (
-    DEFAULTS,
-    Report,
-    ReportOptions,
-    SameAnswer,
-    average,
-    build_report,
-)
+from laser_fast.evaluation.statistics import ReportOptions, SameAnswer, average, build_report
 from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
     SampleRecord,
     group_by_prompt,
     read_samples,
-    rescore,
+    scored,
     write_samples,
 )
 from laser_fast.rewards import Grader
 
-# What the report says of a benchmark besides its numbers.
-_KNOWN = ("source", "reward", "num_dropped")
-
-
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """A finished evaluation: its folder and the content of report.json."""
-
-    folder: EvalFolder
-    report: dict[str, Any]
-
 
 def finish_evaluation(
     folder: EvalFolder, *, options: ReportOptions, same_answer: SameAnswer
-) -> Conclusion:
+) -> EvalFolder:
     """Score all samples and write the report, which comes last and marks the end.
 
     Without a score in the folder's settings the recorded ones stay.
@@ -56,41 +37,39 @@ def finish_evaluation(
     settings = folder.read_settings()
     samples = {name: read_samples(folder.samples(name)) for name in settings["benchmarks"]}
     content: dict[str, Any] = {}
-    wanted = settings["score"]
-    if wanted is not None:
-        is_measured = wanted["ref_logprob"] == "auto"
-        ref_logprob = _mean_logprob(samples) if is_measured else wanted["ref_logprob"]
-        # The log-probs were read long ago: which token they are of no longer matters.
-        score = SelfScore(token_id=-1, beta=wanted["beta"], ref_logprob=ref_logprob)
+    if score := settings["score"]:
+        is_measured = score["ref_logprob"] == "auto"
+        ref_logprob = _mean_logprob(samples) if is_measured else score["ref_logprob"]
         for name, records in samples.items():
-            samples[name] = rescore(records, score)
+            samples[name] = scored(records, beta=score["beta"], ref_logprob=ref_logprob)
             write_samples(folder.samples(name), samples[name])
         measured = {"ref_logprob": ref_logprob, "ref_logprob_is_measured": is_measured}
-        content["score"] = {"token": None, **wanted, **measured}
-    reports: dict[str, Report] = {}
+        content["score"] = {"token": None, **score, **measured}
+    reports: dict[str, Any] = {}
     draws = []
     for name, records in samples.items():
         report, drawn = build_report(records, name=name, same_answer=same_answer, options=options)
-        known = {k: v for k, v in settings["benchmarks"][name].items() if k in _KNOWN}
+        known = settings["benchmarks"][name]
+        known = {key: known[key] for key in ("source", "reward", "num_dropped") if key in known}
         reports[name] = {**known, **settings["golds"].get(name, {}), **report}
         draws.append(drawn)
     content["benchmarks"] = reports
     if len(reports) > 1:
         content["average"] = average(list(reports.values()), draws)
     replace_text(folder.report, to_text(content))
-    return Conclusion(folder, content)
+    return folder
 
 
 def rescore_evaluation(
     source: Path,
     out: Path,
+    report: ReportOptions,
     *,
     beta: float | None = None,
     ref_logprob: str | None = None,
     reward: str | None = None,
     overwrite: bool = False,
-    report: ReportOptions = DEFAULTS,
-) -> Conclusion:
+) -> EvalFolder:
     """Write a second evaluation folder `out` from the samples of a first, or one samples.jsonl.
 
     None keeps the beta, the c_ref (a number or "auto") and the rewards of the samples. A

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
@@ -28,26 +28,19 @@ from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.log.jsonl import to_line
-from laser_fast.model.distributed import World, check_world, open_world
+from laser_fast.model.distributed import check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
-from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Pairs that a rank packs together: enough for full microbatches, few enough to stream large files.
 _CHUNK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreTotals:
-    """How many pairs were scored, and how many were not, by reason."""
-
-    num_scored: int
-    unscored: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
+class _Pair(NamedTuple):
     """Prompt, response and EOS as ids; or the reason why there is nothing to read."""
 
     ids: tuple[int, ...]
@@ -61,10 +54,11 @@ def score_pairs(
     *,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> ScoreTotals | None:
+) -> dict[str, int] | None:
     """Score every line of `source` and write `out`, whole or not at all.
 
-    All ranks but the first return None. A ConfigError names what does not fit.
+    Returns how many lines were "scored", and how many were not, by reason; None on all ranks but
+    the first. A ConfigError names what does not fit.
     """
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; name a file")
@@ -77,8 +71,8 @@ def score_pairs(
     if source.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{source}: expected a .jsonl or .json file")
     rows = open_rows(str(source), split="")
-    partial = out.with_name(f".{out.name}.partial")
-    counts: Counter[str | None] = Counter()
+    unfinished = out.with_name(f".{out.name}.partial")
+    counts: Counter[str] = Counter(scored=0)
     with open_world() as world:
         check_world(config, world.size)
         model_config = load_model_config(config.model)
@@ -87,122 +81,88 @@ def score_pairs(
         )
         token_id = vocabulary.special.score_token_id
         score = SelfScore(token_id=token_id, beta=config.score.beta, ref_logprob=ref_logprob)
-        read = _PairReader(
-            config.data,
-            vocabulary,
-            max_tokens=model_config.max_position_embeddings,
-            num_ids=model_config.vocab_size,
-        )
+        read = partial(_read, data=config.data, vocabulary=vocabulary, model_config=model_config)
         # A bad line is found before the model is loaded.
-        lengths = [len(read(row).ids) for row in rows.read({})]
-        if not lengths:
+        num_pairs = sum(1 for _ in map(read, rows.read({})))
+        if not num_pairs:
             raise ConfigError(f"{source}: no pairs to score")
-        policy = build_policy(config.model, world)
-        packer = Packer(
-            budget=max(config.optim.tokens_per_microbatch, *lengths),
-            score_token_id=token_id,
-            temperature=1.0,
-            device=world.device,
-            agree=world.max,
-        )
+        policy, budget = build_policy(config.model, world), config.optim.tokens_per_microbatch
         lines = rows.read({})
         while chunk := list(islice(lines, _CHUNK * world.size)):
             pairs, done = [read(row) for row in chunk], counts.total()
-            logprobs = _logprobs(pairs, policy, packer, world)
+            readable = [i for i, pair in enumerate(pairs) if pair.reason is None]
+            own = readable[world.rank :: world.size]
+            sequences = [pairs[i].ids for i in own]
+            found = last_token_logprobs(policy, sequences, [token_id], world, budget=budget)
+            logprobs = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
             if world.is_main:
-                with open(partial, "a" if done else "w", encoding="utf-8") as file:
-                    for (_, row), pair, logprob in zip(chunk, pairs, logprobs, strict=True):
+                with open(unfinished, "a" if done else "w", encoding="utf-8") as file:
+                    for i, ((_, row), pair) in enumerate(zip(chunk, pairs, strict=True)):
+                        logprob = logprobs.get(i)
                         value = None if logprob is None else score.of(logprob)
-                        found = {"score_logprob": logprob, "score": value, "reason": pair.reason}
-                        file.write(to_line({**row, **found}))
-            counts.update(pair.reason for pair in pairs)
-            on_progress(source.name, counts.total(), len(lengths))
+                        line = {"score_logprob": logprob, "score": value, "reason": pair.reason}
+                        file.write(to_line({**row, **line}))
+            counts.update(pair.reason or "scored" for pair in pairs)
+            on_progress(source.name, counts.total(), num_pairs)
     if not world.is_main:
         return None
-    os.replace(partial, out)
-    num_scored = counts.pop(None, 0)
-    return ScoreTotals(num_scored, {str(reason): count for reason, count in counts.items()})
+    os.replace(unfinished, out)
+    return dict(counts)
 
 
-def _logprobs(
-    pairs: Sequence[_Pair], policy: Policy, packer: Packer, world: World
-) -> list[float | None]:
-    """Score log-probs of all pairs, in order; the ranks share them. Collective."""
-    readable = [i for i, pair in enumerate(pairs) if pair.reason is None]
-    own = readable[world.rank :: world.size]
-    sequences = [pairs[i].ids for i in own]
-    found = last_token_logprobs(policy, sequences, packer, [packer.score_token_id])
-    read = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
-    return [read.get(i) for i in range(len(pairs))]
-
-
-@dataclass(frozen=True, slots=True)
-class _PairReader:
-    """Turns a row into ids; a ConfigError names file, line and field of what is missing or broken.
-
-    `max_tokens` is the longest pair that can be read, `num_ids` the rows of the model's head.
-    """
-
-    data: PromptConfig
-    vocabulary: Vocabulary
-    max_tokens: int
-    num_ids: int
-
-    def __call__(self, row: Row) -> _Pair:
-        place, fields = row
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{place}: expected an object, got {type(fields).__name__}")
-        prompt = self._part(place, fields, "prompt", "prompt_ids")
-        response = self._part(place, fields, "response", "completion_ids")
-        ids = self._prompt_ids(place, prompt) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise ConfigError(f"{place}: the prompt has no token")
-        completion_ids = self._completion_ids(response) if isinstance(response, str) else response
-        eos_token_ids = self.vocabulary.special.eos_token_ids
-        if set(completion_ids) <= set(eos_token_ids):
-            return _Pair((), "empty")
-        if completion_ids[-1] not in eos_token_ids or fields.get("finish_reason") == "length":
-            return _Pair((), "truncated")
-        ids += completion_ids
-        return _Pair(ids) if len(ids) <= self.max_tokens else _Pair((), "too long")
-
-    def _part(
-        self, place: str, fields: dict[str, Any], text: str, ids: str
-    ) -> str | tuple[int, ...]:
-        """The ids of a prompt or a response, or its text where there are none."""
-        if text not in fields and ids not in fields:
-            raise ConfigError(
-                f'{place}: expected the field "{text}" or "{ids}", the fields are '
-                f"{', '.join(fields)}"
-            )
-        value = fields.get(ids, fields.get(text))
-        if ids not in fields:
-            if isinstance(value, str):
-                return value
-            raise ConfigError(f'{place}: field "{text}": expected text, got {type(value).__name__}')
-        if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
-            raise ConfigError(f'{place}: field "{ids}": expected a list of token ids')
-        if any(not 0 <= token_id < self.num_ids for token_id in value):
-            raise ConfigError(
-                f'{place}: field "{ids}": expected ids below {self.num_ids}, got {max(value)} at '
-                "the most; they are of another tokenizer"
-            )
-        return tuple(value)
-
-    def _prompt_ids(self, place: str, text: str) -> tuple[int, ...]:
-        tokenizer, is_chat = self.vocabulary.tokenizer, self.data.template == "chat"
+def _read(
+    row: Row, data: PromptConfig, vocabulary: Vocabulary, model_config: PreTrainedConfig
+) -> _Pair:
+    """A row as ids; a ConfigError names file, line and field of what is missing or broken."""
+    place, fields = row
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{place}: expected an object, got {type(fields).__name__}")
+    tokenizer, eos_token_ids = vocabulary.tokenizer, vocabulary.special.eos_token_ids
+    prompt = _part(place, fields, "prompt", "prompt_ids", model_config.vocab_size)
+    response = _part(place, fields, "response", "completion_ids", model_config.vocab_size)
+    if isinstance(prompt, str):
+        is_chat = data.template == "chat"
         if is_chat and not tokenizer.chat_template:
             raise ConfigError(
                 f'{place}: data.template = "chat", but the tokenizer has no chat template; '
                 "give prompt_ids, or set data.template={prompt} for prompts already worded"
             )
-        worded = wording(self.data, tokenizer)(text + self.data.prompt_suffix)
-        return tuple(tokenizer(worded, add_special_tokens=not is_chat)["input_ids"])
+        worded = wording(data, tokenizer)(prompt + data.prompt_suffix)
+        prompt = tuple(tokenizer(worded, add_special_tokens=not is_chat)["input_ids"])
+    if not prompt:
+        raise ConfigError(f"{place}: the prompt has no token")
+    if isinstance(response, str):
+        response = tuple(tokenizer(response, add_special_tokens=False)["input_ids"])
+        if not {*response[-1:]} & {*eos_token_ids}:
+            eos = tokenizer.eos_token_id
+            response += (eos_token_ids[0] if eos is None else eos,)
+    if {*response} <= {*eos_token_ids}:
+        return _Pair((), "empty")
+    if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":
+        return _Pair((), "truncated")
+    ids = prompt + response
+    return _Pair(ids) if len(ids) <= model_config.max_position_embeddings else _Pair((), "too long")
 
-    def _completion_ids(self, text: str) -> tuple[int, ...]:
-        tokenizer, eos_token_ids = self.vocabulary.tokenizer, self.vocabulary.special.eos_token_ids
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if ids and ids[-1] in eos_token_ids:
-            return ids
-        eos = tokenizer.eos_token_id
-        return (*ids, eos_token_ids[0] if eos is None else eos)
+
+def _part(
+    place: str, fields: dict[str, Any], text: str, ids: str, num_ids: int
+) -> str | tuple[int, ...]:
+    """The ids of a prompt or a response, or its text where there are none."""
+    if text not in fields and ids not in fields:
+        names = ", ".join(fields)
+        raise ConfigError(
+            f'{place}: expected the field "{text}" or "{ids}", the fields are {names}'
+        )
+    value = fields.get(ids, fields.get(text))
+    if ids not in fields:
+        if isinstance(value, str):
+            return value
+        raise ConfigError(f'{place}: field "{text}": expected text, got {type(value).__name__}')
+    if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
+        raise ConfigError(f'{place}: field "{ids}": expected a list of token ids')
+    if any(not 0 <= token_id < num_ids for token_id in value):
+        raise ConfigError(
+            f'{place}: field "{ids}": expected ids below {num_ids}, got {max(value)} at the most; '
+            "they are of another tokenizer"
+        )
+    return tuple(value)

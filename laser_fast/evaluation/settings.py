@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,11 @@ from laser_fast.config import (
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import replace_text, to_text
 
+# What a configuration file may change of a benchmark, and what belongs to its rows.
+_PROTOCOL = (
+    "data.template", "data.prompt_suffix", "data.max_prompt_tokens", "rollout.max_new_tokens"
+)  # fmt: skip
+_ROWS = ("data.eval_split", "data.prompt_field", "data.answer_field", "reward.kind")
 _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
 # Keys of the sections that measuring shares with training, which only training reads.
@@ -48,11 +54,14 @@ _INSTEAD = {
     "rollout.score=off": "scores are read unless eval gets --no-score",
 }
 # Every key that no measurement reads, and what to use instead.
-_NOT_MEASURED = (
-    dict.fromkeys(all_keys(Config).keys() - all_keys(MeasureConfig).keys())
-    | dict.fromkeys(_UNREAD.split())
-    | _INSTEAD
-)
+_UNREAD_KEYS = {*_UNREAD.split(), *all_keys(Config).keys() - all_keys(MeasureConfig).keys()}
+_NOT_MEASURED = dict.fromkeys(_UNREAD_KEYS, "only training reads it") | _INSTEAD
+_NOT_CALIBRATED = {
+    "score.token": "say --token",
+    "score.beta": "say --beta",
+    "score.ref_logprob": "it is what calibrate measures",
+    "data.prompts_per_step": "say --prompts",
+}
 
 
 def build_config(
@@ -61,29 +70,25 @@ def build_config(
     *,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-    instead: Mapping[str, str] | None = None,
-    is_held_out: bool = True,
+    is_calibration: bool = False,
 ) -> MeasureConfig:
     """The configuration of one benchmark's measurement, sampled by the hf engine by default.
 
-    `instead` names further keys without effect, and what to use. With `is_held_out` the fields are
-    those of the file's own evaluation set, not of its training.
+    A calibration reads the fields of the file's training set, others those of its evaluation set.
     """
     _refuse_run_folder(model)
     typed: dict[str, Any] = {}
     for override in overrides:
         apply_override(typed, override)
     options = _dotted(typed)
-    advice = {**_NOT_MEASURED, **(instead or {})}
+    advice = _NOT_MEASURED | (_NOT_CALIBRATED if is_calibration else {})
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
-            raise ConfigError(
-                f"{given} has no effect here; {advice[given] or 'only training reads it'}"
-            )
-    values = {} if benchmark is None else _protocol_of(benchmark)
+            raise ConfigError(f"{given} has no effect here; {advice[given]}")
+    values = _of_benchmark(benchmark, _PROTOCOL)
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
-    values |= _of_file(config, is_held_out)
-    values |= {} if benchmark is None else _rows_of(benchmark)
+    values |= _of_file(config, is_calibration)
+    values |= {key: value for key, value in _of_benchmark(benchmark, _ROWS).items() if value}
     values |= {"model.path": model} | options
     if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
         values.pop("rollout.tensor_parallel", None)
@@ -132,31 +137,15 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
         ) from None
 
 
-def _protocol_of(benchmark: Benchmark) -> dict[str, Any]:
-    """What a configuration file may change."""
-    return {
-        "data.template": benchmark.template,
-        "data.prompt_suffix": benchmark.prompt_suffix,
-        "data.max_prompt_tokens": benchmark.max_prompt_tokens,
-        "rollout.max_new_tokens": benchmark.max_new_tokens,
-    }
+def _of_benchmark(benchmark: Benchmark | None, keys: Sequence[str]) -> dict[str, Any]:
+    found = {} if benchmark is None else asdict(benchmark)
+    return {key: found[key.partition(".")[2]] for key in keys if found}
 
 
-def _rows_of(benchmark: Benchmark) -> dict[str, Any]:
-    """What belongs to the rows, whatever a configuration file says."""
-    values = {
-        "data.eval_split": benchmark.split,
-        "data.prompt_field": benchmark.prompt_field,
-        "data.answer_field": benchmark.answer_field,
-        "reward.kind": benchmark.reward_kind,
-    }
-    return {key: value for key, value in values.items() if value}
-
-
-def _of_file(path: Path | None, is_held_out: bool) -> dict[str, Any]:
+def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
     """The keys of a file that a measurement reads."""
     values = {} if path is None else _dotted(read_toml(path))
-    for field in ("prompt_field", "answer_field") if is_held_out else ():
+    for field in () if is_calibration else ("prompt_field", "answer_field"):
         if own := values.get(f"data.eval_{field}"):
             values[f"data.{field}"] = own
     # A run has an engine of its own, and the c_ref that it measured is in the exported model.

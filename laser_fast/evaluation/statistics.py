@@ -25,11 +25,13 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from laser_fast.algorithm.verification import auroc, finished_rate, readings, reliability, verify
 from laser_fast.algorithm.vote import answer_classes, best_at_k, pass_at_k, powers_of_two, vote_at_k
 from laser_fast.log.jsonl import plain_value
+from laser_fast.log.metrics import RUN, VOTES, shown_at
 from laser_fast.log.samples import SampleRecord, group_by_prompt
 
 Report = dict[str, Any]
@@ -41,12 +43,6 @@ LEVEL = 0.95
 # Scores of a model that never trained them spread by .01-.02: as vote weights they are noise, and
 # those below 0 would silence their votes.
 MIN_SCORE_STD = 0.1
-_SUMMARY = (
-    "num_prompts", "samples_per_prompt", "num_failed_grades", "accuracy", "majority",
-    "weighted_majority", "best_of", "uses_scores", "score_std", "truncated", "mean_length",
-    "verification_accuracy", "tpr", "tnr", "f1", "auroc", "ece", "brier", "ece_corrected",
-    "brier_corrected", "mean_correct", "mean_incorrect",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +51,12 @@ class ReportOptions:
 
     `ks` defaults to 1, 2, 4, ... and the number of samples. `base_rate` is the pc of the
     class-prior correction, by default that of the benchmark's own finished samples, which knows
-    the answers. `seed` names the resamples and the subsets.
+    the answers.
     """
 
     ks: tuple[int, ...] | None = None
     base_rate: float | None = None
     num_resamples: int = NUM_RESAMPLES
-    seed: int = 0
-
-
-DEFAULTS = ReportOptions()
 
 
 def build_report(
@@ -72,7 +64,7 @@ def build_report(
     *,
     name: str = "",
     same_answer: SameAnswer | None = None,
-    options: ReportOptions = DEFAULTS,
+    options: ReportOptions = ReportOptions(),
 ) -> tuple[Report, Draws]:
     """Compute the report of one benchmark and the bootstrap draws behind its intervals.
 
@@ -80,9 +72,9 @@ def build_report(
     ones enters the k column with those it has. When the clipped scores of all finished completions
     spread by no more than `MIN_SCORE_STD`, they say nothing yet: `uses_scores` is False and
     `weighted_majority` is the plain one. Equal strings are one answer, others if `same_answer` says
-    so. `name` and the seed name the resamples, so that benchmarks of one size are drawn
-    independently and their mean has its own interval. Records that do not fit together, or a k
-    above the samples of a problem, raise ValueError.
+    so. `name` names the resamples, so that benchmarks of one size are drawn independently and
+    their mean has its own interval. Records that do not fit together, or a k above the samples of
+    a problem, raise ValueError.
     """
     problems = group_by_prompt(records)
     num_samples = len(problems[0])
@@ -98,11 +90,11 @@ def build_report(
     pooled = np.array([correct, ~finished, [r.num_tokens for r in graded]], np.float64)  # [3, N]
     scores = np.array([record.score for record in graded], np.float64)  # nan where not scored
     std = float(scores[finished].clip(0.0, 1.0).std()) if finished.any() else np.nan
-    weighs = std > MIN_SCORE_STD if _has_scores(records) else None
-    rows = [_problem_values(ballot, ks, same_answer, weighs, options.seed) for ballot in ballots]
+    has_scores, base_rate = _has_scores(records), options.base_rate
+    uses_scores = has_scores and std > MIN_SCORE_STD
+    rows = [_problem_values(b, ks, same_answer, has_scores, uses_scores) for b in ballots]
     table = np.array([list(row.values()) for row in rows])  # [P, S]
     is_known, table = np.isfinite(table), np.nan_to_num(table)
-    base_rate = options.base_rate
 
     def statistics(problems: NDArray[np.int64]) -> dict[str, float]:
         at = np.concatenate([members[i] for i in problems])
@@ -110,7 +102,7 @@ def build_report(
             means = table[problems].sum(0) / is_known[problems].sum(0)
         names = [*rows[0], "accuracy", "truncated", "mean_length"]
         values = dict(zip(names, [*means.tolist(), *pooled[:, at].mean(1).tolist()], strict=True))
-        if weighs is not None:
+        if has_scores:
             values |= verify(scores[at], correct[at], is_finished=finished[at], base_rate=base_rate)
         return values
 
@@ -121,24 +113,21 @@ def build_report(
             lambda problems: list(statistics(problems).values()),
             len(ballots),
             num_resamples=options.num_resamples,
-            seed=(options.seed, crc32(name.encode())),
+            seed=(0, crc32(name.encode())),
         )
         draws = dict(zip(values, drawn.reshape(-1, len(values)).T, strict=True))
+    stated = readings(scores, correct, finished, base_rate) if has_scores and graded else {}
     report = {
         "num_prompts": len(problems),
         "samples_per_prompt": num_samples,
         "num_failed_grades": len(records) - len(graded),
         "ks": list(ks),
-        "uses_scores": bool(weighs),
+        "uses_scores": uses_scores,
         "score_std": std,
         "base_rate": finished_rate(correct, finished) if base_rate is None else base_rate,
         "interval": LEVEL,
         "metrics": _entries(values, draws),
-        "reliability": {
-            suffix.lstrip("_") or "raw": _bins(p, correct)
-            for suffix, p in readings(scores, correct, finished, base_rate).items()
-            if weighs is not None and graded
-        },
+        "reliability": {name.lstrip("_") or "raw": _bins(p, correct) for name, p in stated.items()},
     }
     return plain_value(report), draws
 
@@ -156,10 +145,12 @@ def summarize(
     k = len(group_by_prompt(records)[0])
     options = ReportOptions(ks=(k,), num_resamples=0)
     report, _ = build_report(records, same_answer=same_answer, options=options)
-    values = {name: entry["value"] for name, entry in report["metrics"].items()}
-    rules = ("majority", "weighted_majority", "best_of")
-    at_k = {rule: values.get(f"{rule}@{k}") for rule in rules}
-    return {name: (report | values | at_k).get(name) for name in _SUMMARY}
+    sizes = ("num_prompts", "samples_per_prompt", "num_failed_grades", "uses_scores", "score_std")
+    summary = {name: report[name] for name in sizes}
+    for metric in shown_at(RUN):
+        key = f"{metric.name}@{k}" if metric in VOTES else metric.name
+        summary[metric.name] = report["metrics"].get(key, {}).get("value")
+    return summary
 
 
 def average(reports: Sequence[Report], draws: Sequence[Draws]) -> Report:
@@ -202,22 +193,22 @@ def _problem_values(
     ballot: Sequence[SampleRecord],
     ks: Sequence[int],
     same_answer: SameAnswer | None,
-    weighs: bool | None,
-    seed: int,
+    has_scores: bool,
+    uses_scores: bool,
 ) -> dict[str, float]:
-    """What one problem contributes to the means over problems; `weighs` is None without scores."""
+    """What one problem contributes to the means over problems."""
     classes = answer_classes([record.answer for record in ballot], same_answer)
     correct = [record.is_correct for record in ballot]
     finished = [record.is_finished for record in ballot]
     scores = [record.score or 0.0 for record in ballot]
-    weights = [min(max(score, 0.0), 1.0) for score in scores] if weighs else None
+    weights = [min(max(score, 0.0), 1.0) for score in scores] if uses_scores else None
     values: dict[str, float] = {}
     for k in ks:
         size = min(k, len(ballot))
-        majority = vote_at_k(classes, correct, size, seed=seed)
+        majority = vote_at_k(classes, correct, size)
         weighted = best = np.nan
-        if weighs is not None:
-            weighted = vote_at_k(classes, correct, size, weights=weights, seed=seed)
+        if has_scores:
+            weighted = vote_at_k(classes, correct, size, weights=weights)
             best = best_at_k(scores, finished, correct, size)
         values |= {
             f"pass@{k}": pass_at_k(correct, size),
@@ -227,7 +218,7 @@ def _problem_values(
             f"weighted_gain@{k}": weighted - majority,
             f"best_gain@{k}": best - majority,
         }
-    return values | {"auroc_within": np.nan if weighs is None else auroc(scores, correct)}
+    return values | {"auroc_within": auroc(scores, correct) if has_scores else np.nan}
 
 
 def _has_scores(records: Sequence[SampleRecord]) -> bool:
@@ -244,15 +235,10 @@ def _has_scores(records: Sequence[SampleRecord]) -> bool:
 
 def _bins(probabilities: ArrayLike, correct: ArrayLike) -> list[dict[str, float]]:
     """The bins of a reliability diagram, empty ones left out."""
-    columns = (column.tolist() for column in reliability(probabilities, correct))
-    names = ("count", "confidence", "accuracy")
-    bins = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    return [row for row in bins if row["count"]]
+    bins = torch.stack(reliability(probabilities, correct), 1).tolist()
+    return [{"count": int(n), "confidence": p, "accuracy": share} for n, p, share in bins if n]
 
 
 def _entries(values: dict[str, float], draws: Draws) -> dict[str, dict[str, float]]:
-    entries = {}
-    for name, value in values.items():
-        low, high = interval(draws[name]).tolist()
-        entries[name] = {"value": value, "low": low, "high": high}
-    return entries
+    bounds = {name: interval(draws[name]).tolist() for name in values}
+    return {k: {"value": values[k], "low": low, "high": high} for k, (low, high) in bounds.items()}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,11 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
-from laser_fast.algorithm.score import WARN_TARGET, check_score_target
-from laser_fast.config import ConfigError
 from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.calibrate import Calibration
-    from laser_fast.evaluation.rescore import Conclusion
-    from laser_fast.evaluation.score_pairs import ScoreTotals
+    from laser_fast.evaluation.folder import EvalFolder
 
 # Candidates in the table of a calibration; some tokenizers reserve hundreds.
 _NUM_CANDIDATES = 8
@@ -46,17 +41,16 @@ def progress_bar(*, is_shown: bool = True) -> Iterator[Callable[[str, int, int],
         yield move
 
 
-def print_conclusion(conclusion: Conclusion) -> None:
-    """The tables of an evaluation, and where the rest is."""
+def print_evaluation(folder: EvalFolder) -> None:
+    """The tables of a finished evaluation, and where the rest is."""
     console = Console()
-    print_report(conclusion.report, console)
-    _say(console, f"report, samples and plots: {conclusion.folder.path}")
+    print_report(folder.read_report(), console)
+    _say(console, f"report, samples and plots: {folder.path}")
 
 
-def print_totals(totals: ScoreTotals, out: Path) -> None:
+def print_totals(totals: Mapping[str, int], out: Path) -> None:
     """One line about a scored file."""
-    unscored = "".join(f", {count} {reason}" for reason, count in sorted(totals.unscored.items()))
-    _say(Console(), f"{totals.num_scored} scored{unscored}: {out}")
+    _say(Console(), f"{', '.join(f'{n} {outcome}' for outcome, n in totals.items())}: {out}")
 
 
 def print_calibration(calibration: Calibration, *, beta: float | None = None) -> None:
@@ -67,33 +61,21 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
     console = Console(stderr=True)
     best, left_out = calibration.candidates[0], len(calibration.candidates) - _NUM_CANDIDATES
     rows = [
-        (c.token, c.token_id, *astuple(c.spreads[0])[1:], f"{c.beta:g}", c.noise)
+        (c.token, c.token_id, *c.spreads["all"], f"{c.beta:g}", c.noise(c.beta))
         for c in calibration.candidates[:_NUM_CANDIDATES]
     ]
     _print_table(console, ("token", "id", *_SPREAD, "beta", "noise"), rows)
-    parts = list(map(astuple, best.spreads[1:]))
+    parts = [(name, *spread) for name, spread in best.spreads.items() if name != "all"]
     _print_table(console, (f"{best.token} by completion", *_SPREAD), parts)
     if left_out > 0:
         _say(console, f"and {left_out} more with more noise")
     finished, total = calibration.num_finished, calibration.num_completions
     _say(console, f"{finished} of {total} completions ended with an EOS token")
-    beta = best.beta if beta is None else beta
-    if not math.isfinite(beta):
-        raise ConfigError(
-            f"no beta keeps the target c_ref + 1/beta below {WARN_TARGET:g}: even {best.token} "
-            f"has c_ref = {best.ref_logprob:.2f}; the score needs a token that the model never "
-            "expects"
-        )
-    try:
-        check_score_target(beta=beta, ref_logprob=best.ref_logprob)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{best.token}: {error}") from None
-    noise = beta * best.spreads[0].std
-    if noise > _MAX_NOISE:
+    score = best.score(best.beta if beta is None else beta)
+    if (noise := best.noise(score["beta"])) > _MAX_NOISE:
         text = f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the "
         text += "score by that much; choose a token with less spread, or one template"
         _say(console, text, style="yellow")
-    score = {"token": best.token, "beta": beta, "ref_logprob": round(best.ref_logprob, 3)}
     print(tomli_w.dumps({"score": score}), end="")
 
 

@@ -16,9 +16,6 @@ Report = Mapping[str, Any]  # of an evaluation, by the names in laser_fast.log.m
 
 logger = logging.getLogger(__name__)
 
-# The names in summary.json that differ from those of the metrics.
-_SUMMARY_NAMES = {"f1": "self_verification_f1"}
-
 
 def step_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
     """One line of text; pairs such as score of correct/incorrect completions share a label.
@@ -90,7 +87,7 @@ def summarize_run(
     k = {**before, **after}.get("samples_per_prompt")
     for metric in shown_at(SUMMARY):
         values = before.get(metric.name), after.get(metric.name)
-        name = _SUMMARY_NAMES.get(metric.name, metric.name)
+        name = "self_verification_f1" if metric.name == "f1" else metric.name
         if metric.stage != "vote":
             summary[f"{name}_before"], summary[f"{name}_after"] = values
         elif k is not None:

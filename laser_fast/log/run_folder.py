@@ -52,15 +52,13 @@ def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
             )
     if resume:
         _check_resume(folder, config)
-        return folder
-    if folder.path.exists() and not folder.path.is_dir():
+    elif folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"output_dir {folder.path} is a file; choose a folder")
-    for taken in folder.contents():
-        if taken.exists():
-            raise ConfigError(
-                f"output_dir {folder.path} is in use: it holds {taken.name}; continue that run "
-                "with --resume or choose another output_dir"
-            )
+    elif taken := [path.name for path in folder.contents() if path.exists()]:
+        raise ConfigError(
+            f"output_dir {folder.path} is in use: it holds {taken[0]}; continue that run with "
+            "--resume or choose another output_dir"
+        )
     return folder
 
 
@@ -77,9 +75,9 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
         path = folder / Path(text).relative_to(before)
         return str(path) if path.exists() else text
 
-    model = config.model.model_copy(update={"path": moved(config.model.path)})
-    places = {"train": moved(config.data.train), "eval": moved(config.data.eval)}
-    data = config.data.model_copy(update=places)
+    model, data = config.model, config.data
+    model = model.model_copy(update={"path": moved(model.path)})
+    data = data.model_copy(update={"train": moved(data.train), "eval": moved(data.eval)})
     return config.model_copy(update={"output_dir": str(folder), "model": model, "data": data})
 
 
@@ -96,14 +94,13 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     change: where it writes, `optim.steps` (a decaying schedule then decays towards the new end),
     and what costs memory or time. The summary compares before with after on the same data.
     """
-
-    def is_free(key: str) -> bool:
-        if key == "checkpoint.every" and new.rollout.steps_ahead:
-            return False  # the step after a checkpoint is on-policy
-        return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
-
-    values = {key: (attrgetter(key)(old), attrgetter(key)(new)) for key in all_keys()}
-    return {key: pair for key, pair in values.items() if pair[0] != pair[1] and not is_free(key)}
+    free = _FREE_KEYS | {key for key in all_keys() if key.startswith(_FREE_SECTIONS)}
+    if new.rollout.steps_ahead:
+        free -= {"checkpoint.every"}  # the step after a checkpoint is on-policy
+    values = {
+        key: (attrgetter(key)(old), attrgetter(key)(new)) for key in all_keys() if key not in free
+    }
+    return {key: (before, now) for key, (before, now) in values.items() if before != now}
 
 
 def _check_resume(folder: RunFolder, config: Config) -> None:
@@ -113,8 +110,7 @@ def _check_resume(folder: RunFolder, config: Config) -> None:
             "leave --resume out to start one, or point output_dir to the run"
         )
     recorded = moved_config(load_config(folder.config), folder.path)
-    differences = config_differences(recorded, resumed_config(config))
-    if differences:
+    if differences := config_differences(recorded, resumed_config(config)):
         listed = ", ".join(
             f"{key} was {old!r} and is now {new!r}" for key, (old, new) in differences.items()
         )

@@ -6,20 +6,23 @@ the numbers of an evaluation as `eval/<name>`. Step s, and evaluation s, comes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.log import jsonl, samples
 from laser_fast.log.console import StepConsole, evaluation_line, print_summary, summarize_run
-from laser_fast.log.dashboards import open_dashboards
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.samples import SampleRecord
 
+Send = Callable[[int, Mapping[str, float]], None]  # to a dashboard: a step and its numbers
 
-class Log:
+
+class Log(ExitStack):
     """The log of all ranks but 0: it takes everything and writes nothing. Use it in a `with`."""
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -35,15 +38,6 @@ class Log:
         """Write and print the result of a run that is through; returns what summary.json holds."""
         return {}
 
-    def close(self) -> None:
-        """Close files and dashboards; a second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class RunLog(Log):
     """The log of rank 0; every line is on disk when its call returns."""
@@ -54,6 +48,7 @@ class RunLog(Log):
         A resumed run goes on at `resume_step`; what the interrupted one logged from there on is
         dropped. A ConfigError says that another run has taken the folder in the meantime.
         """
+        super().__init__()
         self.folder, self._num_steps = RunFolder(Path(output_dir)), config.optim.steps
         self.folder.path.mkdir(parents=True, exist_ok=True)
         last_step = -1
@@ -69,16 +64,16 @@ class RunLog(Log):
         else:
             jsonl.replace_text(self.folder.config, dump_config(config))
             last_step = self._rewind(resume_step)
-        self._stack = ExitStack()
         self._metrics, self._samples = (
-            self._stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+            self.enter_context(path.open("a", encoding="utf-8", buffering=1))
             for path in (self.folder.metrics, self.folder.samples)
         )
-        self._senders = open_dashboards(
-            config, self.folder, self._stack, resume_step=resume_step, last_step=last_step
-        )
+        self._senders = [self._open_tensorboard(resume_step)] if config.log.tensorboard else []
+        for package in ("wandb", "trackio"):
+            if getattr(config.log, package):
+                self._senders.append(self._open_hosted(package, config, last_step))
         self._console = StepConsole(self._num_steps, first_step=resume_step or 0)
-        self._stack.callback(self._console.close)
+        self.callback(self._console.close)
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102
         metrics = jsonl.plain_value(metrics)
@@ -111,9 +106,6 @@ class RunLog(Log):
         print_summary(before, after, steps=steps, seconds=wall_seconds)
         return summary
 
-    def close(self) -> None:  # noqa: D102
-        self._stack.close()
-
     def _rewind(self, resume_step: int) -> int:
         """Drop what comes again; returns the last step that was logged, -1 if none."""
         files = self.folder
@@ -122,6 +114,45 @@ class RunLog(Log):
             jsonl.keep_lines(path, lambda line: line["step"] < resume_step)
         jsonl.keep_lines(files.evaluations, lambda line: line["step"] <= resume_step)
         return max((line["step"] for line in logged), default=-1)
+
+    def _open_tensorboard(self, resume_step: int | None) -> Send:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what the interrupted run wrote at or after the step that comes again.
+        writer = SummaryWriter(str(self.folder.tensorboard), purge_step=resume_step)
+        self.callback(writer.close)
+
+        def send(step: int, metrics: Mapping[str, float]) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return send
+
+    def _open_hosted(self, package: str, config: Config, last_step: int) -> Send:
+        """A run of Weights & Biases or of Trackio, which has the same interface."""
+        # The id is kept in the run folder so that a resumed run finds it.
+        folder = self.folder.path
+        path, name = folder / f"{package}_id", folder.name
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        identity = {"name": name, "id": path.read_text(), "dir": str(folder)}
+        if package == "trackio":  # it knows a run only by its name
+            identity = {"name": f"{name}-{path.read_text()}"}
+        run = importlib.import_module(package).init(
+            project=getattr(config.log, package),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            **identity,
+        )
+        self.callback(run.finish)
+
+        def send(step: int, metrics: Mapping[str, float]) -> None:
+            # Neither takes steps back, and a resumed run, whose curves go on, repeats them exactly.
+            if step > last_step:
+                run.log(dict(metrics), step=step)
+
+        return send
 
     def _send(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the numbers, without the undefined ones, to the dashboards."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from laser_fast.algorithm.score import SelfScore, is_correct
+from laser_fast.algorithm.score import is_correct, self_reward_score
 from laser_fast.config import ConfigError
 from laser_fast.log import jsonl
 from laser_fast.records import FinishReason, Group
@@ -59,12 +59,11 @@ def to_records(
     groups: Sequence[Group],
     *,
     decode: Callable[[Sequence[int]], str],
-    score: SelfScore,
     extract: Callable[[str], str | None],
     step: int | None = None,
     limit: int | None = None,
 ) -> list[SampleRecord]:
-    """Graded groups as records, or `limit` of their completions, evenly spread.
+    """Graded groups as records not scored yet, or `limit` of their completions, evenly spread.
 
     `extract` finds the answer of a text that enters the votes.
     """
@@ -84,25 +83,27 @@ def to_records(
             text=text,
             answer=extract(text),
             reward=group.rewards[i],
-            score=None,
+            score=None if completion.is_finished else 0.0,
             score_logprob=completion.score_logprob,
             finish_reason=completion.finish_reason,
             num_tokens=len(completion.completion_ids),
         )
         records.append(record)
-    return rescore(records, score)
+    return records
 
 
-def rescore(records: Iterable[SampleRecord], score: SelfScore) -> list[SampleRecord]:
-    """The records with the scores of their log-probs (eq. 11), 0 where unfinished."""
-    rescored = []
+def scored(
+    records: Iterable[SampleRecord], *, beta: float, ref_logprob: float
+) -> list[SampleRecord]:
+    """The records with the scores of their log-probs (eq. 11); an undefined one is None."""
+    found = []
     for record in records:
-        value = None if record.is_finished else 0.0
+        score = None if record.is_finished else 0.0
         if record.score_logprob is not None:
-            value = score.of(record.score_logprob)
-        is_defined = value is not None and math.isfinite(value)
-        rescored.append(replace(record, score=value if is_defined else None))
-    return rescored
+            value = self_reward_score(record.score_logprob, beta=beta, ref_logprob=ref_logprob)
+            score = value if math.isfinite(value) else None
+        found.append(replace(record, score=score))
+    return found
 
 
 def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]:

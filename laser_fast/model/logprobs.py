@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
@@ -72,8 +73,10 @@ def with_scores(policy: Policy, groups: Sequence[Group], packer: Packer) -> list
 def last_token_logprobs(
     policy: Policy,
     sequences: Sequence[tuple[int, ...]],
-    packer: Packer,
     token_ids: Sequence[int],
+    world: World,
+    *,
+    budget: int,
 ) -> Tensor:
     """Log-probs of each of C tokens after each of N sequences, [N, C] float32 on the CPU.
 
@@ -83,15 +86,23 @@ def last_token_logprobs(
 
     Args:
         policy: the model.
-        sequences: ids of prompt, completion and EOS; none empty or above the packer's budget.
-        packer: its budget bounds one forward; its own score token is not read.
+        sequences: ids of prompt, completion and EOS; none empty.
         token_ids: the C tokens.
+        world: the ranks, which run as many forwards each.
+        budget: tokens of one forward, which may exceed it for a single sequence.
     """
     rows = [
         TrainingSequence(prompt_ids=ids, completion_ids=(), rollout_logprobs=(), has_score_row=True)
         for ids in sequences
     ]
     result = torch.empty(len(rows), len(token_ids))
+    packer = Packer(
+        budget=max(budget, *map(len, sequences), 1),
+        score_token_id=token_ids[0],
+        temperature=1.0,
+        device=world.device,
+        agree=world.max,
+    )
 
     def head_of(batch: Microbatch) -> Callable[[Tensor, Tensor], Tensor]:
         def head(hidden_states: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from laser_fast.evaluation.grading import answer_of
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
-from laser_fast.log.samples import SampleRecord, to_records
+from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
 from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
 from laser_fast.model.packing import Packer
@@ -224,14 +224,14 @@ def _records(
     step: int | None = None,
     limit: int | None = None,
 ) -> list[SampleRecord]:
-    return to_records(
+    records = to_records(
         groups,
         decode=trainer.sampler.vocabulary.decode,
-        score=trainer.score,
         extract=answer_of(trainer.config.reward.kind),
         step=step,
         limit=limit,
     )
+    return scored(records, beta=trainer.score.beta, ref_logprob=trainer.score.ref_logprob)
 
 
 def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: int) -> None:

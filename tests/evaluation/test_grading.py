@@ -49,9 +49,16 @@ class ScriptedGrader:
         ]
 
 
+def _prompts(*golds):
+    return [
+        Prompt(prompt_id=str(i), text="?", prompt_ids=(1,), answer=gold)
+        for i, gold in enumerate(golds)
+    ]
+
+
 def test_golds_that_cannot_be_right_are_found():
-    found = check_golds(["1", "bad", "?", "2"], kind="math", grader=ScriptedGrader())
-    assert found == ([1, 2], [2])
+    found = check_golds(_prompts("1", "bad", "?", "2"), kind="math", grader=ScriptedGrader())
+    assert found == {"golds_rejected": ["1", "2"], "golds_unreadable": ["2"]}
 
 
 def test_groups_are_graded_in_one_call():
@@ -85,10 +92,9 @@ def test_every_real_gold_verifies_itself(name, data_dir):
     fields = {benchmark.prompt_field: "prompt", benchmark.answer_field: "answer"}
     golds = [
         answer_text(row, fields, benchmark.answer_field, place)
-        for place, row in open_rows(benchmark.source, split=benchmark.split).read(fields)
+        for place, row in open_rows(benchmark.source, split=benchmark.eval_split).read(fields)
     ]
     assert len(golds) == NUM_ROWS[name]
-    with Grader(RewardConfig(kind=benchmark.reward_kind, timeout_s=30.0, workers=1)) as grader:
-        rejected, unreadable = check_golds(golds, kind=benchmark.reward_kind, grader=grader)
-    assert [golds[i] for i in rejected] == []
-    assert [golds[i] for i in unreadable] == []
+    with Grader(RewardConfig(kind=benchmark.kind, timeout_s=30.0, workers=1)) as grader:
+        found = check_golds(_prompts(*golds), kind=benchmark.kind, grader=grader)
+    assert found == {"golds_rejected": [], "golds_unreadable": []}

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from laser_fast.cli import main
 from laser_fast.config import ConfigError
 from laser_fast.evaluation.benchmarks import find_benchmark
-from laser_fast.evaluation.calibrate import GIVEN_ELSEWHERE, calibrate
+from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.evaluation.evaluate import run_evaluation
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.rescore import rescore_evaluation
@@ -55,16 +56,16 @@ def finished(evaluate, model, tmp_path_factory):
 
 
 def _samples(conclusion, name="sandbox"):
-    return read_samples(conclusion.folder.samples(name))
+    return read_samples(conclusion.samples(name))
 
 
 def test_report_and_samples(finished):
-    folder = finished.folder
-    assert json.loads(folder.report.read_text()) == finished.report
-    report = finished.report["benchmarks"]["sandbox"]
+    folder = finished
+    assert json.loads(folder.report.read_text()) == finished.read_report()
+    report = finished.read_report()["benchmarks"]["sandbox"]
     assert (report["num_prompts"], report["samples_per_prompt"]) == (9, 4)
     assert report["golds_rejected"] == report["golds_unreadable"] == []
-    assert finished.report["score"]["ref_logprob"] == -9.5
+    assert finished.read_report()["score"]["ref_logprob"] == -9.5
     records = _samples(finished)
     assert [(r.prompt_id, r.sample) for r in records] == [
         (f"sandbox-{p}", s) for p in range(9) for s in range(4)
@@ -87,11 +88,11 @@ def test_a_killed_evaluation_continues_to_the_same_numbers(finished, evaluate, m
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 16
     # Killed while it wrote the next chunk: three lines and a half.
-    own = finished.folder.samples("sandbox").read_text().splitlines(keepends=True)
+    own = finished.samples("sandbox").read_text().splitlines(keepends=True)
     path.write_text("".join(lines + own[16:19]) + own[19][:40])
     conclusion = evaluate(out, **model)
     assert _samples(conclusion) == _samples(finished)
-    assert conclusion.report == finished.report
+    assert conclusion.read_report() == finished.read_report()
 
 
 def test_a_kill_between_samples_and_report_needs_no_model(
@@ -101,7 +102,7 @@ def test_a_kill_between_samples_and_report_needs_no_model(
     evaluate(out, **model)
     EvalFolder(out).report.unlink()
     monkeypatch.setattr("laser_fast.evaluation.evaluate.build_policy", None)
-    assert evaluate(out, **model).report == finished.report
+    assert evaluate(out, **model).read_report() == finished.read_report()
 
 
 def test_a_continued_evaluation_may_have_another_score(finished, evaluate, model, tmp_path):
@@ -113,7 +114,7 @@ def test_a_continued_evaluation_may_have_another_score(finished, evaluate, model
         assert record.score == pytest.approx(2 * before.score)
     # A rescore starts from what the folder says.
     rescored = rescore_evaluation(out, tmp_path / "again", report=FEW)
-    assert rescored.report["score"]["beta"] == 0.4
+    assert rescored.read_report()["score"]["beta"] == 0.4
     assert _samples(rescored) == _samples(changed)
 
 
@@ -149,17 +150,17 @@ def test_sigkill_from_outside(evaluate, model, tmp_path):
     undisturbed = evaluate(tmp_path / "again", **model, limit=40)
     assert read_samples(samples) == _samples(undisturbed)
     report = json.loads(EvalFolder(out).report.read_text())["benchmarks"]["sandbox"]
-    again = undisturbed.report["benchmarks"]["sandbox"]
+    again = undisturbed.read_report()["benchmarks"]["sandbox"]
     values = {name: entry["value"] for name, entry in report["metrics"].items()}
     assert values == {name: entry["value"] for name, entry in again["metrics"].items()}
 
 
 def test_outputs_are_not_overwritten_unasked(finished, evaluate, model):
-    out = finished.folder.path
-    before = finished.folder.report.read_text()
+    out = finished.path
+    before = finished.report.read_text()
     with pytest.raises(ConfigError, match="holds a finished evaluation"):
         evaluate(out, **model)
-    assert finished.folder.report.read_text() == before
+    assert finished.report.read_text() == before
 
 
 def test_other_settings_do_not_continue(finished, evaluate, model, tmp_path):
@@ -178,33 +179,33 @@ def test_c_ref_of_the_model_itself(evaluate, model, finished, tmp_path):
     conclusion = evaluate(tmp_path / "out", **_also(model, "score.ref_logprob=auto"), limit=4)
     ended = [r.score_logprob for r in _samples(finished)[:16] if r.is_finished]
     mean = sum(ended) / len(ended)
-    assert conclusion.report["score"]["ref_logprob"] == pytest.approx(mean)
-    assert conclusion.report["score"]["ref_logprob_is_measured"]
+    assert conclusion.read_report()["score"]["ref_logprob"] == pytest.approx(mean)
+    assert conclusion.read_report()["score"]["ref_logprob_is_measured"]
     scores = [r.score for r in _samples(conclusion) if r.is_finished]
     assert sum(scores) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_without_scores_nothing_about_them_is_needed(evaluate, model, tmp_path):
     conclusion = evaluate(tmp_path / "out", model["model"], limit=2, needs_score=False)
-    assert "score" not in conclusion.report
-    metrics = conclusion.report["benchmarks"]["sandbox"]["metrics"]
+    assert "score" not in conclusion.read_report()
+    metrics = conclusion.read_report()["benchmarks"]["sandbox"]["metrics"]
     assert metrics["accuracy"]["value"] is not None and "auroc" not in metrics
     with pytest.raises(ConfigError, match="a score needs c_ref"):
         evaluate(tmp_path / "other", model["model"])
 
 
 def test_rescoring_needs_no_model(finished, tmp_path):
-    source = finished.folder.path
+    source = finished.path
     same = rescore_evaluation(source, tmp_path / "same", report=FEW)
     assert _samples(same) == _samples(finished)
-    own = finished.report["benchmarks"]["sandbox"]
+    own = finished.read_report()["benchmarks"]["sandbox"]
     metrics = own["metrics"]
     known = ("reward", "num_dropped", "golds_rejected", "golds_unreadable")
-    rescored = same.report["benchmarks"]["sandbox"]
+    rescored = same.read_report()["benchmarks"]["sandbox"]
     assert {key: rescored[key] for key in known} == {key: own[key] for key in known}
-    assert same.report["benchmarks"]["sandbox"]["metrics"] == metrics
+    assert same.read_report()["benchmarks"]["sandbox"]["metrics"] == metrics
     other = rescore_evaluation(
-        finished.folder.samples("sandbox"),
+        finished.samples("sandbox"),
         tmp_path / "other",
         beta=0.4,
         ref_logprob="-9",
@@ -216,22 +217,22 @@ def test_rescoring_needs_no_model(finished, tmp_path):
             assert record.score == pytest.approx(0.4 * (before.score_logprob + 9))
         assert record.reward == float(record.answer == record.gold)
     # "exact" lets work after the box pass, which the sandbox's own reward does not.
-    assert other.report["benchmarks"]["sandbox"]["ks"] == [3]
+    assert other.read_report()["benchmarks"]["sandbox"]["ks"] == [3]
     # What it said of the golds was the other reward's word.
-    regraded = other.report["benchmarks"]["sandbox"]
+    regraded = other.read_report()["benchmarks"]["sandbox"]
     assert (regraded["reward"], regraded["num_dropped"]) == ("exact", own["num_dropped"])
     assert "golds_rejected" not in regraded and "golds_unreadable" not in regraded
-    settings = other.folder.read_settings()["benchmarks"]["sandbox"]
+    settings = other.read_settings()["benchmarks"]["sandbox"]
     assert (settings["reward"], settings["format_gate"]) == ("exact", False)
     for given in ({"ref_logprob": "nan"}, {"beta": float("inf")}):
         with pytest.raises(ConfigError, match="expected a finite number"):
-            rescore_evaluation(source, tmp_path / "x", **given)
+            rescore_evaluation(source, tmp_path / "x", report=FEW, **given)
     with pytest.raises(ConfigError, match="--k 8: .* has 4 samples"):
         rescore_evaluation(source, tmp_path / "x", report=ReportOptions(ks=(8,)))
     with pytest.raises(ConfigError, match="where the samples come from"):
-        rescore_evaluation(source, source, overwrite=True)
+        rescore_evaluation(source, source, report=FEW, overwrite=True)
     with pytest.raises(ConfigError, match="expected the folder of an evaluation"):
-        rescore_evaluation(tmp_path / "none", tmp_path / "x")
+        rescore_evaluation(tmp_path / "none", tmp_path / "x", report=FEW)
     assert not (tmp_path / "x").exists()
 
 
@@ -239,8 +240,10 @@ def test_equal_benchmarks_are_drawn_independently(finished, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "in" / name).mkdir(parents=True)
         path = tmp_path / "in" / name / "samples.jsonl"
-        path.write_bytes(finished.folder.samples("sandbox").read_bytes())
-    report = rescore_evaluation(tmp_path / "in", tmp_path / "out").report
+        path.write_bytes(finished.samples("sandbox").read_bytes())
+    report = rescore_evaluation(
+        tmp_path / "in", tmp_path / "out", report=ReportOptions()
+    ).read_report()
     parts = (*report["benchmarks"].values(), report["average"])
     lengths = [part["metrics"]["mean_length"] for part in parts]
     one, two, mean = (entry["high"] - entry["low"] for entry in lengths)
@@ -255,13 +258,13 @@ def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, ca
         return stop.value.code or 0, capsys.readouterr()
 
     out = tmp_path / "out"
-    code, shown = run("rescore", finished.folder.path, out, "--beta", "0.4", "--k", "2")
+    code, shown = run("rescore", finished.path, out, "--beta", "0.4", "--k", "2")
     assert code == 0 and f"plots: {out}" in shown.out.replace("\n", "")
     assert (out / "sandbox" / "plots.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "report.json").read_text())["score"]["beta"] == 0.4
     # What needs a model is no option of it.
     for option in ("--samples", "--token", "--config", "--engine", "--seed", "--benchmark"):
-        code, shown = run("rescore", finished.folder.path, tmp_path / "x", option, "2")
+        code, shown = run("rescore", finished.path, tmp_path / "x", option, "2")
         assert code == 2 and f"No such option: {option}" in shown.err
     for option in ("--rescore", "--reward"):
         code, shown = run("eval", "model", option, "x")
@@ -272,18 +275,18 @@ def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, ca
 def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
     (tmp_path / "lone").mkdir()
     path = tmp_path / "lone" / "samples.jsonl"
-    path.write_bytes(finished.folder.samples("sandbox").read_bytes())
+    path.write_bytes(finished.samples("sandbox").read_bytes())
     kept = rescore_evaluation(path, tmp_path / "kept", report=FEW)
     assert _samples(kept, "lone") == _samples(finished)
     with pytest.raises(ConfigError, match="give both --beta and --ref-logprob"):
-        rescore_evaluation(path, tmp_path / "x", beta=0.3)
+        rescore_evaluation(path, tmp_path / "x", beta=0.3, report=FEW)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, lines[0]]))
     with pytest.raises(ConfigError, match="sample 0 of prompt sandbox-0 appears twice"):
-        rescore_evaluation(path, tmp_path / "x")
+        rescore_evaluation(path, tmp_path / "x", report=FEW)
     path.write_text("")
     with pytest.raises(ConfigError, match="at least one record"):
-        rescore_evaluation(path, tmp_path / "x")
+        rescore_evaluation(path, tmp_path / "x", report=FEW)
 
 
 @pytest.mark.parametrize(
@@ -351,20 +354,20 @@ def test_real_files_end_to_end(evaluate, random_model, data_dir, tmp_path):
         tmp_path / "out", str(random_model), overrides, benchmarks=benchmarks, limit=4
     )
     for name in names:
-        report = conclusion.report["benchmarks"][name]
+        report = conclusion.read_report()["benchmarks"][name]
         assert (report["num_prompts"], report["num_failed_grades"]) == (4, 0)
         assert report["metrics"]["weighted_majority@4"]["value"] is not None
         records = _samples(conclusion, name)
         assert len(records) == 16 and all(record.prompt for record in records)
-    average = conclusion.report["average"]
+    average = conclusion.read_report()["average"]
     assert average["num_benchmarks"] == 6
     assert average["metrics"]["accuracy"]["value"] < 0.2
 
 
 def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     """c_ref of a token is the mean of the log-probs that an evaluation reads for it."""
-    layers = {"instead": GIVEN_ELSEWHERE, "is_held_out": False}
-    config = build_config(model["model"], sandbox, overrides=["rollout.max_num_seqs=8"], **layers)
+    build = partial(build_config, is_calibration=True)
+    config = build(model["model"], sandbox, overrides=["rollout.max_num_seqs=8"])
     options = {"prompts": 6, "samples": 4}
     everything = calibrate(config, sandbox, **options)
     assert everything.num_completions == 24 and everything.num_finished > 0
@@ -377,11 +380,11 @@ def test_calibration_of_the_sandbox_model(model, sandbox, finished):
     assert own.ref_logprob == pytest.approx(sum(ended) / len(ended), abs=0.5)
     templates = ("{prompt}", "0{prompt}")
     two = calibrate(config, sandbox, token="<|reserved_0|>", templates=templates, **options)
-    groups = {part.group: part.count for part in two.candidates[0].spreads}
-    assert groups["all"] == two.num_finished
+    groups = two.candidates[0].spreads
+    assert groups["all"].num == two.num_finished
     assert {"template '{prompt}'", "template '0{prompt}'"} <= groups.keys()
     with pytest.raises(ConfigError, match="--template: .* put {prompt} into it"):
         calibrate(config, sandbox, **options, templates=("none",))
     for key in ("score.token", "score.beta", "score.ref_logprob", "data.prompts_per_step"):
         with pytest.raises(ConfigError, match=f"{key} has no effect here"):
-            build_config("m", sandbox, overrides=[f"{key}=1"], **layers)
+            build("m", sandbox, overrides=[f"{key}=1"])

@@ -6,13 +6,12 @@ import math
 
 import pytest
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.samples import to_records
+from laser_fast.log.metrics import RUN, shown_at
+from laser_fast.log.samples import scored, to_records
 from laser_fast.records import Completion, Group, Prompt, Sampling
 
 EOS = 0
-SCORE = SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0)
 
 
 class ScriptedEngine:
@@ -46,7 +45,8 @@ class ScriptedEngine:
 
 
 def collect(prompts, *, engine, sampling, **parts):
-    return to_records(engine.generate(prompts, sampling), **parts)
+    records = to_records(engine.generate(prompts, sampling), **parts)
+    return scored(records, beta=0.1, ref_logprob=-20.0)
 
 
 def evaluate(prompts, *, same_answer=None, **parts):
@@ -77,7 +77,6 @@ def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
         "decode": _decode,
         "extract": _extract,
         "sampling": sampling,
-        "score": SCORE,
     }
 
 
@@ -161,11 +160,12 @@ def test_summary_is_flat_and_complete():
     """The keys that a run's log, table and curves are made of."""
     report = evaluate(PROMPTS, engine=ScriptedEngine(SCRIPT), **_parts())
     assert list(report) == [
-        *("num_prompts", "samples_per_prompt", "num_failed_grades", "accuracy", "majority"),
-        *("weighted_majority", "best_of", "uses_scores", "score_std", "truncated", "mean_length"),
-        *("verification_accuracy", "tpr", "tnr", "f1", "auroc", "ece", "brier", "ece_corrected"),
-        *("brier_corrected", "mean_correct", "mean_incorrect"),
+        *("num_prompts", "samples_per_prompt", "num_failed_grades", "uses_scores", "score_std"),
+        *(metric.name for metric in shown_at(RUN)),
     ]
+    promised = """accuracy majority weighted_majority best_of truncated mean_length tpr tnr f1 auroc
+        verification_accuracy ece brier ece_corrected brier_corrected mean_correct mean_incorrect"""
+    assert set(promised.split()) <= report.keys()
     # Scores .1 .9 .2 .6 1.3 0 .3 of correct answers 0 1 0 1 0 1 1.
     assert report["verification_accuracy"] == pytest.approx(4 / 7)
     json.dumps(report, allow_nan=False)

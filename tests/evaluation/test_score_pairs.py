@@ -60,7 +60,7 @@ def test_text_and_ids_against_full_logits(build, tmp_path, sandbox_model):
         assert {key: line[key] for key in row if key != "score"} == {
             key: value for key, value in row.items() if key != "score"
         }
-    assert (totals.num_scored, totals.unscored) == (4, {})
+    assert totals == {"scored": 4}
     assert moves[-1] == ("in.jsonl", 4, 4)
 
 
@@ -82,13 +82,13 @@ def test_what_cannot_be_read_gets_a_reason(build, tmp_path):
         assert line["score"] is None and line["score_logprob"] is None
     # 128 tokens fill the model's positions exactly.
     assert lines[-1]["score"] is not None
-    assert totals.num_scored == 1
-    assert totals.unscored == {"truncated": 2, "empty": 3, "too long": 1}
+    assert totals == {"scored": 1, "truncated": 2, "empty": 3, "too long": 1}
 
 
 def test_nothing_readable_still_gives_every_line(build, tmp_path):
     totals, lines = _score(build(), tmp_path, [{"prompt_ids": [9], "completion_ids": []}] * 3)
-    assert totals.num_scored == 0 and [line["reason"] for line in lines] == ["empty"] * 3
+    assert totals == {"scored": 0, "empty": 3}
+    assert [line["reason"] for line in lines] == ["empty"] * 3
 
 
 def test_an_output_is_not_overwritten_unasked(build, tmp_path):

@@ -5,19 +5,16 @@ import json
 
 import pytest
 
-from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError
 from laser_fast.log.jsonl import read_lines
 from laser_fast.log.samples import (
     SampleRecord,
     read_samples,
-    rescore,
+    scored,
     to_records,
     write_samples,
 )
 from laser_fast.records import Completion, Group, Prompt
-
-SCORE = SelfScore(token_id=7, beta=0.1, ref_logprob=-20.0)
 
 
 def _group(prompt_id, logprobs, rewards) -> Group:
@@ -40,9 +37,10 @@ def _group(prompt_id, logprobs, rewards) -> Group:
 GROUPS = [_group("a", (-15.0, -11.0), (1.0, 0.0)), _group("b", (-14.0, None), (None, 0.0))]
 
 
-def _records(score=SCORE, **options) -> list[SampleRecord]:
+def _records(ref_logprob=-20.0, **options) -> list[SampleRecord]:
     decode, extract = (lambda ids: f"is {ids[0]}"), (lambda text: text[-1])
-    return to_records(GROUPS, decode=decode, score=score, extract=extract, **options)
+    records = to_records(GROUPS, decode=decode, extract=extract, **options)
+    return scored(records, beta=0.1, ref_logprob=ref_logprob)
 
 
 def test_records_of_graded_groups():
@@ -67,13 +65,11 @@ def test_records_of_graded_groups():
 
 
 def test_without_a_reference_no_score_is_defined():
-    nowhere = dataclasses.replace(SCORE, ref_logprob=float("nan"))
-    assert [record.score for record in _records(nowhere)] == [None, None, None, 0.0]
+    assert [record.score for record in _records(float("nan"))] == [None, None, None, 0.0]
 
 
 def test_rescoring_offline_equals_scoring_online():
-    other = dataclasses.replace(SCORE, ref_logprob=-15.0)
-    assert rescore(_records(), other) == _records(other) != _records()
+    assert scored(_records(), beta=0.1, ref_logprob=-15.0) == _records(-15.0) != _records()
 
 
 def test_limited_records_are_spread_over_the_groups():

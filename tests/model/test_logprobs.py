@@ -27,16 +27,16 @@ def make_packer(budget):
     return Packer(budget=budget, score_token_id=4, temperature=0.5, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("budget", [7, 10, 64])  # one by one, in pairs, together
-def test_every_token_after_every_sequence(policy, exact, budget):
-    found = last_token_logprobs(policy, SEQUENCES, make_packer(budget), TOKENS)
+@pytest.mark.parametrize("budget", [1, 7, 10, 64])  # one by one, in pairs, together
+def test_every_token_after_every_sequence(policy, exact, world, budget):
+    found = last_token_logprobs(policy, SEQUENCES, TOKENS, world, budget=budget)
     for ids, row in zip(SEQUENCES, found, strict=True):
         expected = exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
         torch.testing.assert_close(row.double(), expected, atol=2e-5, rtol=0)
 
 
-def test_no_sequence_at_all(policy):
-    assert last_token_logprobs(policy, [], make_packer(8), TOKENS).shape == (0, 4)
+def test_no_sequence_at_all(policy, world):
+    assert last_token_logprobs(policy, [], TOKENS, world, budget=8).shape == (0, 4)
 
 
 @pytest.mark.parametrize("budget", [13, 64])
