@@ -282,7 +282,7 @@ def _measured(
 
     files = {}
     if "sandbox" in names:
-        split: Split = "eval" if layers.get("is_held_out", True) else "train"
+        split: Split = "train" if layers.get("is_calibration") else "eval"
         files["sandbox"] = cached_rows(split, build_config(model, **layers).seed)
     found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]

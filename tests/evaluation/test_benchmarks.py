@@ -43,7 +43,7 @@ def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypat
             ["sandbox"], None, "m", config=config, overrides=overrides
         )
         assert (benchmark.source, measured.seed) == (f"eval-{seed}.jsonl", seed)
-    [(benchmark, _)] = _measured(["sandbox"], None, "m", is_held_out=False)
+    [(benchmark, _)] = _measured(["sandbox"], None, "m", is_calibration=True)
     assert benchmark.source == "train-0.jsonl"
 
 
