@@ -3,12 +3,12 @@
 "laser_sdpa" runs torch's scaled_dot_product_attention on any device without ever building the
 [T, T] block-diagonal mask: sequences of similar length are padded into one batch, so the work is
 at most 4 sum(len^2) instead of T^2. "laser_varlen" is torch.nn.attention.varlen on a GPU.
-"flash_attention_2" is transformers' own. Without a layout (generation) both of ours are
-transformers' sdpa.
+"flash_attention_2" is transformers' own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,21 +58,15 @@ def packed_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayou
     )
 
 
-def packed_sdpa_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, heads, T, head_dim]
-    key: Tensor,  # [1, key_value_heads, T, head_dim]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    layout: PackedLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of every token to its own sequence, [1, T, heads, head_dim]."""
-    if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+# (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, scaling, layout) ->
+# attention of every token to its own sequence [1, T, heads, head_dim]
+Kernel = Callable[[Tensor, Tensor, Tensor, float | None, PackedLayout], Tensor]
+
+
+def packed_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout
+) -> Tensor:
+    """One call of torch's attention per bucket."""
     outputs = []
     for index in layout.buckets:
         q, k, v = (tensor[0, :, index].transpose(0, 1) for tensor in (query, key, value))
@@ -80,24 +74,13 @@ def packed_sdpa_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [b * L, heads, head_dim]
-    return torch.cat(outputs)[layout.inverse][None], None
+    return torch.cat(outputs)[layout.inverse][None]
 
 
-def varlen_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, heads, T, head_dim]
-    key: Tensor,  # [1, key_value_heads, T, head_dim]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    layout: PackedLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The same through torch's variable-length flash kernel (half precision, GPU)."""
-    if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+def packed_varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout
+) -> Tensor:
+    """Torch's variable-length flash kernel (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
@@ -109,7 +92,7 @@ def varlen_attention(
         scale=scaling, window_size=(-1, 0),
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output[None], None
+    return output[None]
 
 
 def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -123,10 +106,31 @@ IMPLEMENTATIONS = {
     "flash_attention_2": "flash_attention_2",
 }
 
-AttentionInterface.register("laser_sdpa", packed_sdpa_attention)
-AttentionInterface.register("laser_varlen", varlen_attention)
-for _name in ("laser_sdpa", "laser_varlen"):
-    AttentionMaskInterface.register(_name, packed_mask)
+
+def _register(name: str, kernel: Kernel) -> None:
+    """Make a kernel known to transformers; without a layout (generation) it is their sdpa."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        layout: PackedLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if layout is not None:
+            return kernel(query, key, value, scaling, layout), None
+        inputs = (module, query, key, value, attention_mask)
+        return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, packed_mask)
+
+
+_register(IMPLEMENTATIONS["sdpa"], packed_sdpa)
+_register(IMPLEMENTATIONS["varlen"], packed_varlen)
 
 
 def attention_kwargs(
