@@ -128,6 +128,7 @@ class _Part:
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         source = PromptSource(config.data, self.vocabulary.tokenizer, rows, name=name, limit=limit)
         prompts = source.all()
+        content = repr([(prompt.prompt_ids, prompt.answer) for prompt in prompts]).encode()
         settings = {
             "source": benchmark.source,
             "samples": samples,
@@ -136,7 +137,7 @@ class _Part:
             "format_gate": reward.format_gate,
             "num_prompts": len(prompts),
             "num_dropped": source.num_dropped,
-            "prompts": _digest(prompts),
+            "prompts": hashlib.blake2b(content, digest_size=8).hexdigest(),
         }
         golds: dict[str, list[str]] = {}
         if self.world.is_main:
@@ -220,8 +221,3 @@ def _weights(model: str) -> list[list[str | int]]:
     """Name, size and time of the weight files of a local model: another training, another list."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    content = repr([(prompt.prompt_ids, prompt.answer) for prompt in prompts])
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

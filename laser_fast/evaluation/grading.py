@@ -34,10 +34,7 @@ class Graders(ExitStack):
         return self._open[config]
 
     def same_answer(self, first: str, second: str) -> bool:
-        """Whether two answers are the same value, by math-verify whatever the reward is.
-
-        Equality as text, which other kinds grade by, would split the votes for 1/2 and 0.5.
-        """
+        """Whether two answers are one value by math-verify; as text, 1/2 and 0.5 are two."""
         return self.of(self._votes).same_answer(first, second)
 
 

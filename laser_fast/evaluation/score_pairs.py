@@ -149,14 +149,13 @@ def _part(
 ) -> str | tuple[int, ...]:
     """The ids of a prompt or a response, or its text where there are none."""
     if text not in fields and ids not in fields:
-        names = ", ".join(fields)
         raise ConfigError(
-            f'{place}: expected the field "{text}" or "{ids}", the fields are {names}'
+            f'{place}: expected the field "{text}" or "{ids}", the fields are {", ".join(fields)}'
         )
     value = fields.get(ids, fields.get(text))
+    if ids not in fields and isinstance(value, str):
+        return value
     if ids not in fields:
-        if isinstance(value, str):
-            return value
         raise ConfigError(f'{place}: field "{text}": expected text, got {type(value).__name__}')
     if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
         raise ConfigError(f'{place}: field "{ids}": expected a list of token ids')

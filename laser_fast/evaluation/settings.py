@@ -76,7 +76,12 @@ def build_config(
 
     A calibration reads the fields of the file's training set, others those of its evaluation set.
     """
-    _refuse_run_folder(model)
+    folder = Path(model)
+    if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{model} is the folder of a run, not a model; write its model with `laser-fast export "
+            f"{model} OUT` and measure OUT with --config {folder / 'config.toml'}"
+        )
     typed: dict[str, Any] = {}
     for override in overrides:
         apply_override(typed, override)
@@ -162,12 +167,3 @@ def _dotted(data: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values[name] = section
     return values
-
-
-def _refuse_run_folder(model: str) -> None:
-    folder = Path(model)
-    if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{model} is the folder of a run, not a model; write its model with `laser-fast export "
-            f"{model} OUT` and measure OUT with --config {folder / 'config.toml'}"
-        )

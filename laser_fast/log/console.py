@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from laser_fast.log.metrics import METRICS, RUN, SUMMARY, Metric, shown_at
 
@@ -103,9 +103,8 @@ def print_summary(
     if known := {**before, **after}:
         k = known.get("samples_per_prompt")
         title = f"{known.get('num_prompts')} held-out problems, {k} completions each"
-        table = Table("", title=title)
-        for name in ("before", "after"):
-            table.add_column(name, justify="right")
+        sides = (Column(name, justify="right") for name in ("before", "after"))
+        table = Table("", *sides, title=title)
         for metric in shown_at(SUMMARY):
             values = (report.get(metric.name) for report in (before, after))
             cells = ("-" if value is None else f"{value:.3f}" for value in values)
