@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
-import torch
-
-from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config
 from laser_fast.config_errors import ConfigError
 from laser_fast.data.prompts import PromptSource
@@ -165,16 +163,14 @@ class Sampler:
         chosen = [p for i, p in enumerate(prompts, self.world.rank * share) if i % stride == 0]
         self.sync(prompts)
         groups = self.sample_scored(chosen, "calibrate", group_size=CALIBRATION_SAMPLES)
-        found = [
-            c.score_logprob for g in groups for c in g.completions if c.score_logprob is not None
-        ]
-        sums = self.world.sum(torch.tensor([sum(found), len(found)], dtype=torch.float32))
-        if sums[1] == 0:
+        logprobs = [c.score_logprob for group in groups for c in group.completions]
+        found = self.world.gather([logprob for logprob in logprobs if logprob is not None])
+        if not found:
             raise ConfigError(
                 'score.ref_logprob = "auto" found no finished completion to measure; raise '
                 "rollout.max_new_tokens or give a number"
             )
-        return float(sums[0] / sums[1])
+        return fmean(found)
 
     def _prompts(self, step: int, attempt: int = 0) -> list[Prompt]:
         return self.prompts.prompts(
@@ -205,6 +201,5 @@ def _as_group(prompt: Prompt) -> Group:
 
 
 def _has_spread(group: Group) -> bool:
-    rewards = torch.tensor([[reward or 0.0 for reward in group.rewards]])
-    is_graded = torch.tensor([[reward is not None for reward in group.rewards]])
-    return bool(has_reward_spread(rewards, is_graded))
+    """As `algorithm.advantage.has_reward_spread` of one group."""
+    return len({reward for reward in group.rewards if reward is not None}) > 1
