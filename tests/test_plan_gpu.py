@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from laser_fast.training.optimizer import build_optimizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from laser_fast.model.attention import IMPLEMENTATIONS
@@ -16,6 +15,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan import RESERVE_GB, Plan, count_parameters
 from laser_fast.records import TrainingSequence
+from laser_fast.training.run import build_optimizer
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu
