@@ -278,7 +278,7 @@ def scripted(monkeypatch):
     }
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server, server_http.Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=0.5)
+    yield server, server_http.Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=60)
     server.release.set()
     server.shutdown()
     thread.join()
