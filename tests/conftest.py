@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Ranks share few cores, and threads that spin while they wait for each other cost minutes. Before
+# torch is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 # Triton decides when @triton.jit runs, so this must come before any kernel is imported.
 if not torch.cuda.is_available():
@@ -82,6 +88,4 @@ def four_ranks(ranks_folder):
 
 
 def load_ranks(folder, size):
-    import torch
-
     return torch.load(folder / f"world-{size}.pt", weights_only=False)

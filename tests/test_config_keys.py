@@ -67,12 +67,11 @@ def test_every_key_is_documented(key):
 
 
 def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
-    from laser_fast.model.distributed import open_world
+    from laser_fast.cli import train_run
     from laser_fast.rollout.vllm import VllmEngine
     from laser_fast.rollout.vllm_server import VllmServerEngine
     from laser_fast.sandbox.model import make_sandbox_model
     from laser_fast.sandbox.task import rows
-    from laser_fast.training.run import train
 
     make_sandbox_model(tmp_path / "model", seed=0, steps=8)
     problems = tmp_path / "problems.jsonl"
@@ -88,13 +87,12 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
         "optim": {"steps": 2, "schedule": "linear", "warmup_steps": 1},
     }
     config["data"] |= {"max_prompt_tokens": 24, "prompts_per_step": 2, "eval_samples": 2}
-    with open_world() as world:
-        train(parse_config(config, source="test"), world=world)
+    train_run(parse_config(config, source="test"))
 
     # What only vLLM reads, with something in its place.
     tokens = SpecialTokens(score_token_id=2, eos_token_ids=(1,), pad_token_id=0, vocab_size=33)
-    for check in ("_check_server", "_check_processor"):
-        monkeypatch.setattr(VllmServerEngine, check, MagicMock())
+    monkeypatch.setattr(VllmServerEngine, "_check_server", MagicMock())
+    monkeypatch.setattr(VllmServerEngine, "_check_processor", MagicMock())
     server = RolloutConfig(engine="vllm_server", server_url="http://127.0.0.1:1")
     VllmServerEngine(server, tokens, max_model_len=2048)
     monkeypatch.setattr("laser_fast.rollout.vllm.import_vllm", MagicMock())

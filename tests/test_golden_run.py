@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from tiny_models import save_model
 from torch.optim import AdamW
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import parse_config
@@ -29,7 +29,7 @@ from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.records import Completion, Group
 from laser_fast.rewards import Grader
-from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, TOKENS, rows, write_tokenizer
+from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, rows
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.trainer import Trainer
@@ -73,28 +73,19 @@ def make_config(folder, case):
     return parse_config(sections, source="golden")
 
 
+@torch.no_grad()
+def write_sine(model):
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        places = torch.arange(parameter.numel(), dtype=torch.float64)
+        values = 0.4 * torch.sin(places * (1.1 + 0.37 * index) + index)
+        parameter.copy_(values.view_as(parameter) + float("norm" in name))
+
+
 def write_model(folder):
     """A model of two layers whose weights are values of the sine."""
-    config = Qwen2Config(
-        vocab_size=len(TOKENS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=TOKENS.index(EOS_TOKEN),
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            places = torch.arange(parameter.numel(), dtype=torch.float64)
-            values = 0.4 * torch.sin(places * (1.1 + 0.37 * index) + index)
-            parameter.copy_(values.view_as(parameter) + float("norm" in name))
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    save_model(folder, "qwen2", adapt=write_sine, **sizes, **heads, pad_token_id=None)
     write_lines(folder / "train.jsonl", rows("train", seed=0))
 
 

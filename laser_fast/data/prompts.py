@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -158,15 +159,28 @@ def _load(
         )
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
     try:
-        return datasets.Dataset.from_generator(
-            lambda: _tokenize(rows, config, tokenizer),
-            features=_FEATURES,
-            fingerprint=_fingerprint(rows, config, tokenizer),
-        )
+        with _no_progress_bar():
+            return datasets.Dataset.from_generator(
+                lambda: _tokenize(rows, config, tokenizer),
+                features=_FEATURES,
+                fingerprint=_fingerprint(rows, config, tokenizer),
+            )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep the bar of each data set off a screen that shows the run's own."""
+    was_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()
 
 
 def _tokenize(

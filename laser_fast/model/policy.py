@@ -207,7 +207,7 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
     """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
     attention = IMPLEMENTATIONS[config.attention]
     if world.is_main:
-        with _no_progress_bar():
+        with no_progress_bar():
             hf = AutoModelForCausalLM.from_pretrained(
                 config.path, dtype=torch.float32, attn_implementation=attention
             )
@@ -222,8 +222,8 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar of loaded tensors off a screen that shows the run's own."""
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars of tensors and files off a screen that shows the run's own."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from laser_fast.cli import train_run
 from laser_fast.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +105,26 @@ def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_smoke_trains_every_method(study, tmp_path):
+def test_smoke_trains_every_method(study, tmp_path, monkeypatch):
+    run, commands = subprocess.run, []
+
+    def run_first_then_train_here(command, **options):
+        """One start of torchrun shows that the command is right."""
+        if "torch.distributed.run" not in command:
+            return run(command, **options)
+        commands.append(command)
+        if len(commands) == 1:
+            return run(command, **options)
+        start = command.index("train")
+        assert command[: start + 2] == commands[0][: start + 2]
+        train_run(load_config(command[start + 1], command[start + 2 :]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run_first_then_train_here)
     study.main(["--smoke", "--json", str(tmp_path / "study.json")])
     result = json.loads((tmp_path / "study.json").read_text())
     assert [row["method"] for row in result["rows"]] == list(study.METHODS)
     assert all(row["after"]["step"] == 1 for row in result["rows"])
+    assert len(commands) == 3
     text = (tmp_path / "study.md").read_text()
     assert "- op: sandbox_study" in text and "2 held-out problems, k = 2 completions each" in text

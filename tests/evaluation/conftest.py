@@ -90,23 +90,8 @@ def random_records(make_record):
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """A random model with the sandbox's tokenizer and room for real problems."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from laser_fast.sandbox.task import EOS_TOKEN, TOKENS, write_tokenizer
+    from tiny_models import save_model
 
     folder = tmp_path_factory.mktemp("model") / "random"
-    write_tokenizer(folder)
-    config = Qwen2Config(
-        vocab_size=len(TOKENS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=TOKENS.index(EOS_TOKEN),
-        pad_token_id=0,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    save_model(folder, hidden_size=16, num_hidden_layers=1, max_position_embeddings=4096)
     return folder

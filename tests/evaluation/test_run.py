@@ -1,7 +1,6 @@
 """`eval` and `calibrate` from the model's folder to the report, killed, continued and rescored."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -119,7 +118,7 @@ def test_a_continued_evaluation_may_have_another_score(finished, evaluate, model
 
 
 @pytest.mark.slow
-def test_sigkill_from_outside(evaluate, model, tmp_path):
+def test_sigkill_from_outside(evaluate, model, tmp_path, monkeypatch, capsys):
     """The same through the command line and a real kill, with chunks small enough to be cut."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "laser_fast", "eval", model["model"], "-b", "sandbox"]
@@ -143,10 +142,12 @@ def test_sigkill_from_outside(evaluate, model, tmp_path):
     first.wait()
     survived = len(samples.read_text().splitlines())
     assert 0 < survived < 160
-    environment = {**os.environ, "COLUMNS": "100"}
-    second = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert second.returncode == 0, second.stderr
-    assert "40 problems, 4 completions each; accuracy (avg@4)" in second.stdout
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", command[2:])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    assert "40 problems, 4 completions each; accuracy (avg@4)" in capsys.readouterr().out
     undisturbed = evaluate(tmp_path / "again", **model, limit=40)
     assert read_samples(samples) == _samples(undisturbed)
     report = json.loads(EvalFolder(out).report.read_text())["benchmarks"]["sandbox"]

@@ -50,7 +50,7 @@ MODEL_CASES = {
 def save_models(folder):
     """Write the model folder of every case."""
     for name, (family, tied) in MODEL_CASES.items():
-        make_model(family, tied=tied).save_pretrained(folder / name)
+        make_model(family, tie_word_embeddings=tied).save_pretrained(folder / name)
 
 
 def make_optimizer(policy):

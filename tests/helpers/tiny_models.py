@@ -14,6 +14,7 @@ from transformers import (
 
 from laser_fast.config import parse_config
 from laser_fast.records import Completion, Group, Prompt, TrainingSequence
+from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, write_tokenizer
 
 VOCAB = 97  # odd: no number of ranks divides it
 EOS = 2
@@ -24,32 +25,51 @@ _FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+    "initializer_range": 0.15,
+}
 
 
-def make_model(family="qwen2", *, tied=True, seed=0):
+def make_model_config(family="qwen2", **changes):
+    """The configuration of a tiny model; `changes` are keys of the family's configuration."""
+    keys = _SIZES | changes
+    keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
+    return _FAMILIES[family][0](**keys)
+
+
+def make_model(family="qwen2", *, seed=0, **changes):
     """A random float32 model of two layers whose logits are far from uniform."""
-    config_class, model_class = _FAMILIES[family]
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        initializer_range=0.15,
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = _FAMILIES[family][1](make_model_config(family, **changes))
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms start at 1 and biases at 0, where a lost one is unseen
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def save_model(folder, family="qwen2", *, adapt=None, **changes):
+    """Write a tiny model and the tokenizer of the sandbox, whose ids it has; returns the model.
+
+    `adapt` is called with the model before it is written.
+    """
+    tokens = {"eos_token_id": TOKENS.index(EOS_TOKEN), "pad_token_id": TOKENS.index(PAD_TOKEN)}
+    model = make_model(family, **({"vocab_size": len(TOKENS)} | tokens | changes))
+    if adapt:
+        adapt(model)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
     return model
 
 

@@ -14,8 +14,13 @@ def reward(completions, answers):
 
 
 def main():
+    # What the ranks would each import on their own, which takes longer than their runs.
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
     from fork_ranks import run_ranks
 
+    import laser_fast.report.page
+    import laser_fast.sandbox.files
+    import laser_fast.training.run  # noqa: F401
     from laser_fast.cli import train_run
     from laser_fast.config import ConfigError, load_config
 

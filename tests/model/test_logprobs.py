@@ -20,7 +20,7 @@ def policy(world, model_folders):
 
 @pytest.fixture(scope="module")
 def exact():
-    return make_model("qwen2", tied=True).double()
+    return make_model("qwen2").double()
 
 
 def make_packer(budget):

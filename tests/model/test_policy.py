@@ -24,7 +24,7 @@ def exact():
     """Loss and gradients of every model from plain float64 logits, in one process."""
     found = {}
     for name, (family, tied) in MODEL_CASES.items():
-        model = make_model(family, tied=tied).double()
+        model = make_model(family, tie_word_embeddings=tied).double()
         loss = naive_loss(model, SEQUENCES, OBJECTIVE, temperature=TEMPERATURE)
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -100,7 +100,7 @@ def test_half_precision_compute_has_float32_masters(two_ranks, exact):
 
 
 def test_streamed_weights_are_the_whole_state_dict(ranks):
-    expected = make_model("qwen2", tied=True).state_dict()
+    expected = make_model("qwen2").state_dict()
     assert "lm_head.weight" in expected  # tied, and still sent under both names
     for stream in (ranks["stream"], ranks.get("replicas_stream", ranks["stream"])):
         assert stream.keys() == expected.keys()
@@ -110,14 +110,14 @@ def test_streamed_weights_are_the_whole_state_dict(ranks):
 
 
 def test_streamed_weights_come_in_the_compute_dtype(two_ranks):
-    expected = make_model("qwen2", tied=False).state_dict()
+    expected = make_model("qwen2", tie_word_embeddings=False).state_dict()
     assert two_ranks["bfloat16_stream"].keys() == expected.keys()
     for name, want in expected.items():
         assert torch.equal(two_ranks["bfloat16_stream"][name], want.bfloat16()), name
 
 
 def test_generation_from_shards_is_generation_from_the_model(ranks):
-    engine = policy_ranks.make_engine(make_model("qwen2", tied=True))
+    engine = policy_ranks.make_engine(make_model("qwen2"))
     everything = engine.generate(PROMPTS, SAMPLING)
     assert {c.is_finished for g in everything for c in g.completions} == {True, False}
     for rank, groups in enumerate(ranks["rollout"]["groups"]):

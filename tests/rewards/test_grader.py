@@ -15,15 +15,18 @@ from laser_fast.rewards.user import check_rewards
 HANG = r"\boxed{9^{9^{9^{9}}}}"
 
 USER_MODULE = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
+from pathlib import Path
 
 def equal(completions, answers):
     return [float(c == a) for c, a in zip(completions, answers)]
 
 def eventful(completions, answers):
     for completion in completions:
-        if completion == "hang": 9 ** 9 ** 9 ** 9
-        if completion == "sleep": time.sleep(0.6)
+        if completion == "hang": ctypes.PyDLL(None).sleep(1000)  # in C, and nobody gets the GIL
+        if completion.startswith("/"):
+            Path(completion, "begun").touch()
+            while not Path(completion, "go on").exists(): time.sleep(0.01)
         if completion == "exit": os._exit(0)
         if completion == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
         if completion == "raise": raise KeyError("user's own")
@@ -67,11 +70,8 @@ def math_grader():
 def test_a_hanging_answer_is_none_within_its_deadline_and_alone(math_grader):
     texts = [r"\boxed{4}", HANG, r"\boxed{\frac{8}{2}}", HANG, r"\boxed{5}", "none"] * 2
     math_grader.grade([r"\boxed{\frac{1}{2}}"] * 4, ["0.5"] * 4)  # warm: both workers have started
-    start = time.monotonic()
-    rewards = math_grader.grade(texts, ["4"] * 12)
-    seconds = time.monotonic() - start
-    assert rewards == [1.0, None, 1.0, None, 0.0, 0.0] * 2
-    assert seconds < 2 * 1.5 + 6.0  # four hangs on two workers, and their restarts
+    # That it returns at all is the deadline: four hangs on two workers, and their restarts.
+    assert math_grader.grade(texts, ["4"] * 12) == [1.0, None, 1.0, None, 0.0, 0.0] * 2
     assert math_grader.grade([r"\boxed{4}"], [4]) == [1.0]
 
 
@@ -85,21 +85,29 @@ def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
     assert math_grader.grade([r"\boxed{4.0}"] * 4, ["4"] * 4) == [1.0] * 4
 
 
-def test_an_interrupted_call_leaves_no_reply_behind(user_module):
+def test_an_interrupted_call_leaves_no_reply_behind(user_module, tmp_path):
     class Interrupt(BaseException):
         pass
 
     def interrupt(signal_number, frame):
         raise Interrupt
 
-    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=20.0, workers=1)
+    def interrupt_once_begun():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=60.0, workers=1)
     previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with Grader(config) as grader:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            thread = threading.Thread(target=interrupt_once_begun, daemon=True)
             with pytest.raises(Interrupt):
-                grader.grade(["sleep", "a"], ["", ""])
-            time.sleep(0.5)  # by now the interrupted call would have replied with two rewards
+                thread.start()
+                grader.grade([str(tmp_path), "a"], ["", ""])
+            thread.join()
+            (tmp_path / "go on").touch()
+            time.sleep(0.3)  # by now the interrupted call would have replied with two rewards
             assert grader.grade(["a"], [""]) == [1.0]
     finally:
         signal.signal(signal.SIGUSR1, previous)
@@ -148,7 +156,7 @@ def test_user_function_gets_the_batch(user_module):
 
 @pytest.mark.parametrize("event", ["hang", "exit", "segfault"])
 def test_a_lost_user_call_costs_only_the_guilty_answer(user_module, event, caplog):
-    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=0.7)
+    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=2.0)
     with Grader(config) as grader:
         rewards = grader.grade(["a", event, "b"], ["", "", ""])
         assert rewards == [1.0, None, 1.0]  # 1.0: each in a call of its own
@@ -250,9 +258,7 @@ def test_a_script_without_main_guard_can_grade_and_leaves_no_worker(tmp_path, us
         f"import sys; sys.path.insert(0, {str(sys.path[0])!r})\n"
         f"print(int(grade('{user_module}:pid', '', '')))\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
 

@@ -48,27 +48,20 @@ class Tiny:
 
     @classmethod
     def make(cls, path, *, seed=0, tied=True):
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from tiny_models import make_model
 
-        torch.manual_seed(seed)
-        config = Qwen2Config(
+        model = make_model(
+            seed=seed,
             vocab_size=cls.vocab + 8,
             hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
             num_attention_heads=2,  # a head dimension of 32, the smallest of the CPU attention
-            num_key_value_heads=2,
             max_position_embeddings=256,
             tie_word_embeddings=tied,
             eos_token_id=list(cls.eos),
-            initializer_range=0.15,
+            pad_token_id=None,
         )
-        model = Qwen2ForCausalLM(config).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # Qwen2 starts them at zero, where a lost one shows nowhere
-                torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(path)
-        return cls(path, model)
+        return cls(path, model.eval())
 
     @property
     def tokens(self):
@@ -285,7 +278,7 @@ def scripted(monkeypatch):
     }
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server, server_http.Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=0.5)
+    yield server, server_http.Http(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=60)
     server.release.set()
     server.shutdown()
     thread.join()

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
-from transformers import Qwen2ForCausalLM as Qwen2
+from tiny_models import make_model
 
+from laser_fast.config import ModelConfig
+from laser_fast.model.distributed import open_world
+from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.hf import HfEngine
 
@@ -21,26 +24,14 @@ PAD, EOS, OTHER_EOS, SCORE = 0, 1, 2, 3
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(Qwen2, Qwen2Config)
+    return make_model_that_drops("qwen2")
 
 
-def make_model(model_class, config_class):
-    torch.manual_seed(0)
-    config = config_class(
-        vocab_size=ROWS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        attention_dropout=0.5,  # shows a forward in training mode
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return model_class(config).train()
+def make_model_that_drops(family):
+    """A model whose dropout shows a forward in training mode."""
+    ids = {"eos_token_id": EOS, "pad_token_id": PAD}
+    options = {"vocab_size": ROWS, "initializer_range": 0.3, "attention_dropout": 0.5}
+    return make_model(family, seed=1, **ids, **options).train()
 
 
 def make_engine(model, **changes):
@@ -106,9 +97,9 @@ def check_against_full_forward(model, groups, eos_ids, *, temperature, max_new_t
             assert completion.score_logprob is None
 
 
-@pytest.mark.parametrize("family", [(Qwen2, Qwen2Config), (LlamaForCausalLM, LlamaConfig)])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_logprobs_and_scores_equal_a_full_forward(family):
-    model = make_model(*family)
+    model = make_model_that_drops(family)
     groups = make_engine(model).generate(make_prompts(), sampling())
     assert [group.prompt for group in groups] == make_prompts()
     assert all(len(group.completions) == 4 for group in groups)
@@ -298,39 +289,24 @@ def test_no_prompts_give_no_groups(model):
     assert make_engine(model).generate([], sampling()) == []
 
 
-RANK = """
-import json, sys
-from importlib.util import module_from_spec, spec_from_file_location
-
-from laser_fast.config import ModelConfig
-from laser_fast.model.distributed import open_world
-from laser_fast.model.policy import build_policy
-
-spec = spec_from_file_location("test_hf", sys.argv[1])
-test_hf = module_from_spec(spec)
-spec.loader.exec_module(test_hf)
-
-with open_world() as world:
-    policy = build_policy(ModelConfig(path=sys.argv[2]), world)
-    engine = test_hf.make_engine(policy.hf, unsharded=policy.unsharded, max_num_seqs=3)
-    # Uneven shares: the ranks run different numbers of batches and of steps.
-    share = test_hf.make_prompts()[slice(0, 5) if world.rank == 0 else slice(5, 6)]
-    for seed in (5, 6):
-        groups = engine.generate(share, test_hf.sampling(seed=seed))
-    drawn = [(c.completion_ids, c.rollout_logprobs) for _, c in test_hf.flat(groups)]
-    with open(f"{sys.argv[2]}/{world.rank}.json", "w") as file:
-        json.dump(drawn, file)
-"""
+def sample_on_rank(folder):
+    """What a rank draws, written to its own file."""
+    with open_world() as world:
+        policy = build_policy(ModelConfig(path=folder), world)
+        engine = make_engine(policy.hf, unsharded=policy.unsharded, max_num_seqs=3)
+        # Uneven shares: the ranks run different numbers of batches and of steps.
+        share = make_prompts()[slice(0, 5) if world.rank == 0 else slice(5, 6)]
+        for seed in (5, 6):
+            groups = engine.generate(share, sampling(seed=seed))
+        drawn = [(c.completion_ids, c.rollout_logprobs) for _, c in flat(groups)]
+        Path(folder, f"{world.rank}.json").write_text(json.dumps(drawn))
 
 
 def test_sharded_ranks_out_of_step_draw_the_same_samples(model, tmp_path):
-    (tmp_path / "rank.py").write_text(RANK)
     model.save_pretrained(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", tmp_path / "rank.py"]
-    result = subprocess.run(
-        [*launch, Path(__file__).resolve(), tmp_path], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, Path(__file__).resolve(), tmp_path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = make_engine(model).generate(make_prompts(), sampling(seed=6))
@@ -338,3 +314,9 @@ def test_sharded_ranks_out_of_step_draw_the_same_samples(model, tmp_path):
     for (ids, logprobs), (_, completion) in zip(drawn, flat(alone), strict=True):
         assert tuple(ids) == completion.completion_ids
         assert logprobs == pytest.approx(completion.rollout_logprobs, abs=1e-5)
+
+
+if __name__ == "__main__":
+    from fork_ranks import run_ranks
+
+    run_ranks(2, sample_on_rank, sys.argv[1])

@@ -67,7 +67,7 @@ class ServerLike:
 
     def in_background(self, sampling):
         # Training goes on meanwhile, or this rollout never ends.
-        assert self.updated.wait(20)
+        assert self.updated.wait(200)
         self.updated.clear()
 
     def token_logprobs(self, groups, *, temperature):
@@ -209,7 +209,7 @@ class NeverAnswers(ServerLike):
     def in_background(self, sampling):
         super().in_background(sampling)
         os.kill(os.getpid(), signal.SIGTERM)
-        self.was_closed = self.closed.wait(60)
+        self.was_closed = self.closed.wait(200)
 
 
 def test_sigterm_does_not_wait_for_the_rollout_in_flight(write_ahead, tmp_path):
@@ -219,7 +219,7 @@ def test_sigterm_does_not_wait_for_the_rollout_in_flight(write_ahead, tmp_path):
     )
     with engines_of(NeverAnswers) as made:
         train_run(load_config(path))
-        made[0].background_ended.wait(60)
+        made[0].background_ended.wait(200)
     assert made[0].was_closed
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
 

@@ -235,6 +235,16 @@ def test_the_run_folder_holds_what_the_readme_says(one_rank):
         assert load_config(checkpoint / "config.toml") == load_config(run / "config.toml")
 
 
+def noise(screen):
+    """Lines that tell a user nothing: warnings of libraries, and bars of theirs."""
+    bars = ("Loading weights", "Writing model shards", "Generating", "it/s", "examples/s")
+    return [
+        line
+        for line in screen.splitlines()
+        if any(word in line for word in ("Warning", "deprecated", "OMP_NUM_THREADS", *bars))
+    ]
+
+
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
     path = write_config(
         tmp_path,
@@ -245,18 +255,20 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "laser_fast", "train", str(path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 1):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "stopped by SIGTERM; continue with --resume" in stderr
+    screen, _ = process.communicate()
+    assert process.returncode == 0, screen
+    assert "stopped by SIGTERM; continue with --resume" in screen
+    assert "wording and tokenizing" in screen and not noise(screen)
 
     lines = read_metrics(tmp_path / "run")
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
@@ -269,9 +281,10 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_an_exported_model_is_the_trained_one(one_rank, tmp_path):
+def test_an_exported_model_is_the_trained_one(one_rank, tmp_path, capfd):
     run = one_rank / "plain" / "run"
     assert export(run, tmp_path / "model").name == f"step-{STEPS:06d}"
+    assert not noise(capfd.readouterr().err)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert exported.dtype == torch.float32  # as the base model was stored

@@ -159,7 +159,7 @@ def test_without_a_cache_of_their_own_users_share_home(tmp_path, monkeypatch):
 
 
 def test_processes_may_ask_for_the_held_out_problems_at_once(cache):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
         paths = pool.map(partial(cached_rows, "eval"), [0] * 4)
     assert len(set(paths)) == 1 and read(paths[0]) == rows("eval", seed=0)
     assert os.listdir(cache / "laser_fast" / "sandbox") == ["eval-seed0.jsonl"]

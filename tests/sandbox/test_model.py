@@ -86,9 +86,10 @@ def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path):
+def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path, capfd):
     """Forty steps in, the loss of fixed rows has fallen and EOS is followed by <pad>."""
     make_sandbox_model(tmp_path / "model", seed=0, steps=40)
+    assert not capfd.readouterr().err  # no bar of files
     losses, pads = [], []
     for folder in (hardly_trained, tmp_path / "model"):
         model, _ = load(folder)

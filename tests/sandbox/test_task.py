@@ -3,8 +3,9 @@ import re
 from itertools import islice, product
 
 import pytest
+from tiny_models import make_model_config
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Qwen2Config
+from transformers import AutoTokenizer
 
 from laser_fast.rewards.boxed import sandbox as reward
 from laser_fast.sandbox.task import (
@@ -28,7 +29,7 @@ def tokenizer_folder(tmp_path_factory):
     """The tokenizer beside a Qwen2 config: AutoTokenizer then insists on Qwen2's own class."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    Qwen2Config(vocab_size=len(TOKENS)).save_pretrained(folder)
+    make_model_config("qwen2").save_pretrained(folder)
     return folder
 
 
@@ -138,7 +139,7 @@ def test_special_tokens_are_distinct_and_skipped_when_decoding(tokenizer_folder)
 
 def test_tokenizer_survives_saving_again(tokenizer_folder, tmp_path):
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    Qwen2Config(vocab_size=len(TOKENS)).save_pretrained(tmp_path)
+    make_model_config("qwen2").save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
     assert again(SOLUTION)["input_ids"][-3:] == [32, 12, 31]
