@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -158,29 +157,17 @@ def _load(
             "a text with {prompt} in it"
         )
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
+    datasets.disable_progress_bars()  # a bar for each data set, on a screen that shows the run's
     try:
-        with _no_progress_bar():
-            return datasets.Dataset.from_generator(
-                lambda: _tokenize(rows, config, tokenizer),
-                features=_FEATURES,
-                fingerprint=_fingerprint(rows, config, tokenizer),
-            )
+        return datasets.Dataset.from_generator(
+            lambda: _tokenize(rows, config, tokenizer),
+            features=_FEATURES,
+            fingerprint=_fingerprint(rows, config, tokenizer),
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep the bar of each data set off a screen that shows the run's own."""
-    was_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not was_disabled:
-            datasets.enable_progress_bars()
 
 
 def _tokenize(

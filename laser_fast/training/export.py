@@ -8,11 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
@@ -26,13 +22,8 @@ from laser_fast.training.checkpoint import latest_checkpoint
 def export(run: Path, out: Path) -> Path:
     """Write the policy of `run` to `out`, in the dtype that its base model was stored in.
 
-    A score that was trained goes with it, as laser_fast.json.
-
-    Returns:
-        The checkpoint that was exported.
-
-    Raises:
-        ConfigError: `run` is no run or has no checkpoint, or `out` exists.
+    A score that was trained goes with it, as laser_fast.json. Returns the checkpoint; a ConfigError
+    says that `run` is no run or has no checkpoint, or that `out` exists.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose a new folder for the exported model")
@@ -41,17 +32,17 @@ def export(run: Path, out: Path) -> Path:
         raise ConfigError(f"{run} is no run folder ({folder.config.name} is missing)")
     checkpoint = latest_checkpoint(run)
     config = moved_config(load_config(folder.config), run)
-    model = config.model
+    model, score = config.model, config.score
     with open_world() as world:
         policy = build_policy(model, world)
-        state = {"model": get_model_state_dict(policy)}
+        state = {"model": state_dict.get_model_state_dict(policy)}
         dcp.load(state, checkpoint_id=checkpoint)
-        set_model_state_dict(policy, state["model"])
-        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict.set_model_state_dict(policy, state["model"])
+        full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         dtype = load_model_config(model).dtype or torch.float32
         weights = {
             name: tensor.to(dtype)
-            for name, tensor in get_model_state_dict(policy.hf, options=full).items()
+            for name, tensor in state_dict.get_model_state_dict(policy.hf, options=full).items()
             if isinstance(tensor, Tensor)
         }
         policy.hf.config.dtype = dtype
@@ -59,7 +50,6 @@ def export(run: Path, out: Path) -> Path:
             policy.hf.save_pretrained(out, state_dict=weights)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(out)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
-    if config.score.loss_coef > 0:
-        score = config.score
+    if score.loss_coef > 0:
         write_score_settings(out, token=score.token, beta=score.beta, ref_logprob=ref_logprob)
     return checkpoint

@@ -25,7 +25,7 @@ from laser_fast.model.distributed import World
 from laser_fast.records import Group, TrainingSequence
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class StepTables:
     """What rollout and grader gave, [P, G] on the CPU; P counts the prompts of all ranks."""
 
@@ -51,7 +51,7 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
     group_size = len(groups[0].completions)
     rows = [
         (
-            reward or 0.0,
+            float(reward or 0.0),
             reward is not None,
             completion.is_finished,
             len(completion.completion_ids),
@@ -60,18 +60,8 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
         for group in groups
         for completion, reward in zip(group.completions, group.rewards, strict=True)
     ]
-    columns = [
-        torch.tensor(column).reshape(-1, group_size)
-        for column in zip(*world.gather(rows), strict=True)
-    ]
-    reward, is_graded, is_finished, lengths, score_logprobs = columns
-    return StepTables(
-        rewards=reward.float(),
-        is_graded=is_graded,
-        is_finished=is_finished,
-        lengths=lengths,
-        score_logprobs=score_logprobs.float(),
-    )
+    columns = zip(*world.gather(rows), strict=True)
+    return StepTables(*(torch.tensor(column).reshape(-1, group_size) for column in columns))
 
 
 def step_advantages(tables: StepTables, config: Config, score: SelfScore | None) -> Tensor:
