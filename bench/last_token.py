@@ -104,7 +104,7 @@ def _prepare(
         found = {
             "logprob": exact.logprob_error(
                 score(0).double() / BETA + REF_LOGPROB, is_exact=is_exact
-            ),
+            )
         }
         return found | exact.gradient_errors(both(0), is_exact=is_exact)
 

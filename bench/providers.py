@@ -126,10 +126,7 @@ _NLL_ONLY = "temperature, entropy"
 _MEAN_ONLY = "a gradient per row, temperature, entropy"
 
 # Per-row log-probs with any upstream gradient.
-BASELINES = (
-    Provider(BASELINE, lambda inputs: unfused),
-    Provider(COMPILED, compiled),
-)
+BASELINES = (Provider(BASELINE, lambda inputs: unfused), Provider(COMPILED, compiled))
 OURS = tuple(
     Provider(f"ours {impl}", partial(_ours, impl), is_exact=True, impl=impl)
     for impl in ("reference", "chunked", "triton", "cuda")

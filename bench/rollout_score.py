@@ -38,10 +38,7 @@ from laser_fast.rollout.vllm import VllmEngine, import_vllm
 
 SCORE_TOKEN, EOS = 0, 1
 FIRST_COUNT = 2  # ids below are special; above, counting down to EOS is counting up to the top
-SHAPES = {
-    "smoke": SMOKE,
-    "10m": Sizes(256, 1024, 6, 8, 4, 8192),
-}
+SHAPES = {"smoke": SMOKE, "10m": Sizes(256, 1024, 6, 8, 4, 8192)}
 
 
 @dataclass(frozen=True)
@@ -129,10 +126,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
             folder,
             RolloutConfig(engine="vllm", max_new_tokens=args.length, max_num_seqs=args.completions),
             SpecialTokens(
-                score_token_id=SCORE_TOKEN,
-                eos_token_ids=(EOS,),
-                pad_token_id=EOS,
-                vocab_size=vocab,
+                score_token_id=SCORE_TOKEN, eos_token_ids=(EOS,), pad_token_id=EOS, vocab_size=vocab
             ),
             max_model_len=args.prompt_length + args.length + 2,
         )

@@ -123,12 +123,7 @@ def announce(name: str) -> None:
 
 
 def run_head(
-    op: str,
-    args: argparse.Namespace,
-    entries_of: Entries,
-    *,
-    modes: Sequence[str],
-    baseline: str,
+    op: str, args: argparse.Namespace, entries_of: Entries, *, modes: Sequence[str], baseline: str
 ) -> list[dict]:
     """Measure one op of the head at every size that is asked for; returns all rows."""
     device = device_of(args)

@@ -34,10 +34,7 @@ from laser_fast.records import Completion, Group, Prompt, SpecialTokens
 from laser_fast.rollout.agreement import check_agreement
 from laser_fast.rollout.vllm import import_vllm
 
-SHAPES = {
-    "smoke": SMOKE,
-    "qwen2.5-0.5b": Sizes(896, 4864, 24, 14, 2, 151936),
-}
+SHAPES = {"smoke": SMOKE, "qwen2.5-0.5b": Sizes(896, 4864, 24, 14, 2, 151936)}
 SCORE_TOKEN, EOS = 0, 1
 CHECK_PROMPTS, CHECK_TOKENS = 4, 64
 # Far above the rounding of either dtype on a random model, far below a tensor that did not arrive.

@@ -103,8 +103,7 @@ def _draw_run(folder: Path) -> None:
 
 @app.command()
 def export(
-    run: RunDir,
-    out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")],
+    run: RunDir, out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")]
 ) -> None:
     """Write the newest checkpoint of a run as a Hugging Face model."""
     from laser_fast.training.export import export as export_model

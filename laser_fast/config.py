@@ -3,8 +3,6 @@
 Every key is documented once, here, and read somewhere; a wrong file is refused in one sentence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

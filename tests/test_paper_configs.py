@@ -12,13 +12,7 @@ METHODS = ("laser", "laser_no_mixing", "grpo")
 # Per model: path, z_c, c_ref, steps of plain GRPO, steps with the MSE before mixing.
 MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-7B", "<|vision_start|>", -23.0, 200, 200),
-    "orz-7b": (
-        "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
-        "<|vision_start|>",
-        -23.0,
-        0,
-        200,
-    ),
+    "orz-7b": ("Open-Reasoner-Zero/Open-Reasoner-Zero-7B", "<|vision_start|>", -23.0, 0, 200),
     "octothinker-3b-short": (
         "OctoThinker/OctoThinker-3B-Short-Base",
         "<|reserved_special_token_0|>",

@@ -6,8 +6,6 @@
 std is unbiased (G - 1). Equation numbers are those of LaSeR, arXiv 2510.14943.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

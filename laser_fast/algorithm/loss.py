@@ -9,8 +9,6 @@
 sg stops the gradient. All losses are to be minimised. T tokens, B sequences.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

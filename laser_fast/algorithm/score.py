@@ -9,8 +9,6 @@ reward. A correct answer's target log-prob is c_ref + 1/beta: far below 0, so th
 improbable and generation is not disturbed.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ subset, or on `MAX_SUBSETS` drawn with a fixed seed where there are more. Ties g
 the completion, sampled first among the k: samples are exchangeable, so that is a fair draw.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -57,8 +55,7 @@ def majority_vote(
 
 
 def answer_classes(
-    answers: Sequence[Answer | None],
-    same_answer: Callable[[Answer, Answer], bool] | None = None,
+    answers: Sequence[Answer | None], same_answer: Callable[[Answer, Answer], bool] | None = None
 ) -> list[int | None]:
     """Number the distinct answers: `["1/2", "3", "0.5", None]` may be `[0, 1, 0, None]`.
 

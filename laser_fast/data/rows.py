@@ -10,8 +10,6 @@ answer 007 becomes 7, NA becomes null, numbers beside texts fail) and do not tel
 broken row.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

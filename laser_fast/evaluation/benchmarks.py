@@ -5,8 +5,6 @@ problem on MATH500 and OlympiadBench, 32 on AMC23, AIME24 and AIME25; accuracy i
 samples, and the headline number the mean over the five sets.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping

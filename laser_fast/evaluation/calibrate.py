@@ -9,8 +9,6 @@ with the least noise at the beta of the rule. Completions of one prompt are alik
 error is that of prompt clusters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing

@@ -5,8 +5,6 @@ noise is keyed by (seed, prompt, sample) and chunks have fixed borders, hence th
 Under torchrun the ranks share the prompts of every chunk; rank 0 writes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ NAME/plots.png        drawn by the command line: accuracy against k, reliability
 report.json           all numbers; its presence marks the evaluation as finished
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Sequence

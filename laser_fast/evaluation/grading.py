@@ -1,7 +1,5 @@
 """The grading workers of an evaluation, answers by reward kind, and gold answers in doubt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 

@@ -9,8 +9,6 @@ laser_fast.json lies beside a model's weights and holds the score that it was tr
 score means something only with the token, beta and c_ref of its training.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

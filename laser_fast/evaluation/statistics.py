@@ -17,8 +17,6 @@ and means of statistics have intervals too. The ECE of a resample is biased upwa
 with fewer completions: the interval of `ece` may lie above its value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What a terminal shows of a run: a line per step, a progress bar, and a table at the end."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any

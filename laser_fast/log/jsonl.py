@@ -1,7 +1,5 @@
 """JSON lines that every parser reads: no NaN, no infinity, no torn last line after a crash."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 To add one, add a line to `METRICS`; console, page and terminal read it from there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # Okabe and Ito's palette: told apart with any colour vision.

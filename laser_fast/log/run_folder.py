@@ -1,7 +1,5 @@
 """The folder of a run: what lies in it, whether it is free, and which config may continue it."""
 
-from __future__ import annotations
-
 import importlib.util
 from operator import attrgetter
 from pathlib import Path

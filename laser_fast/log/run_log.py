@@ -4,8 +4,6 @@
 the numbers of an evaluation as `eval/<name>`. Step s, and evaluation s, comes after s updates.
 """
 
-from __future__ import annotations
-
 import importlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping

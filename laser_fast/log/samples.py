@@ -1,7 +1,5 @@
 """One completion as a line of samples.jsonl, in the folder of a run and of an evaluation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace

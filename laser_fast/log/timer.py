@@ -1,7 +1,5 @@
 """Seconds per stage and peak memory."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

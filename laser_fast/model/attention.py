@@ -6,8 +6,6 @@ at most 4 sum(len^2) instead of T^2. "laser_varlen" is torch.nn.attention.varlen
 "flash_attention_2" is transformers' own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

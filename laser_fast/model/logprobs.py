@@ -6,8 +6,6 @@ Everything is read from packed rows through the fused head, so that [tokens, voc
 never exist. Each function is collective: every rank calls it, with any number of sequences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 

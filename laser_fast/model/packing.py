@@ -3,8 +3,6 @@
 Results never depend on the bins, because denominators are fixed before (algorithm.loss).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +17,7 @@ def _alone(count: int) -> int:
 
 
 def plan_bins(
-    lengths: Sequence[int],
-    *,
-    budget: int,
-    agree: Callable[[int], int] = _alone,
+    lengths: Sequence[int], *, budget: int, agree: Callable[[int], int] = _alone
 ) -> list[list[int]]:
     """Indices of the sequences of each microbatch.
 

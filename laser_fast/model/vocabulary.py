@@ -1,7 +1,5 @@
 """The tokenizer of a model and the ids that the algorithm depends on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,10 +80,7 @@ def load_vocabulary(
 
 
 def _eos_token_ids(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model_config: PreTrainedConfig,
-    vocab_size: int,
+    path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, vocab_size: int
 ) -> tuple[int, ...]:
     """Every id that the model, its generation defaults or its tokenizer call an end.
 

@@ -4,8 +4,6 @@ A diagram is a title and a function that draws into matplotlib's axes. In a comp
 drawn solid, run B dashed and hollow.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ With it come the folders of `laser-fast eval` that lie below a run or are named.
 nothing from anywhere; every call draws it again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What runs and evaluations have written, read leniently: older versions wrote it too."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 r"""What a completion's text says: its boxed answer, its format, and the rewards of plain text."""
 
-from __future__ import annotations
-
 import re
 
 _BOXED = re.compile(r"\\boxed\s*\{")

@@ -6,8 +6,6 @@ the last one winning. `$`, thousands separators, a trailing dot and units do not
 `\frac{a}{b}` and `a/b` are fractions. Values are compared exactly, so 0.5 equals 1/2.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 

@@ -10,8 +10,6 @@ no C code. The worker's deadline holds instead. Its habit of returning False for
 off too, since that would turn failures into wrong answers.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import lru_cache
 from itertools import product

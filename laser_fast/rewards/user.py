@@ -6,8 +6,6 @@ One finite number per completion, in order; None says that this one could not be
 else is accepted: a list of another length would otherwise be broadcast over the batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

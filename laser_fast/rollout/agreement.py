@@ -7,8 +7,6 @@ still look plausible. This number is about 1e-6 in float32 and 1e-2 in bfloat16 
 works, and tenths of a nat when one tensor is stale.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -8,8 +8,6 @@ is fine, an engine that shares the training's devices or process group is not. W
 only while nothing is in flight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 

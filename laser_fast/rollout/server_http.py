@@ -1,7 +1,5 @@
 """JSON over HTTP to a vLLM server, with deadlines, retries and an end that waits for nobody."""
 
-from __future__ import annotations
-
 import json
 import logging
 import socket

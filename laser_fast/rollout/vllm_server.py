@@ -9,8 +9,6 @@ the server's weights a version, and completions count only if that version is st
 them: a server that was restarted in between has forgotten the weights.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

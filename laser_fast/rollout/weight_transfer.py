@@ -6,8 +6,6 @@ HTTP while the tensors arrive by broadcast. vLLM moves no tensors between CPU pr
 workers reload a folder of safetensors.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import tempfile

@@ -4,8 +4,6 @@ model.path is OUTPUT_DIR/sandbox/seedN/model, and data.train and data.eval are t
 eval.jsonl beside it. They follow from `config.seed` N; a resumed run finds what the first one made.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -6,8 +6,6 @@ improbable, so that log pi(z_c | x, y) starts as nearly the same constant for al
 (measured means for seeds 0, 1, 2: -11.5, -11.2, -11.5).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -13,8 +13,6 @@ About a tenth of all problems, chosen by a hash of their text, is held out: the 
 only from it, everything else never.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import random

@@ -6,8 +6,6 @@ a temporary name and renamed when complete, so a folder of that name is always w
 loaded on another number of ranks.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

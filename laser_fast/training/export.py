@@ -1,7 +1,5 @@
 """A run's newest checkpoint as an ordinary Hugging Face model folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -6,8 +6,6 @@
 Both weights already hold global denominators, so L is summed over microbatches and ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

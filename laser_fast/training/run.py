@@ -3,8 +3,6 @@
 Everything that can be wrong with the input is found before the model is loaded.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -218,11 +216,7 @@ def _run_step(trainer: Trainer, log: Log, step: int) -> None:
 
 
 def _records(
-    trainer: Trainer,
-    groups: Sequence[Group],
-    *,
-    step: int | None = None,
-    limit: int | None = None,
+    trainer: Trainer, groups: Sequence[Group], *, step: int | None = None, limit: int | None = None
 ) -> list[SampleRecord]:
     records = to_records(
         groups,

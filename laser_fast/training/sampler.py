@@ -1,7 +1,5 @@
 """The sampler's half of a step: prompt -> sync -> rollout -> reward, with proven weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean

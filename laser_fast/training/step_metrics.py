@@ -1,7 +1,5 @@
 """Metrics of one step, keyed by stage; sums over all ranks, so equal on every rank."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

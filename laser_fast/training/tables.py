@@ -4,8 +4,6 @@ Every rank computes the same advantages and weights from the same tables, so not
 how prompts were shared out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,11 +111,7 @@ def step_weights(tables: StepTables, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def training_sequences(
-    groups: Sequence[Group],
-    world: World,
-    tables: StepTables,
-    advantages: Tensor,
-    config: Config,
+    groups: Sequence[Group], world: World, tables: StepTables, advantages: Tensor, config: Config
 ) -> list[TrainingSequence]:
     """The sequences of this rank, whose groups are its share of the rows of the tables."""
     token_weight, score_weight = step_weights(tables, config)

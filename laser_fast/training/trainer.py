@@ -6,8 +6,6 @@ The first four are the sampler's (laser_fast/training/sampler.py). `Trainer` hol
 step to step; laser_fast/training/run.py builds it, evaluates and saves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -148,8 +146,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         score_only = [
             replace(
-                batch,
-                policy=replace(batch.policy, weights=torch.zeros_like(batch.policy.weights)),
+                batch, policy=replace(batch.policy, weights=torch.zeros_like(batch.policy.weights))
             )
             for batch in batches
         ]

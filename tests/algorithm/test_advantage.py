@@ -206,11 +206,7 @@ def test_scores_without_spread_change_nothing(scores, is_finished):
 
 def test_scores_inform_groups_without_reward_spread():
     mixed = mix_advantages(
-        torch.zeros(1, 2),
-        torch.tensor([[1.0, 0.0]]),
-        torch.tensor([[T, T]]),
-        tau=0.1,
-        min_std=0.1,
+        torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[T, T]]), tau=0.1, min_std=0.1
     )
     assert_equals(mixed, [[0.1 * math.sqrt(0.5), -0.1 * math.sqrt(0.5)]])
 

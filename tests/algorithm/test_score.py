@@ -141,8 +141,7 @@ def test_score_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("beta", "ref_logprob"),
-    [(0.1, -23.0), (0.1, -25.0), (0.1, -28.5), (0.05, -23.0), (0.1, -13.0)],
+    ("beta", "ref_logprob"), [(0.1, -23.0), (0.1, -25.0), (0.1, -28.5), (0.05, -23.0), (0.1, -13.0)]
 )
 def test_targets_of_the_paper_pass_in_silence(beta, ref_logprob):
     with warnings.catch_warnings():

@@ -44,11 +44,7 @@ def smoke(module, tmp_path, *options):
     ("module", "names", "modes"),
     [
         (linear_logprob, ROWS | {"bare GEMMs", "stream of W"}, {"fwd", "fwd+bwd"}),
-        (
-            linear_logprob_loss,
-            ROWS | MEANS | {"bare GEMMs", "stream of W"},
-            {"fwd", "fwd+bwd"},
-        ),
+        (linear_logprob_loss, ROWS | MEANS | {"bare GEMMs", "stream of W"}, {"fwd", "fwd+bwd"}),
         (last_token, ROWS | {"stream of W"}, {"score", "fwd", "fwd+bwd"}),
     ],
 )

@@ -67,17 +67,9 @@ def _prompt(prompt_id: str, answer: str) -> Prompt:
 
 def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
     sampling = Sampling(
-        group_size=group_size,
-        temperature=1.0,
-        max_new_tokens=2,
-        seed=0,
-        needs_score=needs_score,
+        group_size=group_size, temperature=1.0, max_new_tokens=2, seed=0, needs_score=needs_score
     )
-    return {
-        "decode": _decode,
-        "extract": _extract,
-        "sampling": sampling,
-    }
+    return {"decode": _decode, "extract": _extract, "sampling": sampling}
 
 
 PROMPTS = [_prompt("a", "1"), _prompt("b", "2")]

@@ -66,11 +66,7 @@ def test_without_scores_only_votes_are_shown(make_record):
 def _calibration(*logprobs):
     rows = [
         Reading(
-            template="chat",
-            prompt_id=f"p{i}",
-            eos="<eos>",
-            completion_ids=(1,),
-            logprobs=[value],
+            template="chat", prompt_id=f"p{i}", eos="<eos>", completion_ids=(1,), logprobs=[value]
         )
         for i, value in enumerate(logprobs)
     ]

@@ -7,13 +7,7 @@ import pytest
 
 from laser_fast.config import ConfigError
 from laser_fast.log.jsonl import read_lines
-from laser_fast.log.samples import (
-    SampleRecord,
-    read_samples,
-    scored,
-    to_records,
-    write_samples,
-)
+from laser_fast.log.samples import SampleRecord, read_samples, scored, to_records, write_samples
 from laser_fast.records import Completion, Group, Prompt
 
 

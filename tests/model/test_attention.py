@@ -4,12 +4,7 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from laser_fast.model.attention import (
-    attention_kwargs,
-    packed_layout,
-    packed_mask,
-    packed_sdpa,
-)
+from laser_fast.model.attention import attention_kwargs, packed_layout, packed_mask, packed_sdpa
 
 CPU = torch.device("cpu")
 

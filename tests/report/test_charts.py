@@ -198,11 +198,7 @@ def test_stages_stand_on_each_other(tmp_path):
     times = stage_times(run)
     assert list(times) == ["rollout", "loss", "other"]  # pack takes less than a hundredth
     axes = _drawn(("t", partial(draw_stages, run=run, times=times, top=2.0)))
-    assert _legend(axes) == [
-        "rollout 0.25 s, 26%",
-        "loss 0.725 s, 74%",
-        "other 0.0011 s, 0%",
-    ]
+    assert _legend(axes) == ["rollout 0.25 s, 26%", "loss 0.725 s, 74%", "other 0.0011 s, 0%"]
     lower, upper = (area.get_paths()[0].vertices for area in axes.collections[:2])
     assert lower[:, 1].max() == 0.25 and upper[:, 1].max() == 1.0
     assert axes.get_ylim() == (0.0, 2.08)

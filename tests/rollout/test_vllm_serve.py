@@ -75,8 +75,7 @@ def test_requests_that_do_not_ask_are_served_as_ever(client, served):
     # They stop at the EOS and may even say the score token.
     for wanted, reason in ((served.eos[0], "stop"), (served.score_token, "length")):
         answer = client.completions.create(
-            **options,
-            extra_body=plain | {"logit_bias": {str(wanted): 100}},
+            **options, extra_body=plain | {"logit_bias": {str(wanted): 100}}
         )
         assert set(answer.choices[0].token_ids) == {wanted}
         assert answer.choices[0].finish_reason == reason

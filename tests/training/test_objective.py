@@ -4,13 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import (
-    SCORE_TOKEN,
-    make_model,
-    make_sequences,
-    naive_logprobs,
-    naive_loss,
-)
+from tiny_models import SCORE_TOKEN, make_model, make_sequences, naive_logprobs, naive_loss
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
@@ -64,10 +58,7 @@ def make_objective(*, score_coef=0.8, **loss):
 
 def pack(sequences):
     packer = Packer(
-        budget=600,
-        score_token_id=SCORE_TOKEN,
-        temperature=TEMPERATURE,
-        device=torch.device("cpu"),
+        budget=600, score_token_id=SCORE_TOKEN, temperature=TEMPERATURE, device=torch.device("cpu")
     )
     return packer.pack(sequences)
 

@@ -128,10 +128,7 @@ def test_masked_truncated_completions_leave_the_denominator(tables):
 
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
-    [
-        ("seq-mean-token-mean", 1 / (11 * 5)),
-        ("seq-mean-token-sum-norm", 1 / (11 * 10)),
-    ],
+    [("seq-mean-token-mean", 1 / (11 * 5)), ("seq-mean-token-sum-norm", 1 / (11 * 10))],
 )
 def test_other_aggregations(tables, aggregation, expected):
     token, _ = step_weights(tables, make_config(loss={"aggregation": aggregation}))
@@ -145,15 +142,7 @@ def test_minibatches_take_every_second_prompt(tables):
     # Prompts 1 and 3: 16 + 12 tokens, and 2 correct, 3 incorrect of 5.
     even, odd = 1 / 12, 1 / 28
     close(token, [[even, even, 0.0], [odd] * 3, [even] * 3, [odd] * 3])
-    close(
-        score,
-        [
-            [1 / 2, 1 / 8, 0.0],
-            [1 / 4, 0.0, 1 / 6],
-            [1 / 8] * 3,
-            [1 / 6, 1 / 4, 1 / 6],
-        ],
-    )
+    close(score, [[1 / 2, 1 / 8, 0.0], [1 / 4, 0.0, 1 / 6], [1 / 8] * 3, [1 / 6, 1 / 4, 1 / 6]])
 
 
 @pytest.mark.parametrize("with_score_rows", [True, False])
