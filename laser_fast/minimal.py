@@ -28,7 +28,6 @@ from laser_fast.algorithm.advantage import group_advantages, mix_advantages
 from laser_fast.algorithm.loss import policy_loss
 from laser_fast.algorithm.score import check_score_target, class_weights
 from laser_fast.algorithm.verification import verify
-from laser_fast.model.policy import no_progress_bar
 from laser_fast.rewards import grade
 from laser_fast.sandbox.model import make_sandbox_model
 from laser_fast.sandbox.task import RESERVED_TOKENS, TOKENS, rows
@@ -119,7 +118,7 @@ def evaluate(model: Model, tokenizer: Tokenizer, problems: Problems, c_ref: floa
 def main(seed: int = 0) -> None:
     """Warm-start the sandbox model, measure it, train it with LaSeR, and measure it again."""
     torch.manual_seed(seed)
-    with TemporaryDirectory() as folder, no_progress_bar():
+    with TemporaryDirectory() as folder:
         make_sandbox_model(f"{folder}/model", seed=seed, steps=WARM_START_STEPS)
         tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
         model = Model.from_pretrained(f"{folder}/model")

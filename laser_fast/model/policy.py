@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils.logging import disable_progress_bar
 
 from laser_fast.config_errors import ConfigError
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
@@ -168,14 +168,9 @@ def build_policy(config: ModelConfig, world: World) -> Policy:
 
 def shard(policy: Policy, config: ModelConfig, world: World) -> None:
     """`fully_shard` every block, then the policy; masters and reductions stay float32."""
-    if config.replicas > 1:
-        mesh = init_device_mesh(
-            world.device.type,
-            (config.replicas, world.size // config.replicas),
-            mesh_dim_names=("replicate", "shard"),
-        )
-    else:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    names, shape = ("replicate", "shard"), (config.replicas, world.size // config.replicas)
+    start = 0 if config.replicas > 1 else 1
+    mesh = init_device_mesh(world.device.type, shape[start:], mesh_dim_names=names[start:])
     precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     offload = OffloadPolicy()
     if config.cpu_offload:
@@ -207,10 +202,10 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
     """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
     attention = IMPLEMENTATIONS[config.attention]
     if world.is_main:
-        with no_progress_bar():
-            hf = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=torch.float32, attn_implementation=attention
-            )
+        disable_progress_bar()  # one of tensors, on a screen that shows the run's own
+        hf = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, attn_implementation=attention
+        )
         return hf, hf.state_dict()
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
@@ -219,18 +214,6 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
     hf.to_empty(device="cpu")
     hf.tie_weights()
     return hf, {}
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bars of tensors and files off a screen that shows the run's own."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _apply_liger(hf: PreTrainedModel) -> None:

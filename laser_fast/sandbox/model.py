@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
-from laser_fast.model.policy import no_progress_bar
 from laser_fast.sandbox import task
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def make_sandbox_model(
     if world is None or world.is_main:
         unfinished = f"{Path(folder)}.{os.getpid()}"
         task.write_tokenizer(unfinished)
-        with no_progress_bar():
-            model.save_pretrained(unfinished)
+        disable_progress_bar()  # for the instant that the files take
+        model.save_pretrained(unfinished)
         if Path(folder).exists():  # another run was faster, and this one is refused in a moment
             shutil.rmtree(unfinished)
         else:

@@ -13,7 +13,7 @@ from laser_fast.config import ConfigError, load_config
 from laser_fast.evaluation.settings import write_score_settings
 from laser_fast.log.run_folder import RunFolder, moved_config
 from laser_fast.model.distributed import open_world
-from laser_fast.model.policy import build_policy, load_model_config, no_progress_bar
+from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.training.checkpoint import latest_checkpoint
 
 
@@ -44,8 +44,7 @@ def export(run: Path, out: Path) -> Path:
             if isinstance(tensor, Tensor)
         }
         policy.hf.config.dtype = dtype
-        with no_progress_bar():
-            policy.hf.save_pretrained(out, state_dict=weights)
+        policy.hf.save_pretrained(out, state_dict=weights)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(out)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
     if score.loss_coef > 0:

@@ -38,11 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(config: Config, world: World, *, resume: bool) -> None:
-    """Refuse what needs no look at the model or the data; writes nothing. Collective.
-
-    Raises:
-        ConfigError: the run folder, the number of ranks or the installed vLLM does not fit.
-    """
+    """Refuse a run folder, a number of ranks or a vLLM that does not fit; writes nothing."""
     folder = open_run_folder(config, resume=resume)
     check_world(config, world.size)
     if resume:
@@ -60,16 +56,10 @@ def train(
     resume: bool = False,
     on_end: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Train as configured, after `check_start`; `resume` continues the run. Collective.
+    """Train as configured, after `check_start`, or `resume` from the newest checkpoint. Collective.
 
-    Args:
-        config: the run; its model and data are files or on the hub.
-        world: the ranks that train.
-        resume: continue from the newest checkpoint.
-        on_end: called with the run folder on rank 0 when a run that has begun ends in any way.
-
-    Raises:
-        ConfigError: the configuration or its inputs cannot run; nothing was overwritten.
+    `on_end` is called with the run folder, on rank 0, when a run that has begun ends in any way. A
+    ConfigError says that the configuration or its inputs cannot run; nothing was overwritten then.
     """
     started = time.monotonic()
     folder, checkpoint = Path(config.output_dir), None
