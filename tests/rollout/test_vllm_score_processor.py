@@ -61,7 +61,7 @@ def test_each_request_has_its_own_token_vocabulary_and_ends(engine):
         {SCORE_TOKEN_ID: 9, EOS_TOKEN_IDS: [5, 6], VOCAB_SIZE: 12},
         {SCORE_TOKEN_ID: 7, EOS_TOKEN_IDS: [], VOCAB_SIZE: 8},
     ]
-    fields = {"seed": 0, "logprobs": 0, "ignore_eos": True}
+    fields = {"seed": 1, "logprobs": 0, "ignore_eos": True}
     stops = [[7], [9], [7]]
     drawn = run(
         engine,
