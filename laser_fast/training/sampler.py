@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +21,6 @@ from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
 from laser_fast.rollout.agreement import check_agreement
-from laser_fast.rollout.ahead import RolloutAhead
 from laser_fast.rollout.engine import CopyingEngine, Engine, make_sampling
 from laser_fast.training.schedule import is_due
 
@@ -30,6 +30,42 @@ CALIBRATION_PROMPTS = 64
 CALIBRATION_SAMPLES = 4
 # Prompts per rank whose tokens prove a weight sync: one stale tensor moves every token.
 PROOF_PROMPTS = 4
+
+
+class RolloutAhead:
+    """Samples the next step's completions while this step trains; at most one rollout in flight.
+
+        policy    | update t-1 | sync t | train on the batch of t ........ | sync t+1 | train on t+1
+        engine                          | sample t+1 from the weights of t |          | sample t+2
+
+    It runs in a thread of its own, so `generate` must not be collective: HTTP to a server is fine,
+    an engine that shares the training's devices or process group is not. `drain` comes before new
+    weights; the next `drain` or `take` raises the rollout's error.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
+        self._in_flight: tuple[int, Future[list[Group]]] | None = None
+
+    def start(self, step: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Begin to sample the completions of `step` from the engine's current weights."""
+        assert self._in_flight is None, "the rollout in flight was not taken"
+        self._in_flight = step, self._pool.submit(self._engine.generate, prompts, sampling)
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight; the groups stay to be taken."""
+        if self._in_flight is not None:
+            self._in_flight[1].result()
+
+    def take(self, step: int) -> list[Group] | None:
+        """Wait for the groups of `step`; None if nothing was started."""
+        if self._in_flight is None:
+            return None
+        of_step, groups = self._in_flight
+        assert of_step == step
+        self._in_flight = None
+        return groups.result()
 
 
 @dataclass(kw_only=True)
