@@ -1,6 +1,6 @@
 """The vLLM logits processor that lets a model score its own answer while it generates.
 
-For a request that names a score token z_c (laser_fast/rollout/score_request.py), on raw logits l:
+For a request that names a score token z_c (see score_request.py), on raw logits l:
 
     l[z_c] = -inf and l[v] = -inf for v >= vocab_size     in every row
     l = -inf but for l[z_c] = 0                           in the row after an EOS
@@ -8,7 +8,7 @@ For a request that names a score token z_c (laser_fast/rollout/score_request.py)
 Requests that name none are untouched. vLLM reads raw log-probs before any processor, so neither
 ban nor forced token changes a reported log-prob, and the forced token's own is the score:
 log pi(z_c | x, y) at temperature 1, for one more decode step. In process, a request may carry a
-`Tempering` (tempering.py) for log-probs at its sampling temperature.
+`Tempering` for log-probs at its sampling temperature.
 
 vLLM has two runners with different interfaces; `SelfScoreProcessor` has both, so that one name
 serves all supported versions:
@@ -26,8 +26,15 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Interface
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from laser_fast.rollout.score_request import EOS_TOKEN_IDS, SCORE_TOKEN_ID, TEMPERING, VOCAB_SIZE
-from laser_fast.rollout.tempering import Tempering, collect, row_index
+from laser_fast.rollout.score_request import (
+    EOS_TOKEN_IDS,
+    SCORE_TOKEN_ID,
+    TEMPERING,
+    VOCAB_SIZE,
+    Tempering,
+    collect,
+    row_index,
+)
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Interface

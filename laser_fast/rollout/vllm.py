@@ -32,8 +32,13 @@ from torch import Tensor, nn
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import check_fits, completion_seed, groups_of
-from laser_fast.rollout.score_request import PROCESSOR, TEMPERING, parse_completion, request_fields
-from laser_fast.rollout.tempering import Tempering
+from laser_fast.rollout.score_request import (
+    PROCESSOR,
+    TEMPERING,
+    Tempering,
+    parse_completion,
+    request_fields,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams

@@ -20,8 +20,7 @@ from laser_fast.model.policy import Policy
 from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
-from laser_fast.rollout.agreement import check_agreement
-from laser_fast.rollout.engine import CopyingEngine, Engine, make_sampling
+from laser_fast.rollout.engine import CopyingEngine, Engine, check_agreement, make_sampling
 from laser_fast.training.schedule import is_due
 
 # 256 completions put the standard error of c_ref, whose spread is .04 to 1.2 nats
