@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -35,8 +36,8 @@ _MEMORY_LIMIT = 4 << 30
 _log = logging.getLogger(__name__)
 
 
-class Grader:
-    """Worker processes that grade by one `RewardConfig`.
+class Grader(ExitStack):
+    """Worker processes that grade by one `RewardConfig`, until it is closed.
 
     Args:
         config: `kind`, `timeout_s`, `workers` and `format_gate` are read.
@@ -47,6 +48,7 @@ class Grader:
     """
 
     def __init__(self, config: RewardConfig) -> None:
+        super().__init__()
         _check(config)
         self._config = config
         self._function = _BUILT_IN.get(config.kind, config.kind)
@@ -55,16 +57,7 @@ class Grader:
             self._pool = WorkerPool(self._function, num_workers=config.workers, memory_limit=limit)
         except WorkerStartError as error:
             raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.close()
+        self.callback(self._pool.close)
 
     def grade(
         self,

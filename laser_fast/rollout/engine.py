@@ -28,7 +28,7 @@ class DisagreementError(RuntimeError):
 
 
 class Engine(Protocol):
-    """A sampler of completions."""
+    """A sampler of completions; what holds no weights of its own inherits all but `generate`."""
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Take the policy's weights, every state_dict name, and get ready to generate.
@@ -36,6 +36,7 @@ class Engine(Protocol):
         Collective: every rank calls it and exhausts its iterator, since producing an item may
         all-gather. An engine that shares the policy's parameters leaves the iterator untouched.
         """
+        return
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample `sampling.group_size` completions of each prompt, in the order of `prompts`.
@@ -45,10 +46,12 @@ class Engine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Release device memory until the next `sync`."""
+        """Release the device memory that it holds, until the next `sync`."""
+        return
 
     def close(self) -> None:
         """Stop the engine for good."""
+        return
 
 
 @runtime_checkable

@@ -115,18 +115,15 @@ class Tempering:
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self._corrections: dict[int, tuple[Tensor, int]] = {}
+        # By position: c of all rows that were drawn with it, left on the device, and the own row.
+        self.corrections: dict[int, tuple[Tensor, int]] = {}
 
     def __deepcopy__(self, memo: dict) -> Tempering:
         return self  # vLLM copies sampling parameters; the collector is shared with the caller
 
-    def add(self, position: int, corrections: Tensor, row: int) -> None:
-        """Note c of the token at `position`; stays on the device until it is read."""
-        self._corrections[position] = (corrections, row)
-
     def apply(self, logprobs: Sequence[float]) -> list[float]:
         """Tempered log-probs of the completion's tokens from those of temperature 1."""
-        found = [self._corrections[t] for t in range(len(logprobs))]
+        found = [self.corrections[t] for t in range(len(logprobs))]
         corrections = torch.stack([c[row] for c, row in found]).tolist() if found else []
         return [p / self.temperature + c for p, c in zip(logprobs, corrections, strict=True)]
 
@@ -141,7 +138,7 @@ def collect(logits: Tensor, drawn: dict[int, tuple[Tempering, int]]) -> None:
         corrections = raw.logsumexp(1) / temperature - (raw / temperature).logsumexp(1)
         for place, row in enumerate(rows):
             tempering, position = drawn[row]
-            tempering.add(position, corrections, place)
+            tempering.corrections[position] = corrections, place
 
 
 def row_index(rows: list[int], logits: Tensor) -> Tensor | slice:

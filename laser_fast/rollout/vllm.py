@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import check_fits, completion_seed, groups_of
+from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed, groups_of
 from laser_fast.rollout.score_request import (
     PROCESSOR,
     TEMPERING,
@@ -59,8 +59,8 @@ _MAX_BATCHED_TOKENS = 4096
 Item = TypeVar("Item")
 
 
-class VllmEngine:
-    """vLLM beside the training; implements `rollout.engine.Engine`. Every rank builds one per run.
+class VllmEngine(CopyingEngine):
+    """vLLM beside the training; every rank builds one per run.
 
     A ConfigError says that vLLM is missing, unsupported, or cannot run the model as configured.
     """
@@ -80,7 +80,6 @@ class VllmEngine:
         size = config.tensor_parallel
         # The ranks that share this rank's engine, consecutive ones.
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
-        self._can_sleep = torch.cuda.is_available()
         self._is_asleep = self._is_synced = False
         self._llm = _start(model_path, config, max_model_len, dtype, enforce_eager)
         self._names = set(self._llm.apply_model(checkpoint_names)[0])
@@ -142,7 +141,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give up the memory of weights and KV cache until the next `sync`."""
-        if self._can_sleep and not self._is_asleep:
+        if torch.cuda.is_available() and not self._is_asleep:
             self._llm.sleep(level=2)
             self._is_asleep, self._is_synced = True, False
 

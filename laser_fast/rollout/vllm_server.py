@@ -23,7 +23,7 @@ from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import check_fits, completion_seed
+from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.weight_transfer import FileTransfer, NcclTransfer
@@ -40,8 +40,8 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-class VllmServerEngine:
-    """Client of one vLLM server; implements `rollout.engine.Engine`.
+class VllmServerEngine(CopyingEngine):
+    """Client of one vLLM server, whose memory is not the training's.
 
     A ConfigError says that the server cannot be reached or was not started for this, or that the
     sampling needs an engine in process.
@@ -105,9 +105,6 @@ class VllmServerEngine:
         """Log-probs of given completion ids."""
         given = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
         return self._ask(lambda ids: self._read(*ids), given, temperature)
-
-    def sleep(self) -> None:
-        """Do nothing: the server's memory is not the training's."""
 
     def close(self) -> None:
         """Give up what is in flight; the server stays up for those who started it."""
