@@ -27,7 +27,6 @@ _BUILT_IN = {
     "exact": "laser_fast.rewards.boxed:exact",
     "sandbox": "laser_fast.rewards.boxed:sandbox",
 }
-_RENAMED = {"laser_fast.data.sandbox:reward": "sandbox"}
 _USER = "laser_fast.rewards.user:call"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
 # A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
@@ -186,8 +185,8 @@ def _shared_grader(kind: str, timeout_s: float) -> Grader:
 def _check(config: RewardConfig) -> None:
     """Refuse what no worker needs to find out."""
     kind = config.kind
-    if kind in _RENAMED:
-        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "{_RENAMED[kind]}"')
+    if kind == "laser_fast.data.sandbox:reward":  # before 0.2
+        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "sandbox"')
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)

@@ -4,9 +4,6 @@ Under torchrun every rank builds its engine once (`external_launcher`); without 
 ordinary engine in one process. Weights start as noise (`load_format = "dummy"`), so a tensor that
 the sync misses shows in the first agreement check instead of hiding behind the base model.
 
-    step:  wake weights -> stream every tensor -> wake KV cache -> forget cached prefixes
-           -> generate -> sleep (level 2: weights and KV cache give up their memory)
-
 Completion i of a prompt draws from its own seed, so it depends on weights, prompt and seed but
 not on its neighbours or the world size (up to the rounding of batched matmuls).
 """
@@ -206,7 +203,6 @@ def _start(
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     try:
-        # vLLM seeds every global generator of the process, which belongs to the training.
         with keep_random_state():
             llm = llm_class(
                 model=model_path,

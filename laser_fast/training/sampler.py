@@ -154,10 +154,8 @@ class Sampler:
         """Hand the policy's weights to the engine and prove that they arrived.
 
         A rollout in flight ends before its weights change. Engine and policy read the log-probs
-        of the tokens of a few of this rank's `prompts`, which need no sampling.
-
-        Raises:
-            DisagreementError: above `rollout.max_disagreement`.
+        of the tokens of a few of this rank's `prompts`, which need no sampling; a DisagreementError
+        ends the run above `rollout.max_disagreement`.
         """
         config = self.config.rollout
         if config.steps_ahead:
@@ -222,11 +220,10 @@ class Sampler:
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
         config = self.config
+        needs_score = config.score.loss_coef > 0 and config.rollout.score != "off"
+        group_size = config.rollout.group_size
         return make_sampling(
-            config,
-            *("train", step, attempt),
-            group_size=config.rollout.group_size,
-            needs_score=config.score.loss_coef > 0 and config.rollout.score != "off",
+            config, "train", step, attempt, group_size=group_size, needs_score=needs_score
         )
 
 
