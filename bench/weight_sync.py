@@ -31,7 +31,7 @@ from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy
 from laser_fast.records import Completion, Group, Prompt, SpecialTokens
-from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.engine import check_agreement
 from laser_fast.rollout.vllm import import_vllm
 
 SHAPES = {"smoke": SMOKE, "qwen2.5-0.5b": Sizes(896, 4864, 24, 14, 2, 151936)}

@@ -27,7 +27,7 @@ from typer import Argument, Option
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
 from laser_fast.rewards import RewardError
-from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.rollout.engine import DisagreementError
 from laser_fast.rollout.server_http import ServerError
 
 if TYPE_CHECKING:

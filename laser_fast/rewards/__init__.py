@@ -1,7 +1,6 @@
 """Completion text and gold answer in, reward out, in killable workers.
 
-`Grader(config.reward).grade(texts, answers)` grades a batch, `grade(kind, text, answer)` one
-answer. A reward of None means that grading failed (deadline, crash, a gold nobody can read): the
+A reward of None means that grading failed (deadline, crash, a gold nobody can read): the
 completion is dropped and counted, never treated as wrong.
 
 Workers import this package, so importing it loads neither torch, pydantic nor math-verify.

@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -26,7 +27,6 @@ _BUILT_IN = {
     "exact": "laser_fast.rewards.boxed:exact",
     "sandbox": "laser_fast.rewards.boxed:sandbox",
 }
-_RENAMED = {"laser_fast.data.sandbox:reward": "sandbox"}
 _USER = "laser_fast.rewards.user:call"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
 # A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
@@ -35,8 +35,8 @@ _MEMORY_LIMIT = 4 << 30
 _log = logging.getLogger(__name__)
 
 
-class Grader:
-    """Worker processes that grade by one `RewardConfig`.
+class Grader(ExitStack):
+    """Worker processes that grade by one `RewardConfig`, until it is closed.
 
     Args:
         config: `kind`, `timeout_s`, `workers` and `format_gate` are read.
@@ -47,6 +47,7 @@ class Grader:
     """
 
     def __init__(self, config: RewardConfig) -> None:
+        super().__init__()
         _check(config)
         self._config = config
         self._function = _BUILT_IN.get(config.kind, config.kind)
@@ -55,16 +56,7 @@ class Grader:
             self._pool = WorkerPool(self._function, num_workers=config.workers, memory_limit=limit)
         except WorkerStartError as error:
             raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.close()
+        self.callback(self._pool.close)
 
     def grade(
         self,
@@ -193,8 +185,8 @@ def _shared_grader(kind: str, timeout_s: float) -> Grader:
 def _check(config: RewardConfig) -> None:
     """Refuse what no worker needs to find out."""
     kind = config.kind
-    if kind in _RENAMED:
-        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "{_RENAMED[kind]}"')
+    if kind == "laser_fast.data.sandbox:reward":  # before 0.2
+        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "sandbox"')
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)

@@ -3,11 +3,8 @@ r"""Reward "math": math-verify on the content of the last \boxed{}.
 Who is to blame decides between 0 and None. No box, an empty box or a box that math-verify cannot
 parse is the model's mistake: 0. A gold that cannot be parsed, a comparison that raises, and (from
 the pool) a deadline or a crash say nothing about the answer: the exception leaves this file, and
-the grade becomes None. Text equal to the gold is correct without asking math-verify.
-
-math-verify's own time limits are off: they are SIGALRM, which works in no thread and interrupts
-no C code. The worker's deadline holds instead. Its habit of returning False for an exception is
-off too, since that would turn failures into wrong answers.
+the grade becomes None. So math-verify's habit of returning False for an exception is off; its
+time limits are too: they are SIGALRM, which works in no thread and interrupts no C code.
 """
 
 import logging

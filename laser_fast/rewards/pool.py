@@ -1,24 +1,19 @@
 """Worker processes that can be killed: one call at a time, each under a hard deadline.
 
 A grader may hang in C code (a big integer power, a regular expression) or take its process down;
-only the kill of a process is a deadline. So a worker runs one call at a time, a lost worker is
-replaced, and no other call notices.
+only the kill of a process is a deadline. A lost worker is replaced, and no other call notices.
 
 Workers are fresh interpreters: never a fork, because the parent has the threads of torch, gloo
 and NCCL, and never a child of `multiprocessing` (nor of a pool built on it, such as pebble's),
 because those import the caller's `__main__` again: a training script, with torch and all, or one
-without a main guard, which would start over. One event loop in the calling thread watches all
-pipes and deadlines; there are no helper threads.
-
-A message to a worker is `(function name, arguments of each call, deadline in seconds)`. Each call
-is answered by what it returned or by a `Failure`. The end of the pipe ends the worker.
+without a main guard, which would start over. The end of its pipe ends a worker.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -258,10 +253,7 @@ def _answer(name: str, arguments: Arguments | None) -> Any:
 @cache
 def resolve(name: str) -> Callable[..., Any]:
     """Import the function that "module:function" names."""
-    module_name, _, function_name = name.partition(":")
-    function = importlib.import_module(module_name)
-    for part in function_name.split("."):
-        function = getattr(function, part)
+    function = pkgutil.resolve_name(name)
     if not callable(function):
-        raise TypeError(f"{function_name} is {type(function).__name__}, not a function")
+        raise TypeError(f"{name} is {type(function).__name__}, not a function")
     return function

@@ -1,8 +1,7 @@
 """The engine that samples with the policy's own Hugging Face model.
 
-Rows are left-padded and decoded together (static batching). A prompt is read once for its whole
-group, and rows that have ended leave the batch. With the logits l [R, V] that follow what a row
-has read, each step takes, by the Gumbel-max trick,
+Rows are left-padded and decoded together. With the logits l [R, V] that follow what a row has
+read, each step takes, by the Gumbel-max trick,
 
     choice   = argmax_v  l_v / T - log E_v,   E_v ~ Exp(1),  v not banned
     logprob  = log_softmax(l / T)[choice]                    (full distribution, ban or not)
@@ -20,7 +19,7 @@ size or a resume. The EOS is read like any token, so the score costs one more de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import groups_of
+from laser_fast.rollout.engine import Engine, groups_of
 from laser_fast.rollout.score_request import parse_completion
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ _NOISE_BLOCK = 1024
 _SHRINK_BELOW = 0.75
 
 
-class HfEngine:
-    """Static-batch sampler on the policy's parameters; implements `rollout.engine.Engine`."""
+class HfEngine(Engine):
+    """Static-batch sampler on the policy's own parameters, so that a sync has nothing to do."""
 
     def __init__(
         self,
@@ -61,9 +60,6 @@ class HfEngine:
         self.unsharded = unsharded
         padding_ids = range(tokens.vocab_size, model.config.vocab_size)
         self._banned_ids = (tokens.score_token_id, *padding_ids)
-
-    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Do nothing: the parameters are the policy's own, so `weights` is left untouched."""
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -84,12 +80,6 @@ class HfEngine:
             self.model.train(was_training)
         groups = dict(zip(order, groups_of([prompts[p] for p in order], drawn), strict=True))
         return [groups[p] for p in range(len(prompts))]
-
-    def sleep(self) -> None:
-        """Do nothing: nothing is held between calls."""
-
-    def close(self) -> None:
-        """Do nothing: the model belongs to the policy."""
 
     def _decode(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Completion]:
         """Sample one completion for each (prompt, sample index)."""

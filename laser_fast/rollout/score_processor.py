@@ -1,6 +1,6 @@
 """The vLLM logits processor that lets a model score its own answer while it generates.
 
-For a request that names a score token z_c (laser_fast/rollout/score_request.py), on raw logits l:
+For a request that names a score token z_c (see score_request.py), on raw logits l:
 
     l[z_c] = -inf and l[v] = -inf for v >= vocab_size     in every row
     l = -inf but for l[z_c] = 0                           in the row after an EOS
@@ -8,11 +8,7 @@ For a request that names a score token z_c (laser_fast/rollout/score_request.py)
 Requests that name none are untouched. vLLM reads raw log-probs before any processor, so neither
 ban nor forced token changes a reported log-prob, and the forced token's own is the score:
 log pi(z_c | x, y) at temperature 1, for one more decode step. In process, a request may carry a
-`Tempering` (tempering.py) for log-probs at its sampling temperature.
-
-vLLM has two runners with different interfaces; `SelfScoreProcessor` has both, so that one name
-serves all supported versions:
-    vllm serve MODEL --logits-processors laser_fast.rollout.score_processor:SelfScoreProcessor
+`Tempering` for log-probs at its sampling temperature.
 """
 
 from __future__ import annotations
@@ -26,8 +22,15 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Interface
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from laser_fast.rollout.score_request import EOS_TOKEN_IDS, SCORE_TOKEN_ID, TEMPERING, VOCAB_SIZE
-from laser_fast.rollout.tempering import Tempering, collect, row_index
+from laser_fast.rollout.score_request import (
+    EOS_TOKEN_IDS,
+    SCORE_TOKEN_ID,
+    TEMPERING,
+    VOCAB_SIZE,
+    Tempering,
+    collect,
+    row_index,
+)
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Interface
@@ -37,7 +40,6 @@ except ImportError:  # before 0.31 the V2 runner has none and vLLM uses V1 for c
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
-
 
 # Score token, vocabulary and EOS ids of a request: rows of one kind are edited together.
 _Kind = tuple[int, int | None, frozenset[int]]
@@ -51,7 +53,7 @@ class _Request:
 
 
 class SelfScoreProcessor(V1Interface, V2Interface):
-    """Forces and bans as described above; builds the variant of the runner that asks."""
+    """Forces and bans as described above; one name for both of vLLM's runners."""
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any) -> SelfScoreProcessor:
         """Pick the variant by what the runner passes: V1 (device, is_pin_memory), V2 (states,)."""
@@ -91,7 +93,9 @@ class SelfScoreProcessor(V1Interface, V2Interface):
     def update_state(self, batch_update: Any) -> None:
         """Learn which rows hold which requests (V1 only)."""
 
-    def _parse(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> _Request | None:
+    def _parse(
+        self, params: SamplingParams, _: object = None, output_ids: Sequence[int] = ()
+    ) -> _Request | None:
         """What a request asks for; None if it names no score token."""
         asked = params.extra_args or {}
         if SCORE_TOKEN_ID not in asked:
@@ -126,11 +130,7 @@ class _V1Processor(SelfScoreProcessor):
         self._requests: dict[int, _Request] = {}  # by row
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(
-            self._requests,
-            batch_update,
-            lambda params, _, output_ids: self._parse(params, output_ids),
-        )
+        process_dict_updates(self._requests, batch_update, self._parse)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Edit raw logits [B, V] in place."""

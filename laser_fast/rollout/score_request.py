@@ -1,4 +1,4 @@
-"""What a vLLM request says to get its own score, and how the answer is read. No vLLM here.
+"""What a vLLM request says and collects to get its own score, and how its answer is read.
 
 A scored request goes past its EOS by exactly one token, the score token z_c, which the logits
 processor of laser_fast/rollout/score_processor.py forces there:
@@ -12,6 +12,9 @@ as `vllm_xargs`.
 
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from laser_fast.records import Completion, Sampling, SpecialTokens
 
@@ -96,3 +99,48 @@ def parse_completion(
         finish_reason="length" if end is None else "stop",
         score_logprob=score_logprob,
     )
+
+
+class Tempering:
+    """Log-probs at the sampling temperature, from a vLLM that reports them at temperature 1.
+
+        log_softmax(l / T)[y] = log_softmax(l)[y] / T + c,   c = logsumexp(l) / T - logsumexp(l / T)
+
+    on raw logits l; c depends only on the row. vLLM's own "processed" log-probs are tempered too,
+    but after bans and forced tokens, so they are not those of the distribution that is trained. A
+    logits processor in the same process sees l and hands over the c of every token.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        # By position: c of all rows that were drawn with it, left on the device, and the own row.
+        self.corrections: dict[int, tuple[Tensor, int]] = {}
+
+    def __deepcopy__(self, memo: dict) -> Tempering:
+        return self  # vLLM copies sampling parameters; the collector is shared with the caller
+
+    def apply(self, logprobs: Sequence[float]) -> list[float]:
+        """Tempered log-probs of the completion's tokens from those of temperature 1."""
+        found = [self.corrections[t] for t in range(len(logprobs))]
+        corrections = torch.stack([c[row] for c, row in found]).tolist() if found else []
+        return [p / self.temperature + c for p, c in zip(logprobs, corrections, strict=True)]
+
+
+def collect(logits: Tensor, drawn: dict[int, tuple[Tempering, int]]) -> None:
+    """Hand c to the requests that want it: by row of `logits` [B, V], collector and position."""
+    by_temperature: dict[float, list[int]] = {}
+    for row in sorted(drawn):
+        by_temperature.setdefault(drawn[row][0].temperature, []).append(row)
+    for temperature, rows in by_temperature.items():
+        raw = logits[row_index(rows, logits)]
+        corrections = raw.logsumexp(1) / temperature - (raw / temperature).logsumexp(1)
+        for place, row in enumerate(rows):
+            tempering, position = drawn[row]
+            tempering.corrections[position] = corrections, place
+
+
+def row_index(rows: list[int], logits: Tensor) -> Tensor | slice:
+    """Ascending rows as an index; all of them as a slice, which needs no copy to the device."""
+    if len(rows) == len(logits):
+        return slice(None)
+    return torch.tensor(rows, device=logits.device)

@@ -4,9 +4,6 @@ Under torchrun every rank builds its engine once (`external_launcher`); without 
 ordinary engine in one process. Weights start as noise (`load_format = "dummy"`), so a tensor that
 the sync misses shows in the first agreement check instead of hiding behind the base model.
 
-    step:  wake weights -> stream every tensor -> wake KV cache -> forget cached prefixes
-           -> generate -> sleep (level 2: weights and KV cache give up their memory)
-
 Completion i of a prompt draws from its own seed, so it depends on weights, prompt and seed but
 not on its neighbours or the world size (up to the rounding of batched matmuls).
 """
@@ -31,9 +28,14 @@ from torch import Tensor, nn
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import check_fits, completion_seed, groups_of
-from laser_fast.rollout.score_request import PROCESSOR, TEMPERING, parse_completion, request_fields
-from laser_fast.rollout.tempering import Tempering
+from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed, groups_of
+from laser_fast.rollout.score_request import (
+    PROCESSOR,
+    TEMPERING,
+    Tempering,
+    parse_completion,
+    request_fields,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -54,8 +56,8 @@ _MAX_BATCHED_TOKENS = 4096
 Item = TypeVar("Item")
 
 
-class VllmEngine:
-    """vLLM beside the training; implements `rollout.engine.Engine`. Every rank builds one per run.
+class VllmEngine(CopyingEngine):
+    """vLLM beside the training; every rank builds one per run.
 
     A ConfigError says that vLLM is missing, unsupported, or cannot run the model as configured.
     """
@@ -75,7 +77,6 @@ class VllmEngine:
         size = config.tensor_parallel
         # The ranks that share this rank's engine, consecutive ones.
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
-        self._can_sleep = torch.cuda.is_available()
         self._is_asleep = self._is_synced = False
         self._llm = _start(model_path, config, max_model_len, dtype, enforce_eager)
         self._names = set(self._llm.apply_model(checkpoint_names)[0])
@@ -137,7 +138,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give up the memory of weights and KV cache until the next `sync`."""
-        if self._can_sleep and not self._is_asleep:
+        if torch.cuda.is_available() and not self._is_asleep:
             self._llm.sleep(level=2)
             self._is_asleep, self._is_synced = True, False
 
@@ -202,7 +203,6 @@ def _start(
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     try:
-        # vLLM seeds every global generator of the process, which belongs to the training.
         with keep_random_state():
             llm = llm_class(
                 model=model_path,

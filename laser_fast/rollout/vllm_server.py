@@ -3,28 +3,37 @@ r"""A vLLM server on other GPUs as the engine: completions over HTTP, weights th
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' \
         --logits-processors laser_fast.rollout.score_processor:SelfScoreProcessor
 
-Every rank sends its own prompts; only rank 0 streams weights. Seeds make requests repeatable, so
-one that fails is simply sent again and no completion is lost or counted twice. Every sync gives
-the server's weights a version, and completions count only if that version is still there after
-them: a server that was restarted in between has forgotten the weights.
+Every rank sends its own prompts; only rank 0 streams weights: by NCCL between GPUs, while the
+server learns names and shapes over HTTP. vLLM moves no tensors between CPU processes; there
+its workers reload a folder of safetensors.
+
+Seeds make requests repeatable, so one that fails is simply sent again and no completion is lost or
+counted twice. Every sync gives the server's weights a version, and completions count only if that
+version is still there after them: a server that was restarted in between has forgotten the weights.
 """
 
+import os
+import socket
+import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import check_fits, completion_seed
+from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
-from laser_fast.rollout.weight_transfer import FileTransfer, NcclTransfer
+from laser_fast.rollout.vllm import import_vllm
 
 OLDEST, NEWEST = (0, 28), (0, 32)  # the version of the weights is asked for since 0.28
 # Groups in flight from one rank; the server batches them as it likes.
@@ -36,10 +45,11 @@ _NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+Weights = Iterable[tuple[str, Tensor]]
 
 
-class VllmServerEngine:
-    """Client of one vLLM server; implements `rollout.engine.Engine`.
+class VllmServerEngine(CopyingEngine):
+    """Client of one vLLM server, whose memory is not the training's.
 
     A ConfigError says that the server cannot be reached or was not started for this, or that the
     sampling needs an engine in process.
@@ -104,9 +114,6 @@ class VllmServerEngine:
         given = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
         return self._ask(lambda ids: self._read(*ids), given, temperature)
 
-    def sleep(self) -> None:
-        """Do nothing: the server's memory is not the training's."""
-
     def close(self) -> None:
         """Give up what is in flight; the server stays up for those who started it."""
         self._http.close()
@@ -132,8 +139,7 @@ class VllmServerEngine:
         fields, vllm_xargs = request_fields(self._tokens, sampling)
         seed = completion_seed(sampling.seed, prompt.prompt_id, 0)  # vLLM adds the index
         fields |= {"n": sampling.group_size, "seed": seed, "vllm_xargs": vllm_xargs}
-        choices = self._complete(prompt.prompt_ids, **fields)
-        choices.sort(key=lambda choice: choice["index"])
+        choices = sorted(self._complete(prompt.prompt_ids, **fields), key=lambda c: c["index"])
         drawn = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
         try:
             if len(drawn) != sampling.group_size:
@@ -194,3 +200,103 @@ class VllmServerEngine:
 
     def _unfit(self, option: str, fault: str) -> ConfigError:
         return ConfigError(f"the server at {self._url} {fault}; start it with {option}")
+
+
+def pieces(weights: Weights, buffer_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive weights in lists of at most `buffer_bytes`, or of one larger tensor."""
+    piece: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if piece and size + tensor.nbytes > buffer_bytes:
+            yield piece
+            piece, size = [], 0
+        piece.append((name, tensor))
+        size += tensor.nbytes
+    if piece:
+        yield piece
+
+
+class FileTransfer:
+    """Weights through a temporary folder that the server can read."""
+
+    def __init__(self, http: Http, buffer_bytes: int) -> None:
+        self._http, self._buffer_bytes = http, buffer_bytes
+
+    def send(self, weights: Weights) -> None:
+        """Write every piece to a file and let the server's workers load the folder."""
+        with tempfile.TemporaryDirectory(prefix="laser-weights-") as folder:
+            for number, piece in enumerate(pieces(weights, self._buffer_bytes)):
+                # Copies, since a tied head shares its memory and safetensors refuses that.
+                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in piece}
+                save_file(tensors, f"{folder}/model-{number:05d}.safetensors")
+            call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            self._http.post("/collective_rpc", call)
+
+
+class NcclTransfer:
+    """Weights by NCCL broadcast from this process, rank 0, to every worker of the server."""
+
+    def __init__(self, http: Http, buffer_bytes: int) -> None:
+        # Without it, opening the group would wait minutes for workers that never come.
+        server = http.get("/server_info?config_format=json")["vllm_config"]
+        if not server["weight_transfer_config"]:
+            raise ConfigError(
+                "the server at rollout.server_url takes no weights by NCCL; start it with "
+                """--weight-transfer-config '{"backend": "nccl"}'"""
+            )
+        self._http, self._buffer_bytes = http, buffer_bytes
+        self._group: Any = None
+
+    def send(self, weights: Weights) -> None:
+        """Announce each piece over HTTP and broadcast it while the server receives."""
+        if self._group is None:
+            self._group = self._connect()
+        self._http.post("/start_weight_update", attempts=1)
+        for piece in pieces(weights, self._buffer_bytes):
+            names, tensors = zip(*piece, strict=True)
+            described = {
+                "names": names,
+                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+            }
+            with self._meanwhile("/update_weights", {"update_info": described}) as request:
+                stream = torch.cuda.current_stream()
+                for tensor in tensors:
+                    self._group.broadcast(tensor.contiguous(), src=0, stream=stream)
+                sent = torch.cuda.Event()
+                sent.record(stream)
+                while not sent.query():
+                    if request.done():
+                        request.result()  # after a failure there nobody receives: never wait here
+                    time.sleep(1e-3)
+        self._http.post("/finish_weight_update", attempts=1)
+
+    def _connect(self) -> Any:
+        """Open a group of this process and the server's workers, which wait for each other."""
+        import_vllm()
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            meeting = {
+                "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+                "master_port": probe.getsockname()[1],
+                "world_size": 1 + self._http.get("/get_world_size")["world_size"],
+            }
+        theirs = meeting | {"rank_offset": 1, "packed": False}
+        with self._meanwhile("/init_weight_transfer_engine", {"init_info": theirs}):
+            return trainer_init(meeting)
+
+    @contextmanager
+    def _meanwhile(self, path: str, fields: dict[str, Any]) -> Iterator[Future[Any]]:
+        """Post in the background: both sides meet inside the same NCCL calls."""
+        pool = ThreadPoolExecutor(1)
+        request = pool.submit(self._http.post, path, fields, attempts=1)
+        pool.shutdown(wait=False)  # after a failure here the other side would wait forever
+        try:
+            yield request
+        except Exception:
+            if request.done():
+                request.result()  # if the server failed, it says why
+            raise
+        request.result()

@@ -1,6 +1,7 @@
 """The sampler's half of a step: prompt -> sync -> rollout -> reward, with proven weights."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -15,9 +16,7 @@ from laser_fast.model.policy import Policy
 from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
-from laser_fast.rollout.agreement import check_agreement
-from laser_fast.rollout.ahead import RolloutAhead
-from laser_fast.rollout.engine import CopyingEngine, Engine, make_sampling
+from laser_fast.rollout.engine import CopyingEngine, Engine, check_agreement, make_sampling
 from laser_fast.training.schedule import is_due
 
 # 256 completions put the standard error of c_ref, whose spread is .04 to 1.2 nats
@@ -26,6 +25,42 @@ CALIBRATION_PROMPTS = 64
 CALIBRATION_SAMPLES = 4
 # Prompts per rank whose tokens prove a weight sync: one stale tensor moves every token.
 PROOF_PROMPTS = 4
+
+
+class RolloutAhead:
+    """Samples the next step's completions while this step trains; at most one rollout in flight.
+
+        policy    | update t-1 | sync t | train on the batch of t ........ | sync t+1 | train on t+1
+        engine                          | sample t+1 from the weights of t |          | sample t+2
+
+    It runs in a thread of its own, so `generate` must not be collective: HTTP to a server is fine,
+    an engine that shares the training's devices or process group is not. `drain` comes before new
+    weights; the next `drain` or `take` raises the rollout's error.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
+        self._in_flight: tuple[int, Future[list[Group]]] | None = None
+
+    def start(self, step: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Begin to sample the completions of `step` from the engine's current weights."""
+        assert self._in_flight is None, "the rollout in flight was not taken"
+        self._in_flight = step, self._pool.submit(self._engine.generate, prompts, sampling)
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight; the groups stay to be taken."""
+        if self._in_flight is not None:
+            self._in_flight[1].result()
+
+    def take(self, step: int) -> list[Group] | None:
+        """Wait for the groups of `step`; None if nothing was started."""
+        if self._in_flight is None:
+            return None
+        of_step, groups = self._in_flight
+        assert of_step == step
+        self._in_flight = None
+        return groups.result()
 
 
 @dataclass(kw_only=True)
@@ -115,10 +150,8 @@ class Sampler:
         """Hand the policy's weights to the engine and prove that they arrived.
 
         A rollout in flight ends before its weights change. Engine and policy read the log-probs
-        of the tokens of a few of this rank's `prompts`, which need no sampling.
-
-        Raises:
-            DisagreementError: above `rollout.max_disagreement`.
+        of the tokens of a few of this rank's `prompts`, which need no sampling; a DisagreementError
+        ends the run above `rollout.max_disagreement`.
         """
         config = self.config.rollout
         if config.steps_ahead:
@@ -181,11 +214,10 @@ class Sampler:
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
         config = self.config
+        needs_score = config.score.loss_coef > 0 and config.rollout.score != "off"
+        group_size = config.rollout.group_size
         return make_sampling(
-            config,
-            *("train", step, attempt),
-            group_size=config.rollout.group_size,
-            needs_score=config.score.loss_coef > 0 and config.rollout.score != "off",
+            config, "train", step, attempt, group_size=group_size, needs_score=needs_score
         )
 
 

@@ -23,7 +23,7 @@ from laser_fast.model.logprobs import label_logprobs, with_scores
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
-from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.rollout.engine import DisagreementError
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from laser_fast.rollout.agreement import DisagreementError, check_agreement
+from laser_fast.rollout.engine import DisagreementError, check_agreement
 
 
 def test_disagreement_is_the_mean_over_tokens_not_over_completions():

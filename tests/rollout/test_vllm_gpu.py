@@ -5,7 +5,7 @@ import torch
 
 from laser_fast.config import RolloutConfig
 from laser_fast.records import Prompt, Sampling
-from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.engine import check_agreement
 from laser_fast.rollout.score_request import PROCESSOR
 from laser_fast.rollout.vllm import VllmEngine
 from laser_fast.rollout.vllm_server import VllmServerEngine

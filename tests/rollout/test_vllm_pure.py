@@ -10,8 +10,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from laser_fast.config import ConfigError
 from laser_fast.records import Sampling, SpecialTokens
-from laser_fast.rollout.score_request import parse_completion, score_request
-from laser_fast.rollout.tempering import Tempering, collect
+from laser_fast.rollout.score_request import Tempering, collect, parse_completion, score_request
 from laser_fast.rollout.vllm import account_for, check_version, checkpoint_names, first_line
 
 SCORE = 7
@@ -72,11 +71,11 @@ def test_score_request_stops_at_the_score_and_not_before():
 
 def test_what_a_deployment_imports_needs_only_torch():
     code = "import sys; sys.modules |= dict.fromkeys(['numpy', 'pydantic', 'transformers']);"
-    code += "import laser_fast.rollout.score_request, laser_fast.rollout.tempering;"
+    code += "import laser_fast.rollout.score_request;"
     code += "print(sorted(name for name in sys.modules if name.startswith('laser_fast.')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    modules = ["records", "rollout", "rollout.score_request", "rollout.tempering"]
+    modules = ["records", "rollout", "rollout.score_request"]
     assert done.stdout.strip() == str([f"laser_fast.{name}" for name in modules])
 
 

@@ -12,7 +12,7 @@ import torch
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout import server_http
-from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.engine import check_agreement
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm_server import VllmServerEngine
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laser_fast.records import Prompt, Sampling
-from laser_fast.rollout.agreement import DisagreementError, check_agreement
+from laser_fast.rollout.engine import DisagreementError, check_agreement
 from laser_fast.rollout.vllm import VllmEngine
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,7 @@ import torch
 
 from laser_fast.config import ConfigError
 from laser_fast.rollout.server_http import ServerError
-from laser_fast.rollout.weight_transfer import NcclTransfer, pieces
+from laser_fast.rollout.vllm_server import NcclTransfer, pieces
 
 
 def nccl_transfer(server, client):

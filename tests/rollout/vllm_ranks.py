@@ -13,7 +13,7 @@ from laser_fast.config import ModelConfig, RolloutConfig
 from laser_fast.model.distributed import open_world
 from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.agreement import check_agreement
+from laser_fast.rollout.engine import check_agreement
 from laser_fast.rollout.vllm import VllmEngine
 
 TOKENS = SpecialTokens(score_token_id=7, eos_token_ids=(2, 3), pad_token_id=0, vocab_size=120)

@@ -11,7 +11,7 @@ import pytest
 from laser_fast import cli
 from laser_fast.config import load_config
 from laser_fast.rollout import server_http
-from laser_fast.rollout.agreement import DisagreementError
+from laser_fast.rollout.engine import DisagreementError
 from laser_fast.rollout.server_http import ServerError
 from laser_fast.training import run as training_run
 

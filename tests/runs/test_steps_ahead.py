@@ -17,13 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from laser_fast.cli import train_run
 from laser_fast.config import ConfigError, load_config
-from laser_fast.rollout.agreement import DisagreementError
-from laser_fast.rollout.ahead import RolloutAhead
-from laser_fast.rollout.engine import draw_seed
+from laser_fast.rollout.engine import DisagreementError, draw_seed
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.server_http import ServerError
 from laser_fast.training import run as training_run
-from laser_fast.training.sampler import Sampler
+from laser_fast.training.sampler import RolloutAhead, Sampler
 
 STEPS = 6
 EVERY = 4  # a checkpoint; step 4 is sampled again from new weights
