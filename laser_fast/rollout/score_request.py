@@ -10,6 +10,8 @@ the score. The fields below travel in `SamplingParams.extra_args`, which an Open
 as `vllm_xargs`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
