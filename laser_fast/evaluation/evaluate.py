@@ -16,9 +16,8 @@ from typing import Any
 from laser_fast.config import ConfigError, MeasureConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
-from laser_fast.evaluation.benchmarks import Benchmark
+from laser_fast.evaluation.benchmarks import Benchmark, Graders, answer_of, check_golds
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.grading import Graders, answer_of, check_golds
 from laser_fast.evaluation.rescore import finish_evaluation
 from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.evaluation.statistics import ReportOptions

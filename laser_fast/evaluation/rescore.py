@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from laser_fast.config import ConfigError, RewardConfig, ScoreConfig, apply_override
+from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.grading import Graders, answer_of
 from laser_fast.evaluation.statistics import ReportOptions, SameAnswer, average, build_report
 from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
