@@ -150,7 +150,7 @@ def test_every_import_contract_can_break(tmp_path):
         "laser_fast/algorithm/loss.py": "import numpy",
         "laser_fast/training/trainer.py": "def f():\n    import vllm.config",
         "laser_fast/data/rows.py": "from transformers import AutoTokenizer",
-        "laser_fast/evaluation/grading.py": "import math_verify",
+        "laser_fast/evaluation/benchmarks.py": "import math_verify",
         "laser_fast/log/jsonl.py": "import datasets",
         "laser_fast/training/run.py": "import matplotlib.pyplot",
         "laser_fast/model/policy.py": "import trl",

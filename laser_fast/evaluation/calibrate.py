@@ -119,14 +119,12 @@ def calibrate(
         for text in templates or (config.data.template,)
     ]
     with open_world() as world:
-        model_config = load_model_config(config.model)
+        model = load_model_config(config.model)
         check_world(config, world.size)
-        check_lengths(config, model_config.max_position_embeddings)
-        vocabulary = load_vocabulary(
-            config.model.path, score_token=token, model_config=model_config
-        )
+        check_lengths(config, model.max_position_embeddings)
+        vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)
         tokenizer, special = vocabulary.tokenizer, vocabulary.special
-        tokens = reserved_tokens(tokenizer, special.eos_token_ids, num_rows=model_config.vocab_size)
+        tokens = reserved_tokens(tokenizer, special.eos_token_ids, num_rows=model.vocab_size)
         if token is not None:
             tokens = {token: special.score_token_id}
         rows = open_rows(data.source, split=config.data.eval_split)

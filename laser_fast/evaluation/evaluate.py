@@ -16,9 +16,8 @@ from typing import Any
 from laser_fast.config import ConfigError, MeasureConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
-from laser_fast.evaluation.benchmarks import Benchmark
+from laser_fast.evaluation.benchmarks import Benchmark, Graders, answer_of, check_golds
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.grading import Graders, answer_of, check_golds
 from laser_fast.evaluation.rescore import finish_evaluation
 from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.evaluation.statistics import ReportOptions
@@ -83,13 +82,11 @@ def run_evaluation(
     longest = max(configs, key=lambda config: config.max_sequence_tokens)
     with Graders(longest.reward) as graders:
         with open_world() as world:
-            model_config = load_model_config(longest.model)
+            model = load_model_config(longest.model)
             check_world(longest, world.size)
-            check_lengths(longest, model_config.max_position_embeddings)
+            check_lengths(longest, model.max_position_embeddings)
             token = longest.score.token if needs_score else None
-            vocabulary = load_vocabulary(
-                longest.model.path, score_token=token, model_config=model_config
-            )
+            vocabulary = load_vocabulary(longest.model.path, score_token=token, model_config=model)
             part = _Part(world, vocabulary, graders, folder, needs_score, on_progress)
             tasks = [part.prepare(benchmark, config, limit) for benchmark, config in measured]
             if world.is_main:
@@ -105,7 +102,7 @@ def run_evaluation(
                         part.sample(task, done, engine)
         if not world.is_main:
             return None
-        return finish_evaluation(folder, options=report, same_answer=graders.same_answer)
+        return finish_evaluation(folder, report, graders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +154,7 @@ class _Part:
         """Problems whose samples the folder holds; the rest of a chunk is dropped. Collective."""
         done, ids = 0, [prompt.prompt_id for prompt in task.prompts]
         if self.world.is_main:
-            done = self.folder.keep_whole_chunks(
-                task.name, ids, size=task.samples, chunk=task.chunk
-            )
+            done = self.folder.keep_chunks(task.name, ids, size=task.samples, chunk=task.chunk)
         return self.world.max(done)
 
     def sample(self, task: _Task, done: int, engine: Engine) -> None:

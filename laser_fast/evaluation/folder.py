@@ -61,9 +61,7 @@ class EvalFolder:
         for name in settings["benchmarks"]:
             self.samples(name).parent.mkdir(exist_ok=True)
 
-    def keep_whole_chunks(
-        self, benchmark: str, ids: Sequence[str], *, size: int, chunk: int
-    ) -> int:
+    def keep_chunks(self, benchmark: str, ids: Sequence[str], *, size: int, chunk: int) -> int:
         """Drop what a kill left of a chunk; the number of prompts that are done.
 
         A chunk, of `chunk` prompts, is repeated whole: completions depend on their neighbours in
@@ -97,9 +95,9 @@ class EvalFolder:
         if not self.settings.is_file():
             return
         for name in self.read_settings().get("benchmarks", ()):
-            for path in (self.samples(name), self.path / name / "plots.png"):
-                path.unlink(missing_ok=True)
             folder = self.path / name
+            for path in (self.samples(name), folder / "plots.png"):
+                path.unlink(missing_ok=True)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         self.report.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from laser_fast.config import ConfigError, RewardConfig, ScoreConfig, apply_override
+from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.grading import Graders, answer_of
-from laser_fast.evaluation.statistics import ReportOptions, SameAnswer, average, build_report
+from laser_fast.evaluation.statistics import ReportOptions, average, build_report
 from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
     SampleRecord,
@@ -25,9 +25,7 @@ from laser_fast.log.samples import (
 from laser_fast.rewards import Grader
 
 
-def finish_evaluation(
-    folder: EvalFolder, *, options: ReportOptions, same_answer: SameAnswer
-) -> EvalFolder:
+def finish_evaluation(folder: EvalFolder, options: ReportOptions, graders: Graders) -> EvalFolder:
     """Score all samples and write the report, which comes last and marks the end.
 
     Without a score in the folder's settings the recorded ones stay.
@@ -44,9 +42,9 @@ def finish_evaluation(
         measured = {"ref_logprob": ref_logprob, "ref_logprob_is_measured": is_measured}
         content["score"] = {"token": None, **score, **measured}
     reports: dict[str, Any] = {}
-    draws = []
+    draws, same = [], graders.same_answer
     for name, records in samples.items():
-        report, drawn = build_report(records, name=name, same_answer=same_answer, options=options)
+        report, drawn = build_report(records, name=name, same_answer=same, options=options)
         known = settings["benchmarks"][name]
         known = {key: known[key] for key in ("source", "reward", "num_dropped") if key in known}
         reports[name] = {**known, **settings["golds"].get(name, {}), **report}
@@ -102,7 +100,7 @@ def rescore_evaluation(
             if reward is not None:
                 records = _regrade(records, reward, graders.of(rewards))
             write_samples(folder.samples(name), records)
-        return finish_evaluation(folder, options=report, same_answer=graders.same_answer)
+        return finish_evaluation(folder, report, graders)
 
 
 def _mean_logprob(samples: Mapping[str, Sequence[SampleRecord]]) -> float:
@@ -145,12 +143,6 @@ def _choose_score(
 
 def _regrade(records: Sequence[SampleRecord], kind: str, grader: Grader) -> list[SampleRecord]:
     """The records with the rewards and answers of another reward kind."""
-    rewards = grader.grade(
-        [record.text for record in records],
-        [record.gold for record in records],
-        prompts=[record.prompt for record in records],
-    )
-    return [
-        replace(record, reward=reward, answer=answer_of(kind)(record.text))
-        for record, reward in zip(records, rewards, strict=True)
-    ]
+    texts, golds, prompts = zip(*((r.text, r.gold, r.prompt) for r in records), strict=True)
+    found = zip(records, grader.grade(texts, golds, prompts=prompts), strict=True)
+    return [replace(r, reward=reward, answer=answer_of(kind)(r.text)) for r, reward in found]

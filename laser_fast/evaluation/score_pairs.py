@@ -12,15 +12,13 @@ read, both numbers are null and `reason` says why; else it is null:
     too long   more tokens than the model has positions
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
@@ -32,9 +30,6 @@ from laser_fast.model.distributed import check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # Pairs that a rank packs together: enough for full microbatches, few enough to stream large files.
 _CHUNK = 512
@@ -66,8 +61,7 @@ def score_pairs(
         raise ConfigError(f"{out} exists; choose another file or --overwrite it")
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"{out}: no such folder")
-    ref_logprob = known_ref_logprob(config.score, may_measure=False)
-    assert not isinstance(ref_logprob, str)
+    ref_logprob = float(known_ref_logprob(config.score, may_measure=False))
     if source.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{source}: expected a .jsonl or .json file")
     rows = open_rows(str(source), split="")
@@ -75,13 +69,12 @@ def score_pairs(
     counts: Counter[str] = Counter(scored=0)
     with open_world() as world:
         check_world(config, world.size)
-        model_config = load_model_config(config.model)
-        vocabulary = load_vocabulary(
-            config.model.path, score_token=config.score.token, model_config=model_config
-        )
+        model, token = load_model_config(config.model), config.score.token
+        vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)
         token_id = vocabulary.special.score_token_id
         score = SelfScore(token_id=token_id, beta=config.score.beta, ref_logprob=ref_logprob)
-        read = partial(_read, data=config.data, vocabulary=vocabulary, model_config=model_config)
+        limits = (model.vocab_size, model.max_position_embeddings)
+        read = partial(_read, data=config.data, vocabulary=vocabulary, limits=limits)
         # A bad line is found before the model is loaded.
         num_pairs = sum(1 for _ in map(read, rows.read({})))
         if not num_pairs:
@@ -110,16 +103,14 @@ def score_pairs(
     return dict(counts)
 
 
-def _read(
-    row: Row, data: PromptConfig, vocabulary: Vocabulary, model_config: PreTrainedConfig
-) -> _Pair:
+def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[int, int]) -> _Pair:
     """A row as ids; a ConfigError names file, line and field of what is missing or broken."""
-    place, fields = row
+    (place, fields), (num_ids, num_positions) = row, limits
     if not isinstance(fields, dict):
         raise ConfigError(f"{place}: expected an object, got {type(fields).__name__}")
     tokenizer, eos_token_ids = vocabulary.tokenizer, vocabulary.special.eos_token_ids
-    prompt = _part(place, fields, "prompt", "prompt_ids", model_config.vocab_size)
-    response = _part(place, fields, "response", "completion_ids", model_config.vocab_size)
+    prompt = _part(place, fields, "prompt", "prompt_ids", num_ids)
+    response = _part(place, fields, "response", "completion_ids", num_ids)
     if isinstance(prompt, str):
         is_chat = data.template == "chat"
         if is_chat and not tokenizer.chat_template:
@@ -141,7 +132,7 @@ def _read(
     if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":
         return _Pair((), "truncated")
     ids = prompt + response
-    return _Pair(ids) if len(ids) <= model_config.max_position_embeddings else _Pair((), "too long")
+    return _Pair(ids) if len(ids) <= num_positions else _Pair((), "too long")
 
 
 def _part(

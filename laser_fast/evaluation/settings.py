@@ -15,15 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from laser_fast.config import (
-    Config,
-    ConfigError,
-    MeasureConfig,
-    ScoreConfig,
-    all_keys,
-    apply_override,
-    read_toml,
-)
+from laser_fast.config import Config, MeasureConfig, ScoreConfig, all_keys
+from laser_fast.config_errors import ConfigError, apply_override, read_toml
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import replace_text, to_text
 
@@ -36,13 +29,12 @@ _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
 # Keys of the sections that measuring shares with training, which only training reads.
 _UNREAD = """
-    rollout.group_size rollout.max_disagreement rollout.resample_rounds rollout.steps_ahead
+    rollout.max_disagreement rollout.resample_rounds rollout.steps_ahead
     reward.overlong reward.overlong_buffer
     score.loss_coef score.warmup_steps score.max_class_weight score.max_grad_ratio
 """
 _INSTEAD = {
-    "data.train": "the problems have an option of their own",
-    "data.eval": "the problems have an option of their own",
+    **dict.fromkeys(("data.train", "data.eval"), "the problems have an option of their own"),
     "data.train_split": "say data.eval_split",
     "data.eval_prompt_field": "say data.prompt_field",
     "data.eval_answer_field": "say data.answer_field",
@@ -88,10 +80,11 @@ def build_config(
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
             raise ConfigError(f"{given} has no effect here; {advice[given]}")
-    values = _of_benchmark(benchmark, _PROTOCOL)
+    fields = {} if benchmark is None else asdict(benchmark)
+    values = {key: fields[key.partition(".")[2]] for key in _PROTOCOL if fields}
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
     values |= _of_file(config, is_calibration)
-    values |= {key: value for key, value in _of_benchmark(benchmark, _ROWS).items() if value}
+    values |= {key: value for key in _ROWS if (value := fields.get(key.partition(".")[2]))}
     values |= {"model.path": model} | options
     if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
         values.pop("rollout.tensor_parallel", None)
@@ -117,12 +110,10 @@ def known_ref_logprob(score: ScoreConfig, *, may_measure: bool = True) -> float 
     return score.ref_logprob
 
 
-def write_score_settings(
-    folder: str | Path, *, token: str, beta: float, ref_logprob: float
-) -> None:
+def write_score_settings(folder: Path, *, token: str, beta: float, ref_logprob: float) -> None:
     """Write laser_fast.json into a model folder."""
     score = {"token": token, "beta": float(beta), "ref_logprob": float(ref_logprob)}
-    replace_text(Path(folder) / _SCORE_FILE, to_text({"score": score}))
+    replace_text(folder / _SCORE_FILE, to_text({"score": score}))
 
 
 def read_score_settings(model: str | Path) -> dict[str, Any]:
@@ -138,11 +129,6 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
             f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
             "remove it and give the three yourself"
         ) from None
-
-
-def _of_benchmark(benchmark: Benchmark | None, keys: Sequence[str]) -> dict[str, Any]:
-    found = {} if benchmark is None else asdict(benchmark)
-    return {key: found[key.partition(".")[2]] for key in keys if found}
 
 
 def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config, OptimConfig, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
-from laser_fast.evaluation.grading import answer_of
+from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog

@@ -12,7 +12,7 @@ SETTINGS = {"model": "m", "benchmarks": {"a": {"samples": 2}}, "score": {"beta":
 def folder(tmp_path):
     folder = EvalFolder(tmp_path / "out")
     folder.prepare(SETTINGS, overwrite=False)
-    folder.keep_whole_chunks("a", [], size=2, chunk=1)  # makes the benchmark's folder
+    folder.keep_chunks("a", [], size=2, chunk=1)  # makes the benchmark's folder
     return folder
 
 
@@ -31,17 +31,17 @@ def test_a_begun_folder_continues_with_the_same_settings(folder):
 def test_only_whole_chunks_are_kept(folder, make_record):
     ids = ["p0", "p1", "p2", "p3", "p4"]
     path = folder.samples("a")
-    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 0
+    assert folder.keep_chunks("a", ids, size=2, chunk=2) == 0
     folder.append("a", _records(make_record, ids[:3]))
     with open(path, "a") as file:
         file.write('{"prompt_id": "p3", "sam')  # torn by a kill
-    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 2
+    assert folder.keep_chunks("a", ids, size=2, chunk=2) == 2
     assert len(path.read_text().splitlines()) == 4
     folder.append("a", _records(make_record, ids[2:]))
     # The last chunk is short, and still whole.
-    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 5
+    assert folder.keep_chunks("a", ids, size=2, chunk=2) == 5
     with pytest.raises(ConfigError, match=r"samples.jsonl: not the samples"):
-        folder.keep_whole_chunks("a", ids[::-1], size=2, chunk=2)
+        folder.keep_chunks("a", ids[::-1], size=2, chunk=2)
 
 
 @pytest.mark.parametrize("num_whole", [0, 2, 5])
@@ -50,9 +50,9 @@ def test_a_torn_line_behind_whole_chunks_does_not_meet_the_next(folder, make_rec
     folder.append("a", _records(make_record, ids[:num_whole]))
     with open(folder.samples("a"), "a") as file:
         file.write('{"prompt_id": "p2", "sam')
-    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == num_whole
+    assert folder.keep_chunks("a", ids, size=2, chunk=2) == num_whole
     folder.append("a", _records(make_record, ids[num_whole:]))
-    assert folder.keep_whole_chunks("a", ids, size=2, chunk=2) == 5
+    assert folder.keep_chunks("a", ids, size=2, chunk=2) == 5
 
 
 def test_broken_settings_are_named(folder):

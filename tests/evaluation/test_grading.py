@@ -4,8 +4,7 @@ import pytest
 
 from laser_fast.config import RewardConfig
 from laser_fast.data.rows import answer_text, open_rows
-from laser_fast.evaluation.benchmarks import find_benchmark
-from laser_fast.evaluation.grading import answer_of, check_golds
+from laser_fast.evaluation.benchmarks import answer_of, check_golds, find_benchmark
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rewards import Grader, grade_groups
 
