@@ -33,8 +33,8 @@ from laser_fast.sandbox.model import make_sandbox_model
 from laser_fast.sandbox.task import RESERVED_TOKENS, TOKENS, rows
 from laser_kernels import last_token_loss, last_token_score, linear_logprob_loss
 
-WARM_START_STEPS, STEPS, P, G, MAX_NEW_TOKENS = 250, 60, 16, 8, 48
-LR, BETA, ALPHA = 2e-4, 0.15, 1.0
+WARM_START_STEPS, STEPS, P, G, MAX_NEW_TOKENS = 350, 60, 16, 8, 48
+LR, BETA, ALPHA = 2e-4, 0.3, 1.0
 TAU, FIRST_MIXED_STEP = 0.1, 20  # scores enter the advantages once they mean something
 Z_C = TOKENS.index(RESERVED_TOKENS[0])
 Problems = list[dict[str, str]]

@@ -88,8 +88,8 @@ def test_the_loss_has_the_gradient_of_a_naive_one(batch_of_a_model, mixes, monke
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_learns_to_solve_and_to_grade_itself():
-    """About two minutes on two free cores, the warm start included."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    """With one thread, since two that wait for each other crawl on a busy machine."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "laser_fast.minimal"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
