@@ -22,9 +22,8 @@ def step_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
     """
     shown = _columns((metric, metrics.get(metric.key)) for metric in METRICS)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *shown]
-    seconds = [value for key, value in metrics.items() if key.startswith("time/") and value]
-    if seconds:
-        parts.append(f"{sum(seconds):.1f} s")
+    if seconds := sum(metrics[key] or 0 for key in metrics if key.startswith("time/")):
+        parts.append(f"{seconds:.1f} s")
     return "  ".join(parts)
 
 
