@@ -133,12 +133,10 @@ def train_prompts(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Pro
 
 def held_out_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSource:
     """The prompts that a run is evaluated on, which may have fields of their own."""
-    fields = {
-        "prompt_field": config.eval_prompt_field or config.prompt_field,
-        "answer_field": config.eval_answer_field or config.answer_field,
-    }
+    question = config.eval_prompt_field or config.prompt_field
+    answer = config.eval_answer_field or config.answer_field
+    own = config.model_copy(update={"prompt_field": question, "answer_field": answer})
     rows = open_rows(config.eval, split=config.eval_split)
-    own = config.model_copy(update=fields)
     return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 

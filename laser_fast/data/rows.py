@@ -48,10 +48,9 @@ def open_rows(name: str, *, split: str) -> RowSource:
     if not name:
         raise ConfigError("the name of a data set is empty; set data.train or data.eval")
     path = Path(name)
+    if path.suffix not in _READERS and path.is_file():
+        raise ConfigError(f"{name}: expected a data file ending in one of {', '.join(_READERS)}")
     if path.suffix not in _READERS:
-        if path.is_file():
-            known = ", ".join(_READERS)
-            raise ConfigError(f"{name}: expected a data file ending in one of {known}")
         return _open_hub(name, split)
     if not path.is_file():
         raise ConfigError(f"{name}: no such data file")

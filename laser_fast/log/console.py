@@ -50,9 +50,8 @@ class StepConsole:
         self._num_steps = num_steps
         console = console or Console()
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar.disable = not console.is_terminal
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
         self._bar.start()
 

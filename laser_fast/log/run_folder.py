@@ -65,7 +65,7 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
 
     Model and data below the old folder have moved with it; a hub id that looks so has not.
     """
-    before = Path(recorded or config.output_dir)
+    before, model, data = Path(recorded or config.output_dir), config.model, config.data
 
     def moved(text: str) -> str:
         if not text or not Path(text).is_relative_to(before):
@@ -73,7 +73,6 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
         path = folder / Path(text).relative_to(before)
         return str(path) if path.exists() else text
 
-    model, data = config.model, config.data
     model = model.model_copy(update={"path": moved(model.path)})
     data = data.model_copy(update={"train": moved(data.train), "eval": moved(data.eval)})
     return config.model_copy(update={"output_dir": str(folder), "model": model, "data": data})
