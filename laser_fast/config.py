@@ -353,10 +353,7 @@ class Config(MeasureConfig):
                 f"{rollout.max_new_tokens = }, got {buffer}"
             )
         if optim.minibatches > data.prompts_per_step:
-            yield (
-                f"{optim.minibatches = } exceeds {data.prompts_per_step = }, so that updates "
-                "would be empty; lower it"
-            )
+            yield f"{optim.minibatches = } exceeds {data.prompts_per_step = }; lower it"
         if optim.warmup_steps > optim.steps:
             yield f"{optim.warmup_steps = } exceeds {optim.steps = }; lower it or train for longer"
 
@@ -386,8 +383,7 @@ def all_keys(kind: type[_Section] = Config) -> dict[str, str]:
     keys: dict[str, str] = {}
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            inner = all_keys(field.annotation)
-            keys |= {f"{name}.{key}": documentation for key, documentation in inner.items()}
+            keys |= {f"{name}.{key}": text for key, text in all_keys(field.annotation).items()}
         else:
             keys[name] = field.description or ""
     return keys

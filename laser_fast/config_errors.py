@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,12 @@ def _unknown(path: str, value: Any, docs: Mapping[str, str]) -> str:
     if not section and isinstance(value, dict):
         sections = list(dict.fromkeys(key.partition(".")[0] for key in docs if "." in key))
         if nearest := _nearest(name, sections):
-            return f"unknown section [{name}]: rename it to [{nearest}] or remove it"
+            return f"unknown section [{name}]: rename it to [{nearest[0]}] or remove it"
         return f"unknown section [{name}]: remove it; the sections are {', '.join(sections)}"
     own = _keys(section, docs)
-    if nearest := _nearest(name, own) or _nearest(name, docs):
-        return f'unknown key "{path}": rename it to "{nearest}" or remove it'
-    names = ", ".join(sorted(own, key=lambda key: -_likeness(name, key)))
+    if nearest := _nearest(name, own) or _nearest(name, list(docs)):
+        return f'unknown key "{path}": rename it to "{nearest[0]}" or remove it'
+    names = ", ".join(_nearest(name, own, 0.0))
     return f'unknown key "{path}": remove it or choose one of these, nearest first: {names}'
 
 
@@ -116,12 +116,10 @@ def _keys(section: str, docs: Mapping[str, str]) -> Sequence[str]:
     return [key for key in docs if key.rpartition(".")[0] == section]
 
 
-def _nearest(name: str, keys: Iterable[str]) -> str | None:
-    """The key that is meant; less like the name, it would be a guess."""
-    nearest = max(keys, key=lambda key: _likeness(name, key))
-    return nearest if _likeness(name, nearest) >= 0.6 else None
+def _nearest(name: str, keys: Sequence[str], minimum: float = 0.6) -> list[str]:
+    """The keys like the name, the nearest first; below a likeness of 0.6 it would be a guess."""
 
+    def likeness(key: str) -> float:
+        return difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio()
 
-def _likeness(name: str, key: str) -> float:
-    """Likeness of two names, the key's without its section."""
-    return difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio()
+    return sorted((key for key in keys if likeness(key) >= minimum), key=likeness, reverse=True)

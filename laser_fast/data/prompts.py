@@ -32,7 +32,7 @@ from laser_fast.data.rows import RowSource, answer_text, open_rows, question_tex
 from laser_fast.records import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Part of the cache's name: raise it when the same inputs give other prompts.
 _FORMAT = 1
@@ -62,7 +62,7 @@ class PromptSource:
     def __init__(
         self,
         config: PromptConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         rows: RowSource,
         *,
         name: str,
@@ -70,9 +70,7 @@ class PromptSource:
         per_step: int = 1,
         limit: int = 0,
     ) -> None:
-        self._name = name
-        self._seed = seed
-        self._per_step = per_step
+        self._name, self._seed, self._per_step = name, seed, per_step
         self._table = _load(config, tokenizer, rows)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
@@ -126,30 +124,23 @@ class PromptSource:
         return torch.randperm(self.num_prompts, generator=generator)
 
 
-def train_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> PromptSource:
+def train_prompts(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> PromptSource:
     """The prompts that a run trains on."""
     rows = open_rows(config.train, split=config.train_split)
-    return PromptSource(
-        config, tokenizer, rows, name="train", seed=seed, per_step=config.prompts_per_step
-    )
+    per_step = config.prompts_per_step
+    return PromptSource(config, tokenizer, rows, name="train", seed=seed, per_step=per_step)
 
 
-def held_out_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
+def held_out_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSource:
     """The prompts that a run is evaluated on, which may have fields of their own."""
-    fields = {
-        "prompt_field": config.eval_prompt_field or config.prompt_field,
-        "answer_field": config.eval_answer_field or config.answer_field,
-    }
+    question = config.eval_prompt_field or config.prompt_field
+    answer = config.eval_answer_field or config.answer_field
+    own = config.model_copy(update={"prompt_field": question, "answer_field": answer})
     rows = open_rows(config.eval, split=config.eval_split)
-    own = config.model_copy(update=fields)
     return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 
-def _load(
-    config: PromptConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSource
-) -> datasets.Dataset:
+def _load(config: PromptConfig, tokenizer: Tokenizer, rows: RowSource) -> datasets.Dataset:
     """The worded and tokenized rows of a data set, over-long ones included."""
     if config.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(
@@ -171,7 +162,7 @@ def _load(
 
 
 def _tokenize(
-    source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
+    source: RowSource, config: PromptConfig, tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
     """Yield one record of `_FEATURES` per row."""
     question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
@@ -198,7 +189,7 @@ def _tokenize(
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
-def wording(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+def wording(config: PromptConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
     """Return the function from a question to the text that the model reads."""
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
@@ -209,9 +200,7 @@ def wording(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callabl
     )
 
 
-def _fingerprint(
-    source: RowSource, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _fingerprint(source: RowSource, config: PromptConfig, tokenizer: Tokenizer) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
     chat_template = tokenizer.chat_template if config.template == "chat" else None

@@ -2,8 +2,8 @@
 
 Local files by suffix: .jsonl, .json (an array of objects, or one object a line), .csv and
 .parquet. Anything else is a data set of the Hugging Face hub, `owner/name` or
-`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. Everything is
-streamed; no file is held in memory.
+`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. All are streamed
+but a JSON array, which is read whole.
 
 Text formats are read here and not by `datasets`, whose readers guess one type per column (the CSV
 answer 007 becomes 7, NA becomes null, numbers beside texts fail) and do not tell the line of a
@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from laser_fast.config import ConfigError
 Row = tuple[str, Any]  # the place, for messages; a dict of fields if the data is sound
 Fields = Mapping[str, str]  # field of the data -> the configuration key that names it
 
-_CHUNK = 1 << 20
 _BATCH = 1000
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
@@ -48,10 +48,9 @@ def open_rows(name: str, *, split: str) -> RowSource:
     if not name:
         raise ConfigError("the name of a data set is empty; set data.train or data.eval")
     path = Path(name)
+    if path.suffix not in _READERS and path.is_file():
+        raise ConfigError(f"{name}: expected a data file ending in one of {', '.join(_READERS)}")
     if path.suffix not in _READERS:
-        if path.is_file():
-            known = ", ".join(_READERS)
-            raise ConfigError(f"{name}: expected a data file ending in one of {known}")
         return _open_hub(name, split)
     if not path.is_file():
         raise ConfigError(f"{name}: no such data file")
@@ -62,11 +61,9 @@ def open_rows(name: str, *, split: str) -> RowSource:
 
 def question_text(row: Any, fields: Fields, field: str, place: str) -> str:
     """Return the question of a row; a ConfigError names the place, the field and its fault."""
-    value = _value(row, fields, field, place)
+    value, about = _value(row, fields, field, place)
     if not isinstance(value, str):
-        raise ConfigError(
-            f'{place}: field "{field}" ({fields[field]}): expected text, got {type(value).__name__}'
-        )
+        raise ConfigError(f"{about}: expected text, got {type(value).__name__}")
     return value
 
 
@@ -76,18 +73,18 @@ def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
     Numbers become their usual text (70, 0.5). A list is several values, joined by ", ", as sets
     of olympiad problems write them.
     """
-    value = _value(row, fields, field, place)
+    value, about = _value(row, fields, field, place)
     items = value if isinstance(value, list) else [value]
     for item in items or [None]:
         if isinstance(item, bool) or not isinstance(item, (str, int, float, Decimal)):
             raise ConfigError(
-                f'{place}: field "{field}" ({fields[field]}): expected text, a number or a list '
-                f"of them, got {value!r:.60}"
+                f"{about}: expected text, a number or a list of them, got {value!r:.60}"
             )
     return ", ".join(str(item) for item in items)
 
 
-def _value(row: Any, fields: Fields, field: str, place: str) -> Any:
+def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:
+    """A value that is not empty, and how messages name it."""
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: expected an object with fields, got {type(row).__name__}")
     _check_fields(place, {field: fields[field]}, row)
@@ -102,7 +99,7 @@ def _value(row: Any, fields: Fields, field: str, place: str) -> Any:
             value.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
-    return value
+    return value, about
 
 
 def _check_fields(place: str, fields: Fields, there: Collection[str]) -> None:
@@ -130,38 +127,27 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
 
 def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
     with open(path, "rb") as file:
-        start = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip()
     yield from (_read_array if start.startswith(b"[") else _read_jsonl)(path, fields)
 
 
 def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
-    decoder, line = json.JSONDecoder(), 1
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_CHUNK)
-            position, end = 0, text.index("[") + 1
-            while True:
-                gap = _BETWEEN_ITEMS.match(text, end)
-                assert gap is not None  # it may be empty
-                end = gap.end()
-                line += text.count("\n", position, end)
-                position = end
-                if text.startswith("]", position):
-                    return
-                try:
-                    row, end = decoder.raw_decode(text, position)
-                except json.JSONDecodeError as error:
-                    # Broken, or cut by the end of the buffer: read on, twice as much each time,
-                    # so that the attempts together stay linear.
-                    more = file.read(max(_CHUNK, len(text) - position))
-                    if not more:
-                        line += text.count("\n", position, error.pos)
-                        raise ConfigError(f"{path}:{line}: not valid JSON: {error.msg}") from None
-                    text, position, end = text[position:] + more, 0, 0
-                    continue
-                yield f"{path}:{line}", row
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start)
         raise ConfigError(f"{path}: not valid UTF-8 after line {line}: {error.reason}") from None
+    decoder, line, position, end = json.JSONDecoder(), 1, 0, text.index("[") + 1
+    while gap := _BETWEEN_ITEMS.match(text, end):  # it may be empty
+        line += text.count("\n", position, gap.end())
+        position = gap.end()
+        if text.startswith("]", position):
+            return
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        yield f"{path}:{line}", row
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
@@ -217,8 +203,8 @@ def _open_hub(name: str, split: str) -> RowSource:
 
 
 def _number(batches: Iterator[list[dict[str, Any]]], name: str) -> Iterator[Row]:
-    rows = (row for batch in batches for row in batch)
-    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows))
+    for number, row in enumerate(chain.from_iterable(batches)):
+        yield f"{name} row {number}", row
 
 
 _READERS = {

@@ -22,9 +22,8 @@ def step_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
     """
     shown = _columns((metric, metrics.get(metric.key)) for metric in METRICS)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *shown]
-    seconds = [value for key, value in metrics.items() if key.startswith("time/") and value]
-    if seconds:
-        parts.append(f"{sum(seconds):.1f} s")
+    if seconds := sum(metrics[key] or 0 for key in metrics if key.startswith("time/")):
+        parts.append(f"{seconds:.1f} s")
     return "  ".join(parts)
 
 
@@ -51,9 +50,8 @@ class StepConsole:
         self._num_steps = num_steps
         console = console or Console()
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar.disable = not console.is_terminal
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
         self._bar.start()
 

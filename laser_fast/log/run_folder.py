@@ -65,7 +65,7 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
 
     Model and data below the old folder have moved with it; a hub id that looks so has not.
     """
-    before = Path(recorded or config.output_dir)
+    before, model, data = Path(recorded or config.output_dir), config.model, config.data
 
     def moved(text: str) -> str:
         if not text or not Path(text).is_relative_to(before):
@@ -73,7 +73,6 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
         path = folder / Path(text).relative_to(before)
         return str(path) if path.exists() else text
 
-    model, data = config.model, config.data
     model = model.model_copy(update={"path": moved(model.path)})
     data = data.model_copy(update={"train": moved(data.train), "eval": moved(data.eval)})
     return config.model_copy(update={"output_dir": str(folder), "model": model, "data": data})
@@ -95,10 +94,9 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     free = _FREE_KEYS | {key for key in all_keys() if key.startswith(_FREE_SECTIONS)}
     if new.rollout.steps_ahead:
         free -= {"checkpoint.every"}  # the step after a checkpoint is on-policy
-    values = {
-        key: (attrgetter(key)(old), attrgetter(key)(new)) for key in all_keys() if key not in free
-    }
-    return {key: (before, now) for key, (before, now) in values.items() if before != now}
+    keys = [key for key in all_keys() if key not in free]
+    values = zip(keys, attrgetter(*keys)(old), attrgetter(*keys)(new), strict=True)
+    return {key: (before, now) for key, before, now in values if before != now}
 
 
 def _check_resume(folder: RunFolder, config: Config) -> None:
@@ -108,11 +106,9 @@ def _check_resume(folder: RunFolder, config: Config) -> None:
             "leave --resume out to start one, or point output_dir to the run"
         )
     recorded = moved_config(load_config(folder.config), folder.path)
-    if differences := config_differences(recorded, resumed_config(config)):
-        listed = ", ".join(
-            f"{key} was {old!r} and is now {new!r}" for key, (old, new) in differences.items()
-        )
+    if changed := config_differences(recorded, resumed_config(config)):
+        listed = [f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items()]
         raise ConfigError(
-            f"the run in {folder.path} cannot be resumed with another configuration: {listed}; "
-            "restore the old values or start a new run in another output_dir"
+            f"the run in {folder.path} cannot be resumed with another configuration: "
+            f"{', '.join(listed)}; restore the old values or start a new run in another output_dir"
         )

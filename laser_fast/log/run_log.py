@@ -137,12 +137,9 @@ class RunLog(Log):
         identity = {"name": name, "id": path.read_text(), "dir": str(folder)}
         if package == "trackio":  # it knows a run only by its name
             identity = {"name": f"{name}-{path.read_text()}"}
-        run = importlib.import_module(package).init(
-            project=getattr(config.log, package),
-            resume="allow",
-            config=config.model_dump(mode="json"),
-            **identity,
-        )
+        init, project = importlib.import_module(package).init, getattr(config.log, package)
+        values = config.model_dump(mode="json")
+        run = init(project=project, resume="allow", config=values, **identity)
         self.callback(run.finish)
 
         def send(step: int, metrics: Mapping[str, float]) -> None:
