@@ -340,7 +340,7 @@ class Config(MeasureConfig):
                 "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
             )
         if rollout.steps_ahead and self.loss.tis_cap == 0:
-            yield f"{rollout.steps_ahead = } needs the correction loss.tis_cap; set that to 2.0"
+            yield f"{rollout.steps_ahead = } needs loss.tis_cap, got 0; set that to 2.0"
         if data.eval_every > 0 and not data.eval:
             yield (
                 f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "
