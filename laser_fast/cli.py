@@ -139,7 +139,7 @@ def plan(
         if resolved.model.path == "sandbox":
             from laser_fast.sandbox.model import make_sandbox_model
 
-            make_sandbox_model(folder, seed=0, steps=1)
+            make_sandbox_model(folder, seed=0, steps=0)
             resolved = load_config(config, [*(overrides or []), f"model.path={folder}"])
         planned = plan_run(resolved, num_gpus=gpus, memory_gb=memory)
     print_plan(planned)

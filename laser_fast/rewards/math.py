@@ -50,9 +50,10 @@ def same_answer(first: str, second: str) -> bool:
 
     Runs in the calling process without a deadline: `Grader.same_answer`, for votes, has one.
     """
+    first, second = first.strip(), second.strip()
     try:
-        values = _parse(first.strip()), _parse(second.strip())
-        return _equal(*values) or _equal(*reversed(values))
+        values = _parse(first), _parse(second)
+        return first == second or _equal(*values) or _equal(*reversed(values))
     except MemoryError:
         raise
     except Exception:

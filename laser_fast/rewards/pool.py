@@ -12,8 +12,8 @@ without a main guard, which would start over. The end of its pipe ends a worker.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
-import pkgutil
 import resource
 import signal
 import subprocess
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from operator import attrgetter
 from typing import Any, Literal
 
 # Imports of a user's module from a cold network disk take long; a grade never waits for this.
@@ -253,7 +254,8 @@ def _answer(name: str, arguments: Arguments | None) -> Any:
 @cache
 def resolve(name: str) -> Callable[..., Any]:
     """Import the function that "module:function" names."""
-    function = pkgutil.resolve_name(name)
+    module, _, path = name.partition(":")
+    function = attrgetter(path)(importlib.import_module(module))
     if not callable(function):
         raise TypeError(f"{name} is {type(function).__name__}, not a function")
     return function

@@ -7,8 +7,8 @@ eval.jsonl beside it. They follow from `config.seed` N; a resumed run finds what
 import json
 import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import get_args
+from uuid import uuid4
 
 from laser_fast.config import Config
 from laser_fast.model.distributed import World
@@ -39,7 +39,7 @@ def write_sandbox(config: Config, world: World) -> Config:
         make_sandbox_model(resolved.model.path, seed=config.seed, world=world)
     for split in get_args(Split):
         if world.is_main and getattr(config.data, split) == "sandbox":
-            write_rows(getattr(resolved.data, split), split, seed=config.seed)
+            write_rows(Path(getattr(resolved.data, split)), split, seed=config.seed)
     world.barrier()
     return resolved
 
@@ -52,13 +52,12 @@ def cached_rows(split: Split, seed: int) -> Path:
     return path
 
 
-def write_rows(path: str | Path, split: Split, *, seed: int) -> None:
+def write_rows(path: Path, split: Split, *, seed: int) -> None:
     """Write the problems of a split as JSON lines, unless the file holds them already."""
-    path = Path(path)
     text = "".join(json.dumps(row) + "\n" for row in rows(split, seed=seed))
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent, delete=False) as unfinished:
-        unfinished.write(text)
-    os.replace(unfinished.name, path)
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+    unfinished.write_text(text)
+    unfinished.replace(path)

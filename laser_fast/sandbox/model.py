@@ -52,10 +52,12 @@ def make_sandbox_model(
         task.write_tokenizer(unfinished)
         disable_progress_bar()  # for the instant that the files take
         model.save_pretrained(unfinished)
-        if Path(folder).exists():  # another run was faster, and this one is refused in a moment
+        try:
+            os.rename(unfinished, folder)  # also over an empty folder
+        except OSError:  # another run was faster, and this one is refused in a moment
             shutil.rmtree(unfinished)
-        else:
-            os.rename(unfinished, folder)
+            if not (Path(folder) / "model.safetensors").exists():
+                raise
     if world is not None:
         world.barrier()
 

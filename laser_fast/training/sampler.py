@@ -5,6 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+import torch
+
+from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config
 from laser_fast.config_errors import ConfigError
 from laser_fast.data.prompts import PromptSource
@@ -231,5 +234,6 @@ def _as_group(prompt: Prompt) -> Group:
 
 
 def _has_spread(group: Group) -> bool:
-    """As `algorithm.advantage.has_reward_spread` of one group."""
-    return len({reward for reward in group.rewards if reward is not None}) > 1
+    rewards = torch.tensor([[reward or 0.0 for reward in group.rewards]])
+    is_graded = torch.tensor([[reward is not None for reward in group.rewards]])
+    return bool(has_reward_spread(rewards, is_graded))
