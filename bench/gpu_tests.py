@@ -64,7 +64,7 @@ class Outcomes:
         if report.passed:
             return
         reason = _reason(report.longrepr)
-        missing = re.search(r"No module named '(\w+)", reason)
+        missing = re.search(r"(?:No module named '|laser-fast needs )(\w+)", reason)
         is_skipped = report.skipped or (missing and missing[1] not in OUR_PACKAGES)
         self.add(report.nodeid, "skipped" if is_skipped else "failed", reason)
 

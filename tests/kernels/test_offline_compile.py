@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import laser_kernels
 
@@ -14,6 +15,8 @@ KB = 1024
 MAX_SHARED = {80: 163 * KB, 90: 227 * KB, 100: 227 * KB}
 # Tiles by pointer also serve devices such as sm_86, sm_89 and sm_120.
 MAX_SHARED_BY_POINTER = 99 * KB
+# Triton 3.8 alone spills two registers of one kernel; 3.6.0, 3.7.0, 3.7.1 and 3.9.0 spill none.
+SPILLED_BYTES = {("3.8", 100, "gemm many tma statistics keep=True"): 8}
 
 
 @pytest.mark.slow
@@ -32,7 +35,9 @@ def test_kernels_compile_within_the_limits_of_the_device(arch, tmp_path):
     gemms = [kernel for kernel in kernels if kernel["name"].startswith("gemm")]
     assert len(gemms) == (5 if arch == 80 else 10) and len(kernels) == len(gemms) + 5
     for kernel in kernels:
-        assert kernel["spilled_bytes"] == 0, kernel
+        version = triton.__version__.rpartition(".")[0]
+        allowed = SPILLED_BYTES.get((version, arch, kernel["name"]), 0)
+        assert kernel["spilled_bytes"] <= allowed, kernel
         limit = MAX_SHARED_BY_POINTER if "pointer" in kernel["name"] else MAX_SHARED[arch]
         assert kernel["shared_bytes"] <= limit, kernel
     for kernel in gemms:

@@ -142,10 +142,11 @@ def test_the_agreement_check_catches_weights_streamed_before_the_wake_up(
 
     monkeypatch.setattr(worker, "sleep", lambda level: calls.append(level))
     monkeypatch.setattr(worker, "wake_up", wake_up)
-    monkeypatch.setattr(engine, "_can_sleep", True)
     monkeypatch.setattr(engine, "__class__", engine_class)
     groups = engine.generate(PROMPTS, SAMPLING)
-    engine.sleep()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        engine.sleep()
     with pytest.raises(RuntimeError, match="call sync first"):
         engine.generate(PROMPTS, SAMPLING)
     engine.sync(tiny.weights())
