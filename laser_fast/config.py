@@ -163,7 +163,7 @@ class RewardConfig(_Section):
     """How completions are graded."""
 
     kind: str = "math"
-    """One of math, gsm8k, exact, or "module:function" of yours."""
+    """One of math, gsm8k, exact, sandbox, or "module:function" of yours."""
     timeout_s: float = Field(10.0, gt=0)
     """Deadline of one answer; a grade that misses it is None and counted."""
     workers: int = Field(2, ge=1)
