@@ -33,6 +33,7 @@ from laser_fast.rollout.server_http import ServerError
 if TYPE_CHECKING:
     from laser_fast.evaluation.benchmarks import Benchmark
     from laser_fast.evaluation.folder import EvalFolder
+    from laser_fast.evaluation.statistics import ReportOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -197,7 +198,6 @@ def evaluate(
 ) -> None:
     """Measure accuracy, voting and self-verification; a killed evaluation continues."""
     from laser_fast.evaluation.evaluate import run_evaluation
-    from laser_fast.evaluation.statistics import ReportOptions
     from laser_fast.evaluation.terminal import progress_bar
 
     scores = {"score__token": token, "score__beta": beta, "score__ref_logprob": ref_logprob}
@@ -206,7 +206,7 @@ def evaluate(
         folder = run_evaluation(
             _measured(benchmark or (), data_dir, model, config=config, overrides=options),
             out or Path("evaluations") / Path(model).name,
-            ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate),
+            _report_options(k, base_rate),
             samples=samples,
             limit=limit,
             needs_score=score,
@@ -230,9 +230,8 @@ def rescore(
 ) -> None:
     """Compute an evaluation again from its samples, without a model."""
     from laser_fast.evaluation.rescore import rescore_evaluation
-    from laser_fast.evaluation.statistics import ReportOptions
 
-    report = ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate)
+    report = _report_options(k, base_rate)
     folder = rescore_evaluation(
         source, out, report, beta=beta, ref_logprob=ref_logprob, reward=reward, overwrite=overwrite
     )
@@ -268,6 +267,12 @@ def _as_overrides(overrides: list[str] | None, **options: str | float | None) ->
     """The options of a verb, score__beta for score.beta, as overrides; spelt-out ones win."""
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
     return [*(f"{key}={value}" for key, value in given.items()), *(overrides or ())]
+
+
+def _report_options(k: list[int] | None, base_rate: float | None) -> ReportOptions:
+    from laser_fast.evaluation.statistics import ReportOptions
+
+    return ReportOptions(ks=tuple(sorted(set(k or ()))) or None, base_rate=base_rate)
 
 
 def _measured(
