@@ -11,6 +11,8 @@ import pytest
 # Ranks share few cores, and threads that spin while they wait for each other cost minutes. Before
 # torch is imported, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Unbuffered, ranks that share a pipe write a line and its end apart, and mix them.
+os.environ.pop("PYTHONUNBUFFERED", None)
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -27,6 +29,8 @@ NEEDS = {
 
 
 def pytest_collection_modifyitems(items):
+    # The longest test first: of several workers, none is left alone with it.
+    items.sort(key=lambda item: item.path.name != "test_minimal.py")
     for item in items:
         for marker, (is_present, reason) in NEEDS.items():
             if item.get_closest_marker(marker) and not is_present:
