@@ -3,8 +3,9 @@
 Every key is documented once, here, and read somewhere; a wrong file is refused in one sentence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, Self
 
 from laser_fast import needs_train
@@ -203,6 +204,17 @@ class ScoreConfig(_Section):
             raise ConfigError(f"score.beta = {self.beta:g}: {error}") from None
 
 
+def mean_ref_logprob(logprobs: Iterable[float | None]) -> float:
+    """What `score.ref_logprob = "auto"` means: their mean, without the unfinished (None)."""
+    found = [logprob for logprob in logprobs if logprob is not None]
+    if not found:
+        raise ConfigError(
+            'score.ref_logprob = "auto" found no finished completion to measure; raise '
+            "rollout.max_new_tokens or give a number"
+        )
+    return fmean(found)
+
+
 class AdvantageConfig(_Section):
     """From rewards and scores to advantages."""
 
@@ -356,9 +368,6 @@ class Config(MeasureConfig):
             yield f"{optim.minibatches = } exceeds {data.prompts_per_step = }; lower it"
         if optim.warmup_steps > optim.steps:
             yield f"{optim.warmup_steps = } exceeds {optim.steps = }; lower it or train for longer"
-
-
-parse_config = Config.parse
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -9,14 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from laser_fast import cli
-from laser_fast.config import (
-    ConfigError,
-    DataConfig,
-    all_keys,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from laser_fast.config import Config, ConfigError, DataConfig, all_keys, dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -43,7 +36,7 @@ def smallest(**keys):
 def refusal(data):
     """The message of a refused configuration, which is one sentence opened by the source."""
     with pytest.raises(ConfigError) as caught:
-        parse_config(data, source="run.toml")
+        Config.parse(data, source="run.toml")
     source, _, message = str(caught.value).partition(": ")
     assert source == "run.toml"
     assert "\n" not in message and not message.endswith(".")
@@ -66,7 +59,7 @@ def path(tmp_path):
 
 
 def test_frozen():
-    config = parse_config(smallest(), source="")
+    config = Config.parse(smallest(), source="")
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
@@ -253,22 +246,22 @@ def test_impossible_combinations(keys, message):
     ],
 )
 def test_combinations_at_the_edge_are_possible(keys):
-    parse_config(smallest(**keys), source="")
+    Config.parse(smallest(**keys), source="")
 
 
 def test_a_measured_target_is_checked_like_a_configured_one():
-    score = parse_config(smallest(), source="").score
+    score = Config.parse(smallest(), source="").score
     score.check_target(-13.0)
     with pytest.raises(ConfigError, match="score.beta = 0.1: the target .* choose beta >= 0.134"):
         score.check_target(-10.5)
     # A score that is not trained may have any target.
     keys = {"score__loss_coef": 0.0, "advantage__score_coef": 0.0}
-    parse_config(smallest(**keys), source="").score.check_target(-10.5)
+    Config.parse(smallest(**keys), source="").score.check_target(-10.5)
 
 
 def test_target_near_zero_warns():
     with pytest.warns(UserWarning, match="must stay well below 0"):
-        parse_config(smallest(score__ref_logprob=-12.0), source="")
+        Config.parse(smallest(score__ref_logprob=-12.0), source="")
 
 
 # Files and overrides.
@@ -334,7 +327,7 @@ def test_unreadable_files(tmp_path):
 
 
 def test_dump_and_load_round_trip(tmp_path):
-    config = parse_config(
+    config = Config.parse(
         smallest(
             data__template='Q: {prompt}\n"A" \\boxed{}: \t',
             optim__betas=[0.8, 0.95],

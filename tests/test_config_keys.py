@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from laser_fast.config import Config, MeasureConfig, RolloutConfig, all_keys, parse_config
+from laser_fast.config import Config, MeasureConfig, RolloutConfig, all_keys
 from laser_fast.records import SpecialTokens
 
 # Class -> dotted prefix of its keys; a measurement's sections are named like a run's.
@@ -87,7 +87,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
         "optim": {"steps": 2, "schedule": "linear", "warmup_steps": 1},
     }
     config["data"] |= {"max_prompt_tokens": 24, "prompts_per_step": 2, "eval_samples": 2}
-    train_run(parse_config(config, source="test"))
+    train_run(Config.parse(config, source="test"))
 
     # What only vLLM reads, with something in its place.
     tokens = SpecialTokens(score_token_id=2, eos_token_ids=(1,), pad_token_id=0, vocab_size=33)
@@ -103,7 +103,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
 
 def test_a_check_or_a_copy_is_no_read(read):
     sections = {"model": {"path": "m"}, "data": {"train": "t"}, "optim": {"steps": 1}}
-    config = parse_config({"output_dir": "o", **sections}, source="test")
+    config = Config.parse({"output_dir": "o", **sections}, source="test")
     assert config.model_copy(update={"seed": 1}).model_dump()["loss"]["kind"] == "grpo"
     assert config.loss.kind == "grpo"  # this test is no module of ours
     assert not read

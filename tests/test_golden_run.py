@@ -19,7 +19,7 @@ from tiny_models import save_model
 from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import parse_config
+from laser_fast.config import Config
 from laser_fast.data.prompts import train_prompts
 from laser_fast.log.jsonl import write_lines
 from laser_fast.log.timer import StageTimer
@@ -70,7 +70,7 @@ def make_config(folder, case):
     }
     for name, keys in CASES[case].items():
         sections[name] = {**sections.get(name, {}), **keys}
-    return parse_config(sections, source="golden")
+    return Config.parse(sections, source="golden")
 
 
 @torch.no_grad()

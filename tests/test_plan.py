@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from laser_fast.cli import main
-from laser_fast.config import ConfigError, ModelConfig, OptimConfig, parse_config
+from laser_fast.config import Config, ConfigError, ModelConfig, OptimConfig
 from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
@@ -300,7 +300,7 @@ def test_advice_makes_it_fit(sections, num_gpus, memory_gb, expected):
         else:
             section, _, key = name.partition(".")
             data[section][key] = json.loads(value)
-    typed = parse_config(data, source="advice")
+    typed = Config.parse(data, source="advice")
     tried = _plan(typed, num_gpus=gpus, memory_gb=memory_gb, workspace_mb=workspace)
     assert tried.peaks == pytest.approx(after.peaks) and not tried.misfits()
 

@@ -142,7 +142,7 @@ def test_the_walk_and_the_code_have_the_same_stages():
 
 @pytest.mark.slow
 def test_the_walk_has_every_file_that_runs_in_a_step(tmp_path, monkeypatch, world):
-    from laser_fast.config import parse_config
+    from laser_fast.config import Config
     from laser_fast.log.jsonl import write_lines
     from laser_fast.sandbox.model import make_sandbox_model
     from laser_fast.sandbox.task import RESERVED_TOKENS, rows
@@ -177,7 +177,7 @@ def test_the_walk_has_every_file_that_runs_in_a_step(tmp_path, monkeypatch, worl
             threading.setprofile(None)
 
     monkeypatch.setattr(Trainer, "step", recorded_step)
-    train(parse_config(config, source="test"), world=world)
+    train(Config.parse(config, source="test"), world=world)
     ran = {str(Path(file).relative_to(ROOT)) for file in files if file.startswith(str(ROOT))}
     ran = {path for path in ran if path.startswith("laser_fast/")}
     print(*sorted(ran), sep="\n")

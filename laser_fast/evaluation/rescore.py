@@ -7,10 +7,10 @@ from samples that exist.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from laser_fast.config import ConfigError, RewardConfig, ScoreConfig, apply_override
+from laser_fast.config import RewardConfig, ScoreConfig, mean_ref_logprob
+from laser_fast.config_errors import ConfigError, apply_override
 from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.statistics import ReportOptions, average, build_report
@@ -35,7 +35,8 @@ def finish_evaluation(folder: EvalFolder, options: ReportOptions, graders: Grade
     content: dict[str, Any] = {}
     if score := settings["score"]:
         is_measured = score["ref_logprob"] == "auto"
-        ref_logprob = _mean_logprob(samples) if is_measured else score["ref_logprob"]
+        logprobs = [record.score_logprob for records in samples.values() for record in records]
+        ref_logprob = mean_ref_logprob(logprobs) if is_measured else score["ref_logprob"]
         for name, records in samples.items():
             samples[name] = scored(records, beta=score["beta"], ref_logprob=ref_logprob)
             write_samples(folder.samples(name), samples[name])
@@ -101,17 +102,6 @@ def rescore_evaluation(
                 records = _regrade(records, reward, graders.of(rewards))
             write_samples(folder.samples(name), records)
         return finish_evaluation(folder, report, graders)
-
-
-def _mean_logprob(samples: Mapping[str, Sequence[SampleRecord]]) -> float:
-    everything = [record for records in samples.values() for record in records]
-    found = [record.score_logprob for record in everything if record.score_logprob is not None]
-    if not found:
-        raise ConfigError(
-            "--ref-logprob auto found no finished completion to measure; raise "
-            "rollout.max_new_tokens or give a number"
-        )
-    return fmean(found)
 
 
 def _read(path: Path, options: ReportOptions) -> list[SampleRecord]:

@@ -27,6 +27,15 @@ class Vocabulary:
         return text
 
 
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; a ConfigError says that there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
+
+
 def load_vocabulary(
     path: str, *, score_token: str | None, model_config: PreTrainedConfig
 ) -> Vocabulary:
@@ -36,11 +45,7 @@ def load_vocabulary(
     they choose one. A ConfigError says that there is no tokenizer or EOS, or that the score token
     cannot serve.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
+    tokenizer = load_tokenizer(path)
     # Ids beyond the head, as of tokens that were added later, cannot be sampled.
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size)
     eos_token_ids = _eos_token_ids(path, tokenizer, model_config, vocab_size)

@@ -7,13 +7,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict
-from transformers import AutoTokenizer
 
 from laser_fast.config import ConfigError, load_config
 from laser_fast.evaluation.settings import write_score_settings
 from laser_fast.log.run_folder import RunFolder, moved_config
 from laser_fast.model.distributed import open_world
 from laser_fast.model.policy import build_policy, load_model_config
+from laser_fast.model.vocabulary import load_tokenizer
 from laser_fast.training.checkpoint import latest_checkpoint
 
 
@@ -45,7 +45,7 @@ def export(run: Path, out: Path) -> Path:
         }
         policy.hf.config.dtype = dtype
         policy.hf.save_pretrained(out, state_dict=weights)
-    AutoTokenizer.from_pretrained(model.path).save_pretrained(out)
+    load_tokenizer(model.path).save_pretrained(out)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
     if score.loss_coef > 0:
         write_score_settings(out, token=score.token, beta=score.beta, ref_logprob=ref_logprob)

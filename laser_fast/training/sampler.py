@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 
 import torch
 
 from laser_fast.algorithm.advantage import has_reward_spread
-from laser_fast.config import Config
-from laser_fast.config_errors import ConfigError
+from laser_fast.config import Config, mean_ref_logprob
 from laser_fast.data.prompts import PromptSource
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
@@ -198,13 +196,7 @@ class Sampler:
         self.sync(prompts)
         groups = self.sample_scored(chosen, "calibrate", group_size=CALIBRATION_SAMPLES)
         logprobs = [c.score_logprob for group in groups for c in group.completions]
-        found = self.world.gather([logprob for logprob in logprobs if logprob is not None])
-        if not found:
-            raise ConfigError(
-                'score.ref_logprob = "auto" found no finished completion to measure; raise '
-                "rollout.max_new_tokens or give a number"
-            )
-        return fmean(found)
+        return mean_ref_logprob(self.world.gather(logprobs))
 
     def _prompts(self, step: int, attempt: int = 0) -> list[Prompt]:
         return self.prompts.prompts(

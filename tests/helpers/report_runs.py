@@ -7,7 +7,7 @@ import subprocess
 from typer.testing import CliRunner
 
 from laser_fast.cli import app
-from laser_fast.config import dump_config, parse_config
+from laser_fast.config import Config, dump_config
 from laser_fast.log import jsonl
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -19,7 +19,7 @@ def make_run(folder, *, steps=30, loss_coef=0.1, score_coef=0.1, seed=0, **files
     Every record lacks something that other runs have: null metrics, unknown keys, no score.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = parse_config(
+    config = Config.parse(
         {
             "output_dir": str(folder),
             "seed": seed,

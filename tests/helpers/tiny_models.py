@@ -12,7 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from laser_fast.config import parse_config
+from laser_fast.config import Config
 from laser_fast.records import Completion, Group, Prompt, TrainingSequence
 from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, write_tokenizer
 
@@ -83,7 +83,7 @@ def make_config(**sections):
     }
     for name, keys in sections.items():
         required[name] = {**required.get(name, {}), **keys}
-    return parse_config({"output_dir": "run", **required}, source="test")
+    return Config.parse({"output_dir": "run", **required}, source="test")
 
 
 def make_group(name, members, rewards=()):

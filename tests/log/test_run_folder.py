@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.config import Config, ConfigError, all_keys, dump_config, parse_config
+from laser_fast.config import Config, ConfigError, all_keys, dump_config
 from laser_fast.log.run_folder import (
     _FREE_KEYS,
     _FREE_SECTIONS,
@@ -26,7 +26,7 @@ def _config(folder, **sections) -> Config:
     }
     for name, values in sections.items():
         data[name] = {**data.get(name, {}), **values}
-    return parse_config(data, source="test")
+    return Config.parse(data, source="test")
 
 
 def _start(folder, **sections) -> None:

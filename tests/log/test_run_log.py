@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from laser_fast.config import ConfigError, dump_config, load_config, parse_config
+from laser_fast.config import Config, ConfigError, dump_config, load_config
 from laser_fast.log.jsonl import read_lines
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, read_samples
@@ -24,7 +24,7 @@ def _config(folder, *, steps=4, **log):
         "optim": {"steps": steps},
         "log": {"tensorboard": False, "samples_per_step": 2} | log,
     }
-    return parse_config(data, source="test")
+    return Config.parse(data, source="test")
 
 
 def _report(accuracy: float) -> dict:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laser_fast.config import parse_config
+from laser_fast.config import Config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.sandbox import files
 from laser_fast.sandbox.files import cached_rows, resolve_sandbox, write_sandbox
@@ -24,7 +24,7 @@ def make_config(folder, *, seed=0, **sections):
         "data": {"train": "sandbox", "eval": "sandbox", "template": "{prompt}"},
         "optim": {"steps": 1},
     } | sections
-    return parse_config(sections, source="test")
+    return Config.parse(sections, source="test")
 
 
 @pytest.fixture(autouse=True)
