@@ -1,13 +1,4 @@
-"""The command line: one verb per thing that a user does.
-
-    torchrun --nproc-per-node 8 -m laser_fast train CONFIG [section.key=value ...]
-    laser-fast export RUN OUT
-    laser-fast calibrate MODEL --data PROMPTS
-    laser-fast eval MODEL --benchmark NAME
-    laser-fast rescore FOLDER OUT
-    laser-fast score MODEL IN.jsonl OUT.jsonl
-    laser-fast report RUN [RUN2] [--eval FOLDER]
-    laser-fast plan CONFIG --gpus N --memory GB
+"""The command line: one verb per thing that a user does, in the order of the work.
 
 A mistake of the user ends in one sentence and exit code 2.
 """
@@ -22,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from typer import Argument, Option
+from laser_fast import needs_train
+
+with needs_train():
+    import typer
+    from typer import Argument, Option
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
 from laser_fast.rewards import RewardError
@@ -134,14 +128,14 @@ def plan(
 ) -> None:
     """Show the memory that a run needs per GPU; exit code 1 if it does not fit."""
     from laser_fast.plan import plan_run, print_plan
+    from laser_fast.sandbox.files import resolve_sandbox
+    from laser_fast.sandbox.model import make_sandbox_model
 
-    resolved = load_config(config, overrides or [])
+    asked = load_config(config, overrides or [])
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        if resolved.model.path == "sandbox":
-            from laser_fast.sandbox.model import make_sandbox_model
-
-            make_sandbox_model(folder, seed=0, steps=0)
-            resolved = load_config(config, [*(overrides or []), f"model.path={folder}"])
+        resolved = resolve_sandbox(asked.model_copy(update={"output_dir": folder}))
+        if asked.model.path == "sandbox":
+            make_sandbox_model(resolved.model.path, seed=0, steps=0)
         planned = plan_run(resolved, num_gpus=gpus, memory_gb=memory)
     print_plan(planned)
     if planned.misfits():

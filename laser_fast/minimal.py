@@ -1,9 +1,8 @@
 r"""LaSeR in one scroll: a plain Hugging Face model learns to solve problems and to grade itself.
 
-    python -m laser_fast.minimal            on two CPU cores or one GPU, in about two minutes
-
-This is the readable twin of `laser_fast.training`: the same functions in one process, with rows
-that are padded instead of packed and `generate` as the sampler. Equations of arXiv 2510.14943:
+`python -m laser_fast.minimal` takes about two minutes on two CPU cores or one GPU. It is the
+readable twin of `laser_fast.training`: the same functions in one process, with rows that are padded
+instead of packed, and `generate` as the sampler. Needs [train]. Equations of arXiv 2510.14943:
 
     r_s = beta (log pi(z_c | x, y) - c_ref)               eq. 11, the score, read at the end of y
     L_s = mean_finished w (r_s - r_v)^2                   eq. 14, w balances right and wrong
@@ -20,9 +19,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import Qwen2ForCausalLM as Model
+
+from laser_fast import needs_train
+
+with needs_train():
+    from transformers import Qwen2ForCausalLM as Model
+    from transformers import Qwen2Tokenizer as Tokenizer
 
 from laser_fast.algorithm.advantage import group_advantages, mix_advantages
 from laser_fast.algorithm.loss import policy_loss
@@ -34,8 +36,7 @@ from laser_fast.sandbox.task import RESERVED_TOKENS, TOKENS, rows
 from laser_kernels import last_token_loss, last_token_score, linear_logprob_loss
 
 WARM_START_STEPS, STEPS, P, G, MAX_NEW_TOKENS = 350, 60, 16, 8, 48
-LR, BETA, ALPHA = 2e-4, 0.3, 1.0
-TAU, FIRST_MIXED_STEP = 0.1, 20  # scores enter the advantages once they mean something
+LR, BETA, ALPHA, TAU, FIRST_MIXED_STEP = 2e-4, 0.3, 1.0, 0.1, 20  # before, scores mean nothing
 Z_C = TOKENS.index(RESERVED_TOKENS[0])
 Problems = list[dict[str, str]]
 
@@ -120,17 +121,16 @@ def main(seed: int = 0) -> None:
     torch.manual_seed(seed)
     with TemporaryDirectory() as folder:
         make_sandbox_model(f"{folder}/model", seed=seed, steps=WARM_START_STEPS)
-        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
+        tokenizer = Tokenizer.from_pretrained(f"{folder}/model")
         model = Model.from_pretrained(f"{folder}/model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    head = model.lm_head.weight  # [V, D]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
     problems, held_out = rows("train", seed=seed), rows("eval", seed=seed)
 
     # c_ref: log pi(z_c | x, y) of the untrained model, the mean over answers of its own.
     batch = sample(model, tokenizer, problems[:P], G)
     ends = model.model(batch.ids, batch.is_text).last_hidden_state[batch.is_end]
-    c_ref = last_token_score(ends, head, Z_C, beta=1.0, ref_logprob=0.0).mean().item()
+    c_ref = last_token_score(ends, model.lm_head.weight, Z_C, beta=1, ref_logprob=0).mean().item()
     check_score_target(beta=BETA, ref_logprob=c_ref)
     print("before:", evaluate(model, tokenizer, held_out, c_ref))
 

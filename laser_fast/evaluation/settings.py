@@ -21,9 +21,7 @@ from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import replace_text, to_text
 
 # What a configuration file may change of a benchmark, and what belongs to its rows.
-_PROTOCOL = (
-    "data.template", "data.prompt_suffix", "data.max_prompt_tokens", "rollout.max_new_tokens"
-)  # fmt: skip
+_PROTOCOL = "data.template data.prompt_suffix data.max_prompt_tokens rollout.max_new_tokens".split()
 _ROWS = ("data.eval_split", "data.prompt_field", "data.answer_field", "reward.kind")
 _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}

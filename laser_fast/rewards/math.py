@@ -12,7 +12,10 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from math_verify import parse, verify
+from laser_fast import needs_train
+
+with needs_train():
+    from math_verify import parse, verify
 
 from laser_fast.rewards.boxed import extract_boxed
 

@@ -26,7 +26,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from laser_fast import needs_train
+
+with needs_train():
+    from transformers import DynamicCache
 
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import Engine, groups_of

@@ -20,11 +20,15 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor, nn
+
+from laser_fast import needs_train
+
+with needs_train():
+    import numpy as np
+    from pydantic import ValidationError
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens

@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
@@ -224,6 +223,8 @@ class FileTransfer:
 
     def send(self, weights: Weights) -> None:
         """Write every piece to a file and let the server's workers load the folder."""
+        from safetensors.torch import save_file
+
         with tempfile.TemporaryDirectory(prefix="laser-weights-") as folder:
             for number, piece in enumerate(pieces(weights, self._buffer_bytes)):
                 # Copies, since a tied head shares its memory and safetensors refuses that.
