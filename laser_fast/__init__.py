@@ -31,4 +31,4 @@ def needs_train() -> Iterator[None]:
             f"laser-fast needs {error.name} for this, which comes with the trainer's packages; "
             "pip install 'laser-fast[train]'",
             name=error.name,
-        ) from error
+        ) from None

@@ -3,15 +3,16 @@
 import os
 import sys
 
-from laser_fast import MissingExtraError
+from laser_fast import MissingExtraError, needs_train
 
 
 def main() -> None:
     """Run the command line; without the trainer's packages, one sentence and exit code 2."""
     try:
-        from laser_fast.cli import main as run
+        with needs_train():
+            from laser_fast.cli import main as run
 
-        run()
+            run()
     except MissingExtraError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -13,11 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from laser_fast import needs_train
-
-with needs_train():
-    import typer
-    from typer import Argument, Option
+import typer
+from typer import Argument, Option
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
 from laser_fast.rewards import RewardError

@@ -209,8 +209,8 @@ def mean_ref_logprob(logprobs: Iterable[float | None]) -> float:
     found = [logprob for logprob in logprobs if logprob is not None]
     if not found:
         raise ConfigError(
-            'score.ref_logprob = "auto" found no finished completion to measure; raise '
-            "rollout.max_new_tokens or give a number"
+            'score.ref_logprob = "auto" (--ref-logprob auto) found no finished completion to '
+            "measure; raise rollout.max_new_tokens or give a number"
         )
     return fmean(found)
 

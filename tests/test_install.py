@@ -26,6 +26,8 @@ DATA = {
     *(f"laser_kernels/csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu*")),
 }
 # All that the base install offers; vLLM itself is what a server of scoring models adds.
+# What says it through the command line only, and what only the command line imports.
+COMMAND_LINE = ("cli", "plan", "report", "sandbox")
 BASE = (
     "laser_kernels.",
     "laser_fast.__main__.",
@@ -191,8 +193,8 @@ print(json.dumps(missing))
     assert not [module for module in missing if f"{module}.".startswith(BASE)]
     assert missing["laser_fast.config"] == ["tomli_w", sentence("tomli_w")]
     for module, (name, message) in missing.items():
-        # What only the command line imports, which says it.
-        if not module.startswith(("laser_fast.plan", "laser_fast.report", "laser_fast.sandbox")):
+        # The command line says it for itself and for what only it imports.
+        if not module.startswith(tuple(f"laser_fast.{name}" for name in COMMAND_LINE)):
             assert message == sentence(name), module
 
 
@@ -201,6 +203,22 @@ def sentence(package):
         f"laser-fast needs {package} for this, which comes with the trainer's packages; "
         "pip install 'laser-fast[train]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("transformers", ["plan", "quickstart", "--gpus", "1", "--memory", "80"]),
+        ("matplotlib", ["report", "nowhere"]),
+    ],
+)
+def test_the_command_names_the_extra_for_a_package_that_comes_late(package, arguments, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "laser_fast", *arguments]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {sentence(package)}\n")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "quickstart"]])

@@ -1,6 +1,3 @@
 """Prompts in: data sets, their wording and their order."""
 
-from laser_fast import needs_train
-
-with needs_train():
-    import datasets  # noqa: F401
+import laser_fast.config  # noqa: F401 (it says which extra is missing)

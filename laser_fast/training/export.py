@@ -31,6 +31,7 @@ def export(run: Path, out: Path) -> Path:
     checkpoint = latest_checkpoint(run)
     config = moved_config(load_config(folder.config), run)
     model, score = config.model, config.score
+    tokenizer = load_tokenizer(model.path)
     with open_world() as world:
         policy = build_policy(model, world)
         state = {"model": state_dict.get_model_state_dict(policy)}
@@ -45,7 +46,7 @@ def export(run: Path, out: Path) -> Path:
         }
         policy.hf.config.dtype = dtype
         policy.hf.save_pretrained(out, state_dict=weights)
-    load_tokenizer(model.path).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
     if score.loss_coef > 0:
         write_score_settings(out, token=score.token, beta=score.beta, ref_logprob=ref_logprob)
