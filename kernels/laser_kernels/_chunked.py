@@ -9,15 +9,12 @@ are those of `_dispatch.Backend`; a GEMM library chooses its own tiles, so `few`
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ._dispatch import row_chunks
-from ._maths import Head, RowGradient, Statistics, concatenate, logits
+from ._maths import LN2, Head, RowGradient, Statistics, concatenate, logits
 
-LN_2 = math.log(2)
 # Rows of the chunk that a temporary on the CPU copies at a time.
 TEMPORARY_ROWS = 16
 
@@ -36,18 +33,15 @@ def empty_kept(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 def keep(
     head: Head, few: bool = False, out: Tensor | None = None, with_entropy: bool = False
-) -> tuple[Statistics, Tensor, Tensor]:
-    """Score a chunk; return statistics, kept logits [n, V] (`out` if given), offset [n]."""
-    hidden_states, weight, labels, inv_temperature = head
+) -> tuple[Statistics, Tensor]:
+    """Score a chunk; return statistics and kept logits [n, V] (`out` if given)."""
+    hidden_states, weight, labels, inv_temperature, _ = head
     if hidden_states.is_cuda:
         from . import _row_kernels
 
         z = logits(hidden_states, weight, out)
-        stats = _row_kernels.statistics(z, labels, inv_temperature)
-        return stats, z, stats.logsumexp.clone()  # outputs of an op may not share memory
-    # Tempering H instead of the logits saves a pass over the chunk. In units of log 2, because the
-    # CPU's exp2 takes 0.4 times as long as its exp.
-    z = logits(hidden_states.float() * (inv_temperature / LN_2)[:, None], weight, out)
+        return _row_kernels.statistics(z, head), z
+    z = _tempered(head, out)
     anchor = z.amax(1)
     shifted = z.sub_(anchor[:, None])
     # (z_y - max) - log S, not z_y - lse: a common offset of all logits cancels exactly.
@@ -57,43 +51,78 @@ def keep(
         weighted = torch.cat([(x.exp2() * x).sum(1) for x in shifted.split(TEMPORARY_ROWS)])
     exp = shifted.exp2_()
     total = exp.sum(1)
-    log_total = total.log()
-    entropy = log_total - LN_2 * weighted / total if with_entropy else weighted
-    logprobs = (LN_2 * target - log_total).clamp(max=0)
-    return Statistics(logprobs, LN_2 * anchor + log_total, entropy), exp, log_total
+    log_total = total.log2()
+    entropy = LN2 * (log_total - weighted / total) if with_entropy else weighted
+    logprobs = (LN2 * (target - log_total)).clamp(max=0)
+    return Statistics(logprobs, anchor, log_total, entropy), exp
 
 
-def dlogits_from_kept(kept: Tensor, offset: Tensor, head: Head, gradient: RowGradient) -> Tensor:
+def dlogits_from_kept(kept: Tensor, head: Head, stats: Statistics, gradient: RowGradient) -> Tensor:
     """Turn kept logits into dlogits [n, V], in the same memory."""
     if kept.is_cuda:
         from . import _row_kernels
 
-        return _row_kernels.dlogits_(kept, offset, head, gradient)
+        return _row_kernels.dlogits_(kept, head, stats, gradient)
     assert gradient.slope is None  # what is kept serves a loss of log-probs only
-    dlogits = kept.mul_((gradient.constant * (-offset).exp())[:, None])
-    return _set_target_(dlogits, head.labels, gradient.target)
+    factor = gradient.constant * (-stats.log_total).exp2()
+    for rows in _row_blocks(kept, is_split=head.softcap > 0):
+        dlogits = kept[rows]
+        # Where the exponential underflowed, any finite slope gives 0.
+        z = dlogits.clamp(min=1e-38).log2_() + stats.anchor[rows, None] if head.softcap else dlogits
+        dlogits.mul_(factor[rows, None])
+        _mul_cap_slope_(dlogits, z, head.rows(rows))
+    return _set_target_(kept, head.labels, gradient.target)
 
 
-def recompute_dlogits(head: Head, logsumexp: Tensor, gradient: RowGradient) -> Tensor:
-    """Form dlogits [n, V] of rows whose logsumexp [n] is known."""
-    hidden_states, weight, labels, inv_temperature = head
-    if hidden_states.is_cuda:
+def recompute_dlogits(head: Head, stats: Statistics, gradient: RowGradient) -> Tensor:
+    """Form dlogits [n, V] of rows that were scored."""
+    if head.hidden_states.is_cuda:
         from . import _row_kernels
 
-        z = logits(hidden_states, weight)
-        return _row_kernels.dlogits_(z, logsumexp, head, gradient)
-    z = logits(hidden_states.float() * inv_temperature[:, None], weight)
-    logprobs = z.sub_(logsumexp[:, None])
+        z = logits(head.hidden_states, head.weight)
+        return _row_kernels.dlogits_(z, head, stats, gradient)
+    z = _tempered(head)
     constant, slope, target = gradient
     if slope is None:
-        dlogits = logprobs.exp_().mul_(constant[:, None])
-    else:
-        for start in range(0, len(logprobs), TEMPORARY_ROWS):
-            rows = slice(start, start + TEMPORARY_ROWS)
-            factor = torch.addcmul(constant[rows, None], logprobs[rows], slope[rows, None])
-            logprobs[rows].exp_().mul_(factor)
-        dlogits = logprobs
-    return _set_target_(dlogits, labels, target)
+        constant = constant * (-stats.log_total).exp2()
+    for rows in _row_blocks(z, is_split=slope is not None or head.softcap > 0):
+        dlogits = z[rows]
+        original = dlogits.clone() if head.softcap else dlogits
+        dlogits.sub_(stats.anchor[rows, None])
+        factor = constant[rows, None]
+        if slope is not None:
+            dlogits.sub_(stats.log_total[rows, None])
+            factor = torch.addcmul(factor, dlogits, LN2 * slope[rows, None])
+        dlogits.exp2_().mul_(factor)
+        _mul_cap_slope_(dlogits, original, head.rows(rows))
+    return _set_target_(z, head.labels, target)
+
+
+def _row_blocks(chunk: Tensor, *, is_split: bool) -> list[slice]:
+    """The rows of a chunk in blocks, if they need a temporary."""
+    step = TEMPORARY_ROWS if is_split else max(len(chunk), 1)
+    return [slice(start, start + step) for start in range(0, len(chunk), step)]
+
+
+def _mul_cap_slope_(dlogits: Tensor, z: Tensor, head: Head) -> None:
+    """Multiply by dl/d(H W^T) = 1 - (l / C)^2; overwrites the logits z, in units of log 2."""
+    if head.softcap:
+        t = z.mul_((LN2 / (head.inv_temperature * head.softcap))[:, None])
+        dlogits.mul_(t.square_().neg_().add_(1))
+
+
+def _tempered(head: Head, out: Tensor | None = None) -> Tensor:
+    """Return capped and tempered logits [n, V] on a CPU, the same bits in forward and backward.
+
+    In units of log 2, because a CPU's exp2 takes 0.4 times as long as its exp.
+    """
+    hidden_states, weight, _, inv_temperature, softcap = head
+    scale = (inv_temperature / LN2)[:, None]
+    if not softcap:
+        # Tempering H instead of the logits saves a pass over the chunk.
+        return logits(hidden_states.float() * scale, weight, out)
+    z = logits(hidden_states.float() / softcap, weight, out)
+    return z.tanh_().mul_(softcap * scale)
 
 
 def _set_target_(dlogits: Tensor, labels: Tensor, target: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Backend(Protocol):
 
     `load_backend` chooses among `_chunked.py` (the module), `_fused.Fused` and `_extension.Cuda`.
     impl="reference" needs none, because autograd differentiates `reference.py`. How a backend keeps
-    logits is its own business, as long as a larger `offset` means as much smaller log-probs: so
+    logits is its own business, as long as a larger `log_total` means as much smaller log-probs: so
     the shards of a vocabulary learn of the mass of the others.
     """
 
@@ -51,16 +51,16 @@ class Backend(Protocol):
 
     def keep(
         self, head: Head, few: bool = False, out: Tensor | None = None
-    ) -> tuple[Statistics, Tensor, Tensor]:
-        """Score a chunk; return statistics, kept logits [n, V] (`out` if given), offset [n]."""
+    ) -> tuple[Statistics, Tensor]:
+        """Score a chunk; return statistics and kept logits [n, V] (`out` if given)."""
 
     def dlogits_from_kept(
-        self, kept: Tensor, offset: Tensor, head: Head, gradient: RowGradient
+        self, kept: Tensor, head: Head, stats: Statistics, gradient: RowGradient
     ) -> Tensor:
         """Turn kept logits into dlogits [n, V], in the same memory."""
 
-    def recompute_dlogits(self, head: Head, logsumexp: Tensor, gradient: RowGradient) -> Tensor:
-        """Form dlogits [n, V] of rows whose logsumexp [n] is known."""
+    def recompute_dlogits(self, head: Head, stats: Statistics, gradient: RowGradient) -> Tensor:
+        """Form dlogits [n, V] of rows that were scored."""
 
 
 def load_backend(impl: str) -> Backend:
@@ -156,6 +156,7 @@ def check_all(
     weight: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
+    softcap: float | None,
     impl: str,
     process_group: ProcessGroup | None,
 ) -> tuple[Head, str, str]:
@@ -167,6 +168,7 @@ def check_all(
             f"{op}: expected labels of dtype int64, got {labels.dtype}; use labels.long()"
         )
     inv_temperature = _inverse_temperature(op, temperature, hidden_states)
+    softcap = check_softcap(op, softcap)
     impl = choose_impl(op, impl, hidden_states)
     if impl == "reference":
         if process_group is not None:
@@ -180,7 +182,7 @@ def check_all(
     # An op schema can carry the name of a group, not the group.
     group = "" if process_group is None else process_group.group_name
     tensors = (hidden_states, weight, labels, inv_temperature)
-    return Head(*(x.contiguous() for x in tensors)), impl, group
+    return Head(*(x.contiguous() for x in tensors), softcap), impl, group
 
 
 def check_matrices(op: str, hidden_states: Tensor, weight: Tensor, *, allow_float64: bool) -> None:
@@ -235,6 +237,14 @@ def _inverse_temperature(op: str, temperature: float | Tensor, hidden_states: Te
         return temperature.reciprocal()
     _check_positive(op, "temperature", temperature)
     return hidden_states.new_full((len(hidden_states),), 1 / temperature, dtype=torch.float32)
+
+
+def check_softcap(op: str, softcap: float | None) -> float:
+    """Return the bound of the logits, 0.0 if there is none."""
+    if softcap is None:
+        return 0.0
+    _check_positive(op, "softcap", softcap)
+    return float(softcap)
 
 
 def check_temperature_values(inv_temperature: Tensor) -> None:

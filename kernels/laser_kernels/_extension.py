@@ -53,10 +53,10 @@ class Cuda(Fused):
     ) -> None:
         """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
         launch = self.ops.statistics_few if _fits_few(head, few) else self.ops.statistics
-        launch(*head[:2], kept, flags, anchor, head.inv_temperature, partials)
+        launch(*head[:2], kept, flags, anchor, head.inv_temperature, head.softcap, partials)
 
     def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
-        """Write dlogits [n, V] from logsumexp, constant, slope and target [n]."""
+        """Write dlogits [n, V] from anchor, log_total, constant, slope and target [n]."""
         self.ops.dlogits(*head[:2], out, *head[2:], *rows)
 
 

@@ -61,7 +61,7 @@ class Fused:
         """Score any number of rows and keep nothing; the entropy comes for one FMA a logit."""
         starts = range(0, len(head.hidden_states), SCORE_ROWS)
         chunks = [head.rows(slice(start, start + SCORE_ROWS)) for start in starts]
-        return concatenate([self._score(i, None, few)[0] for i in chunks], head.inv_temperature)
+        return concatenate([self._score(i, None, few) for i in chunks], head.inv_temperature)
 
     def empty_kept(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
         """Return a buffer [n, V] for kept logits, with rows padded to 16 bytes as TMA asks."""
@@ -71,48 +71,50 @@ class Fused:
 
     def keep(
         self, head: Head, few: bool = False, out: Tensor | None = None
-    ) -> tuple[Statistics, Tensor, Tensor]:
-        """Score a chunk; return statistics, kept logits [n, V] (`out` if given), offset [n]."""
+    ) -> tuple[Statistics, Tensor]:
+        """Score a chunk; return statistics and kept logits [n, V] (`out` if given)."""
         kept = self.empty_kept(head.hidden_states, head.weight) if out is None else out
-        stats, log_total = self._score(head, kept, few)
-        return stats, kept, log_total
+        return self._score(head, kept, few), kept
 
     def dlogits_from_kept(
-        self, kept: Tensor, offset: Tensor, head: Head, gradient: RowGradient
+        self, kept: Tensor, head: Head, stats: Statistics, gradient: RowGradient
     ) -> Tensor:
         """Turn kept logits into dlogits [n, V], in place."""
         assert gradient.slope is None  # kept logits serve a loss of log-probs only
         num_rows, num_columns = kept.shape
         dlogits = kept.view(head.hidden_states.dtype)
-        rows = (head.labels, offset, gradient.constant, gradient.target)
-        sizes = (num_columns, kept.stride(0))
+        rows = (head.labels, head.inv_temperature, stats.anchor, stats.log_total)
+        sizes = (gradient.constant, gradient.target, num_columns, kept.stride(0), head.softcap)
         kernels.unpack_kernel[(num_rows, triton.cdiv(num_columns, UNPACK_BLOCK))](
             kept, dlogits, *rows, *sizes, BLOCK_V=UNPACK_BLOCK, num_warps=UNPACK_WARPS
         )
         return dlogits
 
-    def recompute_dlogits(self, head: Head, logsumexp: Tensor, gradient: RowGradient) -> Tensor:
-        """Form dlogits [n, V] of rows whose logsumexp [n] is known."""
+    def recompute_dlogits(self, head: Head, stats: Statistics, gradient: RowGradient) -> Tensor:
+        """Form dlogits [n, V] of rows that were scored."""
         hidden_states, weight, *_ = head
         dlogits = self.empty_kept(hidden_states, weight).view(hidden_states.dtype)
-        self.launch_dlogits(head, dlogits, logsumexp, *gradient.dense())
+        self.launch_dlogits(head, dlogits, stats.anchor, stats.log_total, *gradient.dense())
         return dlogits
 
-    def _score(self, head: Head, kept: Tensor | None, few: bool) -> tuple[Statistics, Tensor]:
-        """Return the statistics of the rows, and log S, the offset of the kept logits."""
-        hidden_states, weight, labels, inv_temperature = head
+    def _score(self, head: Head, kept: Tensor | None, few: bool) -> Statistics:
+        """Score the rows, again around the maximum where the target's logit is too low."""
+        hidden_states, weight, labels, inv_temperature, softcap = head
         num_rows, hidden_size = hidden_states.shape
         num_blocks = triton.cdiv(len(weight), self.block_v(head, few))
-        target, anchor, log_total, *stats = (torch.empty_like(inv_temperature) for _ in range(6))
+        target, *stats = (torch.empty_like(inv_temperature) for _ in range(5))
+        logprobs, anchor, log_total, entropy = stats
         partials = inv_temperature.new_empty(num_rows, 3, num_blocks)
         all_rows = torch.full((num_rows + 1,), 2, dtype=torch.int32, device=labels.device)
         overflowed = torch.zeros_like(all_rows)
-        kernels.anchor_kernel[(num_rows,)](*head, target, anchor, hidden_size, BLOCK_D=VECTOR_BLOCK)
+        kernels.anchor_kernel[(num_rows,)](
+            *head[:4], target, anchor, hidden_size, softcap, BLOCK_D=VECTOR_BLOCK
+        )
         for flags in (all_rows, overflowed):
             self.launch_statistics(head, kept, flags, anchor, partials, few)
-            rows = (partials, flags, overflowed, target, anchor, *stats, log_total)
+            rows = (partials, flags, overflowed, target, anchor, logprobs, log_total, entropy)
             kernels.reduce_kernel[(num_rows,)](*rows, num_rows, num_blocks, BLOCK=VECTOR_BLOCK)
-        return Statistics(*stats), log_total
+        return Statistics(*stats)
 
     def block_v(self, head: Head, few: bool) -> int:
         """Return how many columns a partial covers."""
@@ -133,9 +135,9 @@ class Fused:
         _launch(kernel, tile_for(head, few), head, kept, *rows, KEEP=keeps)
 
     def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
-        """Write dlogits [n, V] from logsumexp, constant, slope and target [n]."""
+        """Write dlogits [n, V] from anchor, log_total, constant, slope and target [n]."""
         tile = tile_for(head, few=False)
-        _launch(kernels.dlogits_kernel, tile, head, out, *head[2:], *rows)
+        _launch(kernels.dlogits_kernel, tile, head, out, *head[2:4], *rows)
 
 
 def tile_for(head: Head, few: bool) -> Tile:
@@ -185,6 +187,7 @@ def _launch(
         *rows,
         len(hidden_states),
         *weight.shape,
+        SOFTCAP=head.softcap,
         BLOCK_N=tile.n,
         BLOCK_V=tile.v,
         BLOCK_D=tile.d,

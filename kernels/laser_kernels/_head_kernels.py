@@ -35,8 +35,23 @@ GROUP = tl.constexpr(16)
 
 
 @triton.jit
+def cap(logits, SOFTCAP: tl.constexpr):
+    """Return C tanh(logits / C), or the logits as they are if C is 0.
+
+    1 - 2 / (e^2u + 1) cancels near 0, where a series is as good as float32.
+    """
+    if SOFTCAP > 0:
+        u = logits * (1 / SOFTCAP)
+        s = u * u
+        series = u * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315 - s * (62 / 2835)))))
+        tanh = 1 - 2 / (tl.exp2(u * (2 * LOG2E)) + 1)
+        logits = SOFTCAP * tl.where(s < 0.0625, series, tanh)
+    return logits
+
+
+@triton.jit
 def row_statistics(target, anchor, total, weighted):
-    """Return logprob, logsumexp and entropy, in nats, of a row.
+    """Return logprob and entropy, in nats, and log_total of a row.
 
     In base 2: target and anchor are logits, total = sum 2^(z - anchor), weighted = sum of the same
     terms times (z - anchor). target - anchor is formed first, so that a common offset of all logits
@@ -45,13 +60,18 @@ def row_statistics(target, anchor, total, weighted):
     log_total = tl.log2(total)
     logprob = ((target - anchor) - log_total) * LN2
     logprob = tl.where(logprob > 0, 0.0, logprob)
-    return logprob, (anchor + log_total) * LN2, (log_total - weighted / total) * LN2
+    return logprob, log_total, (log_total - weighted / total) * LN2
 
 
 @triton.jit
-def dlogits_from_logprob(logprob2, constant, slope, target, is_target):
-    """Return dL/dlogits from log2 p and the three numbers of the row."""
+def dlogits_from_logprob(
+    logprob2, constant, slope, target, is_target, capped, SOFTCAP: tl.constexpr
+):
+    """Return dL/d(H W^T) from log2 p, the three numbers of the row and the capped logits."""
     other = tl.exp2(logprob2) * (constant + slope * (logprob2 * LN2))
+    if SOFTCAP > 0:
+        t = capped * (1 / SOFTCAP)
+        other = other * (1 - t * t)
     return tl.where(is_target, target, other)
 
 
@@ -119,6 +139,7 @@ def anchor_kernel(
     target_ptr,
     anchor_ptr,
     D,
+    SOFTCAP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write the tempered logit of the label as target and as anchor; one program a row."""
@@ -130,7 +151,7 @@ def anchor_kernel(
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         products += h * tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    target = tl.sum(products, 0) * (tl.load(inv_temperature_ptr + row) * LOG2E)
+    target = cap(tl.sum(products, 0), SOFTCAP) * (tl.load(inv_temperature_ptr + row) * LOG2E)
     tl.store(target_ptr + row, target)
     tl.store(anchor_ptr + row, target)
 
@@ -147,6 +168,7 @@ def statistics_kernel(
     N,
     V,
     D,
+    SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -171,6 +193,7 @@ def statistics_kernel(
             scale = tl.load(inv_temperature_ptr + rows, mask=mask, other=0.0)[:, None] * LOG2E
             anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)[:, None]
             columns = column + tl.arange(0, BLOCK_V)[None, :]
+            logits = cap(logits, SOFTCAP)
             # A finite stand-in for -inf beyond V: 2^x is 0, and so is x 2^x.
             x = tl.where(columns < V, logits * scale - anchor, -1e30)
             exp = tl.exp2(x)
@@ -193,9 +216,8 @@ def reduce_kernel(
     target_ptr,
     anchor_ptr,
     logprobs_ptr,
-    logsumexp_ptr,
-    entropy_ptr,
     log_total_ptr,
+    entropy_ptr,
     N,
     num_blocks,
     BLOCK: tl.constexpr,
@@ -216,13 +238,12 @@ def reduce_kernel(
             highest = tl.maximum(highest, x)
         anchor = tl.load(anchor_ptr + row)
         total = tl.sum(total, 0)
-        logprob, logsumexp, entropy = row_statistics(
+        logprob, log_total, entropy = row_statistics(
             tl.load(target_ptr + row), anchor, total, tl.sum(weighted, 0)
         )
         tl.store(logprobs_ptr + row, logprob)
-        tl.store(logsumexp_ptr + row, logsumexp)
+        tl.store(log_total_ptr + row, log_total)
         tl.store(entropy_ptr + row, entropy)
-        tl.store(log_total_ptr + row, tl.log2(total) * LN2)
         if total >= OVERFLOW:
             tl.store(anchor_ptr + row, anchor + tl.max(highest, 0))
             tl.store(overflow_ptr + row, 1)
@@ -236,19 +257,21 @@ def dlogits_kernel(
     out,  # [N, V]
     labels_ptr,
     inv_temperature_ptr,
-    logsumexp_ptr,
+    anchor_ptr,
+    log_total_ptr,
     constant_ptr,
     slope_ptr,
     target_ptr,
     N,
     V,
     D,
+    SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The tile again, and its dlogits, when logsumexp and upstream gradient are known."""
+    """The tile again, and its dlogits, when its statistics and upstream gradient are known."""
     num_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=False):
         row, column = _tile_position(tile, N, V, BLOCK_N, BLOCK_V)
@@ -256,14 +279,18 @@ def dlogits_kernel(
         rows = row + tl.arange(0, BLOCK_N)
         mask = rows < N
         scale = tl.load(inv_temperature_ptr + rows, mask=mask, other=0.0)[:, None] * LOG2E
-        logsumexp2 = tl.load(logsumexp_ptr + rows, mask=mask, other=0.0)[:, None] * LOG2E
+        anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)[:, None]
+        log_total = tl.load(log_total_ptr + rows, mask=mask, other=0.0)[:, None]
         label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)[:, None]
+        logits = cap(logits, SOFTCAP)
         d = dlogits_from_logprob(
-            logits * scale - logsumexp2,
+            (logits * scale - anchor) - log_total,
             tl.load(constant_ptr + rows, mask=mask, other=0.0)[:, None],
             tl.load(slope_ptr + rows, mask=mask, other=0.0)[:, None],
             tl.load(target_ptr + rows, mask=mask, other=0.0)[:, None],
             column + tl.arange(0, BLOCK_V)[None, :] == label,
+            logits,
+            SOFTCAP,
         )
         d = d.to(out.dtype if TMA else out.dtype.element_ty)
         _store_tile(out, d, row, column, N, V, BLOCK_N, BLOCK_V, TMA)
@@ -274,11 +301,14 @@ def unpack_kernel(
     kept_ptr,
     out_ptr,
     labels_ptr,
-    offset_ptr,
+    inv_temperature_ptr,
+    anchor_ptr,
+    log_total_ptr,
     constant_ptr,
     target_ptr,
     V,
     stride_n,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Kept logits to dlogits, element by element, hence in place; grid (rows, column blocks)."""
@@ -287,11 +317,16 @@ def unpack_kernel(
     mask = columns < V
     position = row * stride_n + columns
     x = tl.load(kept_ptr + position, mask=mask, other=0).to(tl.float32) / STEPS
+    capped = x
+    if SOFTCAP > 0:
+        capped = (x + tl.load(anchor_ptr + row)) * (LN2 / tl.load(inv_temperature_ptr + row))
     d = dlogits_from_logprob(
-        x - tl.load(offset_ptr + row) * LOG2E,
+        x - tl.load(log_total_ptr + row),
         tl.load(constant_ptr + row),
         0.0,
         tl.load(target_ptr + row),
         columns == tl.load(labels_ptr + row).to(tl.int32),
+        capped,
+        SOFTCAP,
     )
     tl.store(out_ptr + position, d.to(out_ptr.dtype.element_ty), mask=mask)

@@ -6,8 +6,10 @@ With log p_iv = z_iv - lse_i and upstream gradients g = dL/dlogprob, e = dL/dent
              = p_iv (constant_i + slope_i log p_iv)                  v != y_i
              = target_i                                              v  = y_i
 
-so three numbers a row describe the whole row of dlogits. They carry the factor 1/T_i
-of z = H W^T / T.
+so three numbers a row describe the whole row of dlogits. They carry the factor 1/T_i of z = l / T.
+With a softcap C, l = C tanh(H W^T / C), and every element is also multiplied by
+
+    dl/d(H W^T) = 1 - (l / C)^2
 
 Every GEMM has a float32 accumulator that is never rounded. On a GPU 16-bit operands go to cuBLAS
 with float32 output. The CPU has no such GEMM: there operands are widened, the weight block by
@@ -16,11 +18,13 @@ block, so that no float32 copy of a 16-bit weight ever exists.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+LN2 = math.log(2)
 # Rows of a 16-bit weight that are widened, or of a scaled product that exists, at a time.
 BLOCK_V = 8192
 
@@ -32,20 +36,34 @@ class Head(NamedTuple):
     weight: Tensor  # [V, D]
     labels: Tensor  # [n]; in a gradient, -1: another shard of the vocabulary has the target
     inv_temperature: Tensor  # [n] float32
+    softcap: float = 0.0  # none
 
     def rows(self, rows: slice) -> Head:
         """Return a range of rows."""
-        return Head(
-            self.hidden_states[rows], self.weight, self.labels[rows], self.inv_temperature[rows]
-        )
+        h, w, labels, inv_temperature, softcap = self
+        return Head(h[rows], w, labels[rows], inv_temperature[rows], softcap)
 
 
 class Statistics(NamedTuple):
-    """What a pass over the vocabulary leaves of each row; all float32 [n]."""
+    """What a pass over the vocabulary leaves of each row; all float32 [n].
+
+    The logsumexp is in two parts, log2 p_v = (z_v - anchor) - log_total in base 2, since their sum
+    would round what the backward needs: 1e-5 at a logit of 200.
+    """
 
     logprobs: Tensor
-    logsumexp: Tensor
-    entropy: Tensor
+    anchor: Tensor  # a logit, in base 2
+    log_total: Tensor  # log2 sum_v 2^(z_v - anchor)
+    entropy: Tensor  # [0] where it was not asked for
+
+    def rows(self, rows: slice) -> Statistics:
+        """Return a range of rows, without the entropy, which only `row_gradient` reads."""
+        return Statistics(*(x[rows] for x in self[:3]), self.entropy[:0])
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """In nats."""
+        return (self.anchor + self.log_total) * LN2
 
 
 class RowGradient(NamedTuple):
@@ -69,28 +87,31 @@ class RowGradient(NamedTuple):
 def concatenate(parts: list[Statistics], like: Tensor) -> Statistics:
     """Join the statistics of row chunks; no chunk means no row."""
     if not parts:
-        parts = [Statistics(*(like.new_empty(0) for _ in range(3)))]
+        parts = [Statistics(*(like.new_empty(0) for _ in range(4)))]
     return Statistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def row_gradient(
-    logprobs: Tensor,  # [n]
-    inv_temperature: Tensor,  # [n]
+    head: Head,
+    stats: Statistics,
     grad_logprobs: Tensor | None,  # [n]
-    entropy: Tensor | None = None,  # [n]
     grad_entropy: Tensor | None = None,  # [n]
 ) -> RowGradient:
     """Turn upstream gradients into row coefficients; a missing gradient is zero."""
+    logprobs, inv_temperature, entropy = stats.logprobs, head.inv_temperature, stats.entropy
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(logprobs)
     g = grad_logprobs.float() * inv_temperature
     constant, target = -g, -g * torch.expm1(logprobs)
-    if grad_entropy is None:
-        return RowGradient(constant, None, target)
-    assert entropy is not None
-    e = grad_entropy.float() * inv_temperature
-    target = target - e * logprobs.exp() * (logprobs + entropy)
-    return RowGradient(constant - e * entropy, -e, target)
+    slope = None
+    if grad_entropy is not None:
+        e = grad_entropy.float() * inv_temperature
+        target = target - e * logprobs.exp() * (logprobs + entropy)
+        constant, slope = constant - e * entropy, -e
+    if head.softcap:
+        capped = (logprobs + stats.logsumexp) / inv_temperature
+        target = target * (1 - (capped / head.softcap).square())
+    return RowGradient(constant, slope, target)
 
 
 def factor_out_exponent(

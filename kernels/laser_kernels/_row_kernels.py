@@ -1,6 +1,6 @@
 """Row kernels of impl="chunked" on a GPU: one program walks one row of float32 logits [n, V].
 
-    statistics   reads the row once, around a running maximum: logprob, logsumexp, entropy
+    statistics   reads the row once, around a running maximum
     dlogits_     reads it again and writes dL/dlogits in the dtype of the GEMM operands, in place
 
 In place means that a 16-bit row lies in the first half of its float32 row. Block b of B elements is
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._head_kernels import LOG2E, dlogits_from_logprob, row_statistics
+from ._head_kernels import LOG2E, cap, dlogits_from_logprob, row_statistics
 from ._maths import Head, RowGradient, Statistics
 
 # 8 float32 a thread in flight: enough to stream a row at memory speed.
@@ -29,23 +29,26 @@ def _row_statistics_kernel(
     labels_ptr,
     inv_temperature_ptr,
     logprobs_ptr,
-    logsumexp_ptr,
+    anchor_ptr,
+    log_total_ptr,
     entropy_ptr,
     V,
     stride_logits_n,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
     scale = tl.load(inv_temperature_ptr + row) * LOG2E
     # Any finite logit of the row can start the running maximum; 0 or -inf could not.
-    anchor = tl.load(row_ptr) * scale
+    anchor = cap(tl.load(row_ptr), SOFTCAP) * scale
     total = 0.0
     weighted = 0.0
     for start in range(0, V, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         mask = columns < V
-        z = tl.load(row_ptr + columns, mask=mask, other=-float("inf")) * scale
+        z = cap(tl.load(row_ptr + columns, mask=mask, other=0.0), SOFTCAP) * scale
+        z = tl.where(mask, z, -float("inf"))
         highest = tl.maximum(anchor, tl.max(z, 0))
         rescale = tl.exp2(anchor - highest)
         weighted = rescale * (weighted + (anchor - highest) * total)
@@ -55,10 +58,11 @@ def _row_statistics_kernel(
         exp = tl.where(mask, tl.exp2(x), 0.0)
         total += tl.sum(exp, 0)
         weighted += tl.sum(exp * x, 0)
-    target = tl.load(row_ptr + tl.load(labels_ptr + row)) * scale
-    logprob, logsumexp, entropy = row_statistics(target, anchor, total, weighted)
+    target = cap(tl.load(row_ptr + tl.load(labels_ptr + row)), SOFTCAP) * scale
+    logprob, log_total, entropy = row_statistics(target, anchor, total, weighted)
     tl.store(logprobs_ptr + row, logprob)
-    tl.store(logsumexp_ptr + row, logsumexp)
+    tl.store(anchor_ptr + row, anchor)
+    tl.store(log_total_ptr + row, log_total)
     tl.store(entropy_ptr + row, entropy)
 
 
@@ -68,19 +72,22 @@ def _row_dlogits_kernel(
     dlogits_ptr,
     labels_ptr,
     inv_temperature_ptr,
-    logsumexp_ptr,
+    anchor_ptr,
+    log_total_ptr,
     constant_ptr,
     slope_ptr,
     target_ptr,
     V,
     stride_logits_n,
     stride_dlogits_n,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int32)
     scale = tl.load(inv_temperature_ptr + row) * LOG2E
-    logsumexp2 = tl.load(logsumexp_ptr + row) * LOG2E
+    anchor = tl.load(anchor_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
     constant = tl.load(constant_ptr + row)
     slope = tl.load(slope_ptr + row)
     target = tl.load(target_ptr + row)
@@ -88,17 +95,19 @@ def _row_dlogits_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         mask = columns < V
         z = tl.load(logits_ptr + row * stride_logits_n + columns, mask=mask, other=0.0)
-        d = dlogits_from_logprob(z * scale - logsumexp2, constant, slope, target, columns == label)
+        z = cap(z, SOFTCAP)
+        logprob2 = (z * scale - anchor) - log_total
+        d = dlogits_from_logprob(logprob2, constant, slope, target, columns == label, z, SOFTCAP)
         tl.debug_barrier()
         out = dlogits_ptr + row * stride_dlogits_n + columns
         tl.store(out, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def statistics(logits: Tensor, labels: Tensor, inv_temperature: Tensor) -> Statistics:
-    """Reduce float32 logits [n, V], not yet tempered, to three numbers a row."""
-    stats = Statistics(*(torch.empty_like(inv_temperature) for _ in range(3)))
-    rows = (labels, inv_temperature, *stats)
-    sizes = (logits.shape[1], logits.stride(0))
+def statistics(logits: Tensor, head: Head) -> Statistics:
+    """Reduce float32 logits [n, V], as the GEMM left them, to the statistics of the rows."""
+    stats = Statistics(*(torch.empty_like(head.inv_temperature) for _ in range(4)))
+    rows = (head.labels, head.inv_temperature, *stats)
+    sizes = (logits.shape[1], logits.stride(0), head.softcap)
     _row_statistics_kernel[(len(logits),)](
         logits, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
     )
@@ -107,14 +116,14 @@ def statistics(logits: Tensor, labels: Tensor, inv_temperature: Tensor) -> Stati
 
 def dlogits_(
     logits: Tensor,  # [n, V] float32, overwritten
-    logsumexp: Tensor,  # [n]
     head: Head,
+    stats: Statistics,
     gradient: RowGradient,
 ) -> Tensor:
     """Turn logits into dlogits [n, V] in the dtype of the head, in the memory of the logits."""
     out = logits.view(head.hidden_states.dtype)[:, : logits.shape[1]]
-    rows = (head.labels, head.inv_temperature, logsumexp, *gradient.dense())
-    sizes = (logits.shape[1], logits.stride(0), out.stride(0))
+    rows = (head.labels, head.inv_temperature, stats.anchor, stats.log_total, *gradient.dense())
+    sizes = (logits.shape[1], logits.stride(0), out.stride(0), head.softcap)
     _row_dlogits_kernel[(len(logits),)](
         logits, out, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._dispatch import check_label_values
-from ._maths import Statistics
+from ._maths import LN2, Statistics
 
 
 def _resolve(group: str) -> dist.ProcessGroup:
@@ -41,19 +41,22 @@ def combine(stats: Statistics, local_labels: Tensor, group: str) -> Statistics:
         return stats
     process_group = _resolve(group)
     world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    has_entropy = len(stats.entropy) == len(stats.logsumexp)
-    slots = stats.logsumexp.new_zeros(1 + 2 * world, len(local_labels))
-    slots[0] = torch.where(local_labels >= 0, stats.logprobs + stats.logsumexp, 0)
-    slots[1 + rank] = stats.logsumexp
+    local = stats.logsumexp
+    has_entropy = len(stats.entropy) == len(local)
+    slots = local.new_zeros(1 + 2 * world, len(local_labels))
+    slots[0] = torch.where(local_labels >= 0, stats.logprobs + local, 0)
+    slots[1 + rank] = local
     if has_entropy:
-        slots[1 + world + rank] = stats.logsumexp - stats.entropy
+        slots[1 + world + rank] = local - stats.entropy
     dist.all_reduce(slots, group=process_group)
     shard_logsumexp, mean_logit = slots[1 : 1 + world], slots[1 + world :]
     logsumexp = shard_logsumexp.logsumexp(0)
     entropy = stats.entropy
     if has_entropy:
         entropy = logsumexp - ((shard_logsumexp - logsumexp).exp() * mean_logit).sum(0)
-    return Statistics((slots[0] - logsumexp).clamp(max=0), logsumexp, entropy)
+    # The anchor stays: kept logits are relative to it.
+    log_total = stats.log_total + (logsumexp - local) / LN2
+    return Statistics((slots[0] - logsumexp).clamp(max=0), stats.anchor, log_total, entropy)
 
 
 def sum_over_shards(x: Tensor, group: str) -> Tensor:

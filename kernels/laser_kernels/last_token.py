@@ -20,23 +20,31 @@ from . import reference
 from ._dispatch import (
     check_matrices,
     check_score,
+    check_softcap,
     check_targets,
     choose_impl,
     load_backend,
     refuse_double_backward,
 )
-from ._maths import Head, factor_out_exponent, hidden_gradient, row_gradient, weight_gradient
+from ._maths import (
+    Head,
+    Statistics,
+    factor_out_exponent,
+    hidden_gradient,
+    row_gradient,
+    weight_gradient,
+)
 from .linear_logprob import linear_logprob_bwd
 
 # Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
 MAX_KEPT_ROWS = 256
 
 
-def _constant_rows(hidden_states: Tensor, weight: Tensor, token_id: int) -> Head:
+def _constant_rows(hidden_states: Tensor, weight: Tensor, token_id: int, softcap: float) -> Head:
     """Return the head with the same label in every row, and T = 1."""
     ones = hidden_states.new_ones(len(hidden_states), dtype=torch.float32)
     labels = torch.full_like(ones, token_id, dtype=torch.int64)
-    return Head(hidden_states, weight, labels, ones)
+    return Head(hidden_states, weight, labels, ones, softcap)
 
 
 @torch.library.custom_op("laser_kernels::last_token_fwd", mutates_args=())
@@ -44,6 +52,7 @@ def _last_token_fwd(
     hidden_states: Tensor,  # [B, D]
     weight: Tensor,  # [V, D]
     token_id: int,
+    softcap: float,
     rewards: Tensor,  # [B] float32
     sample_weight: Tensor,  # [B] float32
     beta: float,
@@ -51,46 +60,46 @@ def _last_token_fwd(
     keeps_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, scores [B], logprobs [B], logsumexp [B], kept [B, V], offset [B]."""
-    backend, head = load_backend(impl), _constant_rows(hidden_states, weight, token_id)
+    """Return loss, scores [B], logprobs [B], anchor [B], log_total [B], kept [B, V]."""
+    backend, head = load_backend(impl), _constant_rows(hidden_states, weight, token_id, softcap)
     if keeps_logits:
-        stats, kept, offset = backend.keep(head, few=True)
+        stats, kept = backend.keep(head, few=True)
     else:
-        stats = backend.statistics(head, few=True)
-        kept, offset = rewards.new_empty(0), rewards.new_empty(0)
+        stats, kept = backend.statistics(head, few=True), rewards.new_empty(0)
     scores = beta * (stats.logprobs - ref_logprob)
     loss = (sample_weight * (scores - rewards).square()).sum()
-    return loss, scores, stats.logprobs, stats.logsumexp, kept, offset
+    return loss, scores, *stats[:3], kept
 
 
 @_last_token_fwd.register_fake
-def _(hidden_states, weight, token_id, rewards, sample_weight, beta, ref, keeps_logits, impl):
-    rows = [torch.empty_like(rewards) for _ in range(3)]
-    kept, offset = rewards.new_empty(0), rewards.new_empty(0)
+def _(hidden_states, weight, token_id, softcap, rewards, w, beta, ref, keeps_logits, impl):
+    kept = rewards.new_empty(0)
     if keeps_logits:
         kept = load_backend(impl).empty_kept(hidden_states, weight)
-        offset = torch.empty_like(rewards)
-    return rewards.new_empty(()), *rows, kept, offset
+    return rewards.new_empty(()), *(torch.empty_like(rewards) for _ in range(4)), kept
 
 
 @torch.library.custom_op("laser_kernels::last_token_bwd", mutates_args=())
 def _last_token_bwd(
     grad_logprobs: Tensor,  # [B]
     logprobs: Tensor,  # [B]
+    anchor: Tensor,  # [B]
+    log_total: Tensor,  # [B]
     kept: Tensor,  # [B, V]
-    offset: Tensor,  # [B]
     hidden_states: Tensor,  # [B, D]
     weight: Tensor,  # [V, D]
     token_id: int,
+    softcap: float,
     needs_hidden: bool,
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:  # [B, D] and [V, D], or [0] where not needed
-    head = _constant_rows(hidden_states, weight, token_id)
-    gradient = row_gradient(logprobs, head.inv_temperature, grad_logprobs)
+    head = _constant_rows(hidden_states, weight, token_id, softcap)
+    stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
+    gradient = row_gradient(head, stats, grad_logprobs)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     # A copy of the logits is overwritten: a retained graph may need the original again.
-    dlogits = load_backend(impl).dlogits_from_kept(kept.clone(), offset, head, gradient)
+    dlogits = load_backend(impl).dlogits_from_kept(kept.clone(), head, stats, gradient)
     grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
     if needs_hidden:
         grad_hidden = hidden_gradient(dlogits, weight, scale).to(hidden_states.dtype)
@@ -100,8 +109,8 @@ def _last_token_bwd(
 
 
 @_last_token_bwd.register_fake
-def _(grad_logprobs, logprobs, kept, offset, hidden_states, weight, token_id, *rest):
-    needs_hidden, needs_weight, _ = rest
+def _(grad_logprobs, logprobs, anchor, log_total, kept, hidden_states, weight, *rest):
+    needs_hidden, needs_weight = rest[-3:-1]
     return (
         torch.empty_like(hidden_states) if needs_hidden else hidden_states.new_empty(0),
         torch.empty_like(weight) if needs_weight else weight.new_empty(0),
@@ -109,7 +118,7 @@ def _(grad_logprobs, logprobs, kept, offset, hidden_states, weight, token_id, *r
 
 
 def _save(ctx, inputs, output):
-    hidden_states, weight, ctx.token_id, rewards, sample_weight, ctx.beta, _, _, ctx.impl = inputs
+    hidden_states, weight, *ctx.token, rewards, sample_weight, ctx.beta, _, _, ctx.impl = inputs
     _, *saved = output
     ctx.save_for_backward(hidden_states, weight, rewards, sample_weight, *saved)
     ctx.mark_non_differentiable(*saved)
@@ -117,18 +126,17 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     hidden_states, weight, rewards, sample_weight, *saved = ctx.saved_tensors
-    scores, logprobs, logsumexp, kept, offset = saved
+    scores, *stats, kept = saved
     needs = ctx.needs_input_grad[:2]
     grad_logprobs = (2 * ctx.beta) * grad_loss * sample_weight * (scores - rewards)
     if kept.numel():
-        rows = (logprobs, kept, offset, hidden_states, weight)
-        grads = _last_token_bwd(grad_logprobs, *rows, ctx.token_id, *needs, ctx.impl)
+        rows = (*stats, kept, hidden_states, weight, *ctx.token)
+        grads = _last_token_bwd(grad_logprobs, *rows, *needs, ctx.impl)
     else:
-        head = _constant_rows(hidden_states, weight, ctx.token_id)
-        statistics = (logprobs, logprobs.new_empty(0), logsumexp)
-        grads = linear_logprob_bwd(grad_logprobs, None, *head, *statistics, *needs, ctx.impl, "")
+        rows = (*_constant_rows(hidden_states, weight, *ctx.token), *stats, scores.new_empty(0))
+        grads = linear_logprob_bwd(grad_logprobs, None, *rows, *needs, ctx.impl, "")
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *wanted, None, None, None, None, None, None, None
+    return *wanted, *[None] * 8
 
 
 _last_token_fwd.register_autograd(_backward, setup_context=_save)
@@ -144,6 +152,7 @@ def _loss_and_scores(
     beta: float,
     ref_logprob: float,
     sample_weight: Tensor | None,
+    softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check_matrices(op, hidden_states, weight, allow_float64=impl == "reference")
@@ -156,9 +165,10 @@ def _loss_and_scores(
         sample_weight = hidden_states.new_full((num_rows,), share, dtype=torch.float32)
     rewards = check_targets(op, "rewards", rewards, hidden_states)
     sample_weight = check_targets(op, "sample_weight", sample_weight, hidden_states)
+    cap = check_softcap(op, softcap)
     impl = choose_impl(op, impl, hidden_states)
     if impl == "reference":
-        constants = dict(beta=beta, ref_logprob=ref_logprob)
+        constants = dict(beta=beta, ref_logprob=ref_logprob, softcap=softcap)
         return reference.last_token_loss(
             hidden_states, weight, token_id, rewards, sample_weight=sample_weight, **constants
         )
@@ -166,7 +176,7 @@ def _loss_and_scores(
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in head)
     keeps_logits = has_gradient and 0 < num_rows <= MAX_KEPT_ROWS
     score = (rewards, sample_weight, beta, ref_logprob)
-    loss, scores, *_ = _last_token_fwd(*head, token_id, *score, keeps_logits, impl)
+    loss, scores, *_ = _last_token_fwd(*head, token_id, cap, *score, keeps_logits, impl)
     return loss, scores
 
 
@@ -179,6 +189,7 @@ def last_token_loss(
     beta: float,
     ref_logprob: float,
     sample_weight: Tensor | None = None,  # [B]
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # scalar float32, [B] float32
     """Return loss = sum_b w_b (score_b - reward_b)^2 and the scores, which carry no gradient.
@@ -194,6 +205,7 @@ def last_token_loss(
         beta: scale of the score, > 0.
         ref_logprob: the reference log-probability of the token, nats.
         sample_weight: [B], w; 1/B each by default.
+        softcap: as in `linear_logprob`.
         impl: "auto", "reference", "chunked", "triton" or "cuda".
 
     Raises:
@@ -202,7 +214,16 @@ def last_token_loss(
     """
     op = "last_token_loss"
     return _loss_and_scores(
-        op, hidden_states, weight, token_id, rewards, beta, ref_logprob, sample_weight, impl
+        op,
+        hidden_states,
+        weight,
+        token_id,
+        rewards,
+        beta,
+        ref_logprob,
+        sample_weight,
+        softcap,
+        impl,
     )
 
 
@@ -213,6 +234,7 @@ def last_token_score(
     *,
     beta: float,
     ref_logprob: float,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:  # [B] float32
     """Return score_b = beta (log softmax(W H_b)[token_id] - ref_logprob), without gradient.
@@ -222,5 +244,5 @@ def last_token_score(
     op = "last_token_score"
     with torch.no_grad():
         return _loss_and_scores(
-            op, hidden_states, weight, token_id, None, beta, ref_logprob, None, impl
+            op, hidden_states, weight, token_id, None, beta, ref_logprob, None, softcap, impl
         )[1]

@@ -30,6 +30,7 @@ from ._dispatch import (
 )
 from ._maths import (
     Head,
+    Statistics,
     add_weight_gradient,
     factor_out_exponent,
     hidden_gradient,
@@ -61,24 +62,24 @@ def linear_logprob_fwd(
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [N]
     inv_temperature: Tensor,  # [N] float32
+    softcap: float,
     with_entropy: bool,
     impl: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [N], entropy [N] or [0], logsumexp [N]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logprobs, anchor, log_total [N], entropy [N] or [0]
     """Score all rows; nothing of size N V is kept."""
     check_temperature_values(inv_temperature)
     local_labels = localize(labels, len(weight), group)
-    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
+    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature, softcap)
     stats = combine(load_backend(impl).statistics(head, with_entropy), local_labels, group)
     entropy = stats.entropy if with_entropy else stats.entropy.new_empty(0)
-    return stats.logprobs, entropy, stats.logsumexp
+    return stats._replace(entropy=entropy)
 
 
 @linear_logprob_fwd.register_fake
-def _(hidden_states, weight, labels, inv_temperature, with_entropy, impl, group):
-    rows = torch.empty_like(inv_temperature)
-    entropy = torch.empty_like(rows) if with_entropy else rows.new_empty(0)
-    return rows, entropy, torch.empty_like(rows)
+def _(hidden_states, weight, labels, inv_temperature, softcap, with_entropy, impl, group):
+    rows = [torch.empty_like(inv_temperature) for _ in range(4 if with_entropy else 3)]
+    return *rows, *(inv_temperature.new_empty(0) for _ in range(4 - len(rows)))
 
 
 @torch.library.custom_op("laser_kernels::linear_logprob_bwd", mutates_args=())
@@ -89,9 +90,11 @@ def linear_logprob_bwd(
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [N]
     inv_temperature: Tensor,  # [N]
+    softcap: float,
     logprobs: Tensor,  # [N]
+    anchor: Tensor,  # [N]
+    log_total: Tensor,  # [N]
     entropy: Tensor,  # [N] or [0]
-    logsumexp: Tensor,  # [N]
     needs_hidden: bool,
     needs_weight: bool,
     impl: str,
@@ -99,14 +102,16 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor]:  # [N, D] and [V, D], or [0] where not needed
     """Return dL/dH and dL/dW from the upstream gradients of log-probs and entropy."""
     backend = load_backend(impl)
-    head = Head(hidden_states, weight, localize(labels, len(weight), group), inv_temperature)
-    gradient = row_gradient(logprobs, inv_temperature, grad_logprobs, entropy, grad_entropy)
+    local_labels = localize(labels, len(weight), group)
+    head = Head(hidden_states, weight, local_labels, inv_temperature, softcap)
+    stats = Statistics(logprobs, anchor, log_total, entropy)
+    gradient = row_gradient(head, stats, grad_logprobs, grad_entropy)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
     grad_weight = weight_accumulator(weight, len(hidden_states)) if needs_weight else None
     for rows in row_chunks(hidden_states, weight, impl):
         chunk = head.rows(rows)
-        dlogits = backend.recompute_dlogits(chunk, logsumexp[rows], gradient.rows(rows))
+        dlogits = backend.recompute_dlogits(chunk, stats.rows(rows), gradient.rows(rows))
         chunk_grad_hidden = None if grad_hidden is None else grad_hidden[rows]
         apply_dlogits(dlogits, scale, chunk, chunk_grad_hidden, grad_weight, rows.start == 0, group)
         del dlogits  # before the next chunk is allocated
@@ -126,18 +131,18 @@ def _(grad_logprobs, grad_entropy, hidden_states, weight, *rest):
 
 
 def _save_rows(ctx, inputs, output):
-    *rows, _, ctx.impl, ctx.group = inputs
+    *rows, ctx.softcap, _, ctx.impl, ctx.group = inputs
     ctx.save_for_backward(*rows, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward_rows(ctx, grad_logprobs, grad_entropy, _):
+def _backward_rows(ctx, grad_logprobs, _anchor, _log_total, grad_entropy):
     needs = ctx.needs_input_grad[:2]
-    grads = linear_logprob_bwd(
-        grad_logprobs, grad_entropy, *ctx.saved_tensors, *needs, ctx.impl, ctx.group
-    )
+    *head, logprobs, anchor, log_total, entropy = ctx.saved_tensors
+    rows = (*head, ctx.softcap, logprobs, anchor, log_total, entropy)
+    grads = linear_logprob_bwd(grad_logprobs, grad_entropy, *rows, *needs, ctx.impl, ctx.group)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *wanted, None, None, None, None, None
+    return *wanted, *[None] * 6
 
 
 linear_logprob_fwd.register_autograd(_backward_rows, setup_context=_save_rows)
@@ -150,6 +155,7 @@ def linear_logprob(
     labels: Tensor,  # [N] int64
     *,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:  # [N] float32
@@ -162,7 +168,8 @@ def linear_logprob(
         hidden_states: [N, D] bfloat16, float16 or float32.
         weight: [V, D] of the same dtype.
         labels: [N] int64 in [0, V), already shifted; select the rows to score before the call.
-        temperature: a float or a float32 tensor [N], > 0.
+        temperature: a float or a float32 tensor [N], > 0. A model's logit scale is its reciprocal.
+        softcap: C > 0 of logits C tanh(W H / C), as in Gemma 2; they are tempered afterwards.
         impl: "auto", "reference", "chunked", "triton" or "cuda".
         process_group: ranks that hold equal row shards of the weight, in rank order; labels stay
             global, results and hidden gradients are the same on every rank.
@@ -172,10 +179,12 @@ def linear_logprob(
         RuntimeError: the named implementation cannot run here.
     """
     head, impl, group = check_all(
-        "linear_logprob", hidden_states, weight, labels, temperature, impl, process_group
+        "linear_logprob", hidden_states, weight, labels, temperature, softcap, impl, process_group
     )
     if impl == "reference":
-        return reference.linear_logprob(hidden_states, weight, labels, temperature=temperature)
+        return reference.linear_logprob(
+            hidden_states, weight, labels, temperature=temperature, softcap=softcap
+        )
     return linear_logprob_fwd(*head, False, impl, group)[0]
 
 
@@ -185,6 +194,7 @@ def linear_logprob_entropy(
     labels: Tensor,  # [N] int64
     *,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N], [N] float32
@@ -194,10 +204,18 @@ def linear_logprob_entropy(
     `linear_logprob`; an output whose gradient is not asked for costs nothing in the backward.
     """
     head, impl, group = check_all(
-        "linear_logprob_entropy", hidden_states, weight, labels, temperature, impl, process_group
+        "linear_logprob_entropy",
+        hidden_states,
+        weight,
+        labels,
+        temperature,
+        softcap,
+        impl,
+        process_group,
     )
     if impl == "reference":
         return reference.linear_logprob_entropy(
-            hidden_states, weight, labels, temperature=temperature
+            hidden_states, weight, labels, temperature=temperature, softcap=softcap
         )
-    return linear_logprob_fwd(*head, True, impl, group)[:2]
+    logprobs, _, _, entropy = linear_logprob_fwd(*head, True, impl, group)
+    return logprobs, entropy

@@ -40,7 +40,7 @@ from ._dispatch import (
     refuse_double_backward,
     row_chunks,
 )
-from ._maths import Head, factor_out_exponent, row_gradient, weight_accumulator
+from ._maths import Head, Statistics, factor_out_exponent, row_gradient, weight_accumulator
 from ._vocab_parallel import combine, localize
 from .linear_logprob import apply_dlogits, linear_logprob_fwd
 from .reference import LossFn
@@ -52,26 +52,25 @@ def _loss_chunk_fwd(
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [n]
     inv_temperature: Tensor,  # [n] float32
+    softcap: float,
     buffer: Tensor | None,  # [n, V], overwritten by what is kept
     impl: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # logprobs [n], kept [n, V] or [0] if in buffer, offset [n]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logprobs, anchor, log_total [n], kept or [0]
     check_temperature_values(inv_temperature)
     local_labels = localize(labels, len(weight), group)
-    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature)
-    local, kept, offset = load_backend(impl).keep(head, out=buffer)
+    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature, softcap)
+    local, kept = load_backend(impl).keep(head, out=buffer)
     stats = combine(local, local_labels, group)
-    # The kept logits become relative to the logsumexp of all shards.
-    offset = offset + (stats.logsumexp - local.logsumexp)
-    return stats.logprobs, kept if buffer is None else buffer.new_empty(0), offset
+    return *stats[:3], kept if buffer is None else buffer.new_empty(0)
 
 
 @_loss_chunk_fwd.register_fake
-def _(hidden_states, weight, labels, inv_temperature, buffer, impl, group):
+def _(hidden_states, weight, labels, inv_temperature, softcap, buffer, impl, group):
     kept = hidden_states.new_empty(0, dtype=torch.float32)
     if buffer is None:
         kept = load_backend(impl).empty_kept(hidden_states, weight)
-    return torch.empty_like(inv_temperature), kept, torch.empty_like(inv_temperature)
+    return *(torch.empty_like(inv_temperature) for _ in range(3)), kept
 
 
 @torch.library.custom_op(
@@ -80,22 +79,26 @@ def _(hidden_states, weight, labels, inv_temperature, buffer, impl, group):
 def _loss_chunk_bwd(
     grad_logprobs: Tensor,  # [n]
     logprobs: Tensor,  # [n]
+    anchor: Tensor,  # [n]
+    log_total: Tensor,  # [n]
     kept: Tensor,  # [n, V], overwritten
-    offset: Tensor,  # [n]
     hidden_states: Tensor,  # [n, D]
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [n]
     inv_temperature: Tensor,  # [n]
+    softcap: float,
     grad_hidden: Tensor | None,  # [n, D] float32, written
     grad_weight: Tensor | None,  # [V, D] float32, accumulated
     is_first: bool,
     impl: str,
     group: str,
 ) -> None:
-    head = Head(hidden_states, weight, localize(labels, len(weight), group), inv_temperature)
-    gradient = row_gradient(logprobs, inv_temperature, grad_logprobs)
+    local_labels = localize(labels, len(weight), group)
+    head = Head(hidden_states, weight, local_labels, inv_temperature, softcap)
+    stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
+    gradient = row_gradient(head, stats, grad_logprobs)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
-    dlogits = load_backend(impl).dlogits_from_kept(kept, offset, head, gradient)
+    dlogits = load_backend(impl).dlogits_from_kept(kept, head, stats, gradient)
     apply_dlogits(dlogits, scale, head, grad_hidden, grad_weight, is_first, group)
 
 
@@ -205,6 +208,7 @@ def linear_logprob_loss(
     loss_fn: LossFn,
     *,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:  # scalar float32
@@ -227,6 +231,7 @@ def linear_logprob_loss(
         labels: [N] int64 in [0, V), already shifted.
         loss_fn: ([n] float32 logprobs, rows: slice) -> scalar.
         temperature: a float or a float32 tensor [N], > 0.
+        softcap: as in `linear_logprob`.
         impl: as in `linear_logprob`.
         process_group: as in `linear_logprob`.
 
@@ -236,15 +241,15 @@ def linear_logprob_loss(
     """
     op = "linear_logprob_loss"
     head, impl, group = check_all(
-        op, hidden_states, weight, labels, temperature, impl, process_group
+        op, hidden_states, weight, labels, temperature, softcap, impl, process_group
     )
     if impl == "reference":
         return reference.linear_logprob_loss(
-            hidden_states, weight, labels, loss_fn, temperature=temperature
+            hidden_states, weight, labels, loss_fn, temperature=temperature, softcap=softcap
         )
     inputs = head[:2]
     needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    head = Head(*(x.detach() for x in head))
+    head = Head(*(x.detach() for x in head[:4]), head.softcap)
     h, w, *_ = head
     grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
     grad_weight = weight_accumulator(w, len(h)) if needs_weight else None
@@ -255,16 +260,16 @@ def linear_logprob_loss(
     for rows in chunks:
         chunk = head.rows(rows)
         if not has_gradient:
-            logprobs, _, _ = linear_logprob_fwd(*chunk, False, impl, group)
+            logprobs, *_ = linear_logprob_fwd(*chunk, False, impl, group)
             loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
             continue
         chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
-        logprobs, kept, offset = _loss_chunk_fwd(*chunk, chunk_buffer, impl, group)
+        logprobs, *parts, kept = _loss_chunk_fwd(*chunk, chunk_buffer, impl, group)
         kept = kept if chunk_buffer is None else chunk_buffer
         chunk_loss, grad_logprobs = _loss_and_gradient(op, loss_fn, logprobs, rows)
         loss += chunk_loss
         chunk_grad = None if grad_hidden is None else grad_hidden[rows]
         grads = (chunk_grad, grad_weight, rows.start == 0)
-        _loss_chunk_bwd(grad_logprobs, logprobs, kept, offset, *chunk, *grads, impl, group)
+        _loss_chunk_bwd(grad_logprobs, logprobs, *parts, kept, *chunk, *grads, impl, group)
         del kept  # before the next chunk is allocated
     return _attach_gradients(loss, *inputs, grad_hidden, grad_weight)

@@ -82,7 +82,9 @@ def main(arch):
     for (kind, addressing), tile in _fused.TILES.items():
         if tile.uses_tma and arch < 90:
             continue
-        blocks = dict(BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d, TMA=tile.uses_tma)
+        blocks = dict(
+            SOFTCAP=0.0, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d, TMA=tile.uses_tma
+        )
         options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
         name = f"gemm {kind} {addressing}"
         for keep in (False, True):
@@ -95,11 +97,15 @@ def main(arch):
                 arch, f"{name} dlogits", kernel, blocks, matrices(tile, False), **options
             )
     rows = [
-        (_head_kernels.anchor_kernel, dict(BLOCK_D=_fused.VECTOR_BLOCK), 4),
+        (_head_kernels.anchor_kernel, dict(SOFTCAP=0.0, BLOCK_D=_fused.VECTOR_BLOCK), 4),
         (_head_kernels.reduce_kernel, dict(BLOCK=_fused.VECTOR_BLOCK), 4),
-        (_head_kernels.unpack_kernel, dict(BLOCK_V=_fused.UNPACK_BLOCK), _fused.UNPACK_WARPS),
+        (
+            _head_kernels.unpack_kernel,
+            dict(SOFTCAP=0.0, BLOCK_V=_fused.UNPACK_BLOCK),
+            _fused.UNPACK_WARPS,
+        ),
         *(
-            (kernel, dict(BLOCK_V=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS)
+            (kernel, dict(SOFTCAP=0.0, BLOCK_V=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS)
             for kernel in (_row_kernels._row_statistics_kernel, _row_kernels._row_dlogits_kernel)
         ),
     ]

@@ -15,29 +15,24 @@ def op_arguments(head, impl):
     rows = [torch.rand(num_rows, device=device) + 0.5 for _ in range(3)]
     inv_temperature, g, e = rows
     hd, wd = h.detach(), w.detach()
-    logprobs, entropy, logsumexp = OPS.linear_logprob_fwd(
-        hd, wd, labels, inv_temperature, True, impl, ""
-    )
-    loss_rows, kept, offset = OPS.loss_chunk_fwd(hd, wd, labels, inv_temperature, None, impl, "")
+    head = (hd, wd, labels, inv_temperature, 30.0)
+    stats = OPS.linear_logprob_fwd(*head, True, impl, "")
+    *loss_stats, kept = OPS.loss_chunk_fwd(*head, None, impl, "")
     has_buffer = impl == "chunked" and device.type == "cpu"
     buffer = torch.empty_like(kept) if has_buffer else None
-    few = OPS.last_token_fwd(hd, wd, 3, g, e, 0.1, -4.0, True, impl)
-    statistics = (logprobs, entropy, logsumexp)
+    token = (hd, wd, 3, 30.0)
+    few = OPS.last_token_fwd(*token, g, e, 0.1, -4.0, True, impl)
     grads = (torch.zeros_like(hd).float(), torch.zeros_like(wd).float())
     scalar = torch.tensor(2.0, device=device)
     return {
-        "linear_logprob_fwd": (h, w, labels, inv_temperature, True, impl, ""),
-        "linear_logprob_bwd": (
-            *(g, e, hd, wd, labels, inv_temperature, *statistics, True, False, impl, ""),
-        ),
-        "loss_chunk_fwd": (hd, wd, labels, inv_temperature, buffer, impl, ""),
-        "loss_chunk_bwd": (
-            *(g, loss_rows, kept, offset, hd, wd, labels, inv_temperature, *grads, True, impl, ""),
-        ),
+        "linear_logprob_fwd": (h, w, *head[2:], True, impl, ""),
+        "linear_logprob_bwd": (g, e, *head, *stats, True, False, impl, ""),
+        "loss_chunk_fwd": (*head, buffer, impl, ""),
+        "loss_chunk_bwd": (g, *loss_stats, kept, *head, *grads, True, impl, ""),
         "attach_gradients": (scalar, h, w, *(torch.randn_like(x) for x in grads)),
         "scale_gradient": (torch.randn(num_rows, vocabulary, device=device), scalar, h.dtype),
-        "last_token_fwd": (h, w, 3, g, e, 0.1, -4.0, True, impl),
-        "last_token_bwd": (g, few[2], few[4], few[5], hd, wd, 3, True, True, impl),
+        "last_token_fwd": (h, w, *token[2:], g, e, 0.1, -4.0, True, impl),
+        "last_token_bwd": (g, *few[2:], *token, True, True, impl),
     }
 
 

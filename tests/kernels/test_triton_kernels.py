@@ -19,10 +19,13 @@ def rows(device):
     logits -= 2
     labels = torch.randint(v, (n,), device=device)
     inv_temperature = torch.rand(n, device=device) + 0.5
-    return logits, labels, inv_temperature
+    no_matrices = logits.new_empty(2, 0)
+    return logits, Head(*no_matrices, labels, inv_temperature)
 
 
-def exact_statistics(logits, labels, inv_temperature):
+def exact_statistics(logits, head):
+    """Log-probs, logsumexp and entropy in float64."""
+    labels, inv_temperature = head.labels, head.inv_temperature
     logprobs = torch.log_softmax(logits.double() * inv_temperature.double()[:, None], 1)
     entropy = -(logprobs.exp() * logprobs).sum(1)
     logsumexp = (logits.double() * inv_temperature.double()[:, None]).logsumexp(1)
@@ -30,26 +33,28 @@ def exact_statistics(logits, labels, inv_temperature):
 
 
 def test_row_statistics(rows):
-    for actual, exact in zip(_row_kernels.statistics(*rows), exact_statistics(*rows), strict=True):
+    stats = _row_kernels.statistics(*rows)
+    found = (stats.logprobs, stats.logsumexp, stats.entropy)
+    for actual, exact in zip(found, exact_statistics(*rows), strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTWISE_DTYPES)
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_row_dlogits_in_place(rows, dtype, with_entropy):
-    logits, labels, inv_temperature = rows
-    logprobs, logsumexp, entropy = (x.float() for x in exact_statistics(*rows))
-    g, e = torch.randn_like(logprobs), torch.randn_like(logprobs) if with_entropy else None
+    logits, head = rows
+    labels, stats = head.labels, _row_kernels.statistics(*rows)
+    g = torch.randn_like(stats.logprobs)
+    e = torch.randn_like(g) if with_entropy else None
     labels[0] = -1  # the target is in another shard
-    gradient = row_gradient(logprobs, inv_temperature, g, entropy, e)
+    gradient = row_gradient(head, stats, g, e)
     slope = 0 if e is None else gradient.slope.double()[:, None]
-    z = logits.double() * inv_temperature.double()[:, None] - logsumexp.double()[:, None]
+    z = torch.log_softmax(logits.double() * head.inv_temperature.double()[:, None], 1)
     expected = z.exp() * (gradient.constant.double()[:, None] + slope * z)
     expected[range(1, 5), labels[1:]] = gradient.target[1:].double()
     memory = logits.data_ptr()
-    no_matrices = logits.new_empty(2, 0, dtype=dtype)
-    head = Head(*no_matrices, labels, inv_temperature)
-    actual = _row_kernels.dlogits_(logits, logsumexp, head, gradient)
+    head = head._replace(hidden_states=head.hidden_states.to(dtype))
+    actual = _row_kernels.dlogits_(logits, head, stats, gradient)
     assert actual.dtype == dtype and actual.data_ptr() == memory
     # The interpreter truncates to bfloat16, a GPU rounds.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
@@ -61,11 +66,11 @@ def test_kept_logits_cost_no_accuracy(device, relative_error):
     n, v = 16, _fused.UNPACK_BLOCK + 100
     x = torch.randn(n, v, dtype=torch.float64) * 8  # log2 units, around the anchor
     kept = (x * 512).round().clamp(-(2**15), 2**15 - 1).to(device, torch.int16)
-    offset = (x.exp2().sum(1).log2() * 0.6931471805599453).float().to(device)
+    anchor, log_total = torch.zeros(n, device=device), x.exp2().sum(1).log2().float().to(device)
     labels = torch.full((n,), -1, device=device)
     constant, target = torch.randn(2, n, device=device)
     actual = torch.empty(n, v, device=device)  # float32: the interpreter truncates to bfloat16
-    rows = (labels, offset, constant, target, v, v)
+    rows = (labels, torch.ones_like(anchor), anchor, log_total, constant, target, v, v, 0.0)
     _head_kernels.unpack_kernel[(n, 2)](kept, actual, *rows, BLOCK_V=_fused.UNPACK_BLOCK)
     exact = torch.softmax(x * 0.6931471805599453, 1) * constant.cpu().double()[:, None]
     baseline = relative_error(exact.bfloat16(), exact)
@@ -77,10 +82,10 @@ def test_tiles_by_descriptor_and_by_pointer(hidden_size, make_head):
     h, w, labels = (x.detach() for x in make_head(20, hidden_size, 97, torch.float16))
     head = Head(h, w, labels, torch.ones(20, device=h.device))
     assert _fused.tile_for(head, few=False).uses_tma == (hidden_size == 16)
-    stats, kept, log_total = _fused.TRITON.keep(head)
+    stats, kept = _fused.TRITON.keep(head)
     logits = h.double() @ w.double().T
     torch.testing.assert_close(stats.logsumexp.double(), logits.logsumexp(1), rtol=0, atol=2e-5)
-    actual = kept.double() / 512 * 0.6931471805599453 - log_total[:, None]
+    actual = (kept.double() / 512 - stats.log_total[:, None]) * 0.6931471805599453
     expected = torch.log_softmax(logits, 1)
     inside = expected > -40  # below, the kept logit saturates at 2^-64
     assert (actual - expected)[inside].abs().max() <= 1e-3
