@@ -9,7 +9,6 @@ missing is skipped; one that misses a module of ours fails.
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ class Outcomes:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.path, self.header = path, {"op": "gpu_tests"} | header(device)
         self.rows: list[dict[str, str]] = []
+        self.missing: dict[str, str] = {}  # node -> package that its import did not find
 
     def add(self, name: str, outcome: str, reason: str) -> None:
         """Take one test's outcome: passed, failed or skipped."""
@@ -59,14 +59,22 @@ class Outcomes:
         if report.when == "call" or report.outcome != "passed":
             self.add(report.nodeid, report.outcome, _reason(report.longrepr))
 
+    def pytest_exception_interact(
+        self, call: pytest.CallInfo, report: pytest.CollectReport | pytest.TestReport
+    ) -> None:
+        """Hear of an exception before its report; pytest wraps what an import raises."""
+        error = call.excinfo.value
+        error = error.__cause__ or error
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            self.missing[report.nodeid] = error.name.partition(".")[0]
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Hear that a file cannot be collected, or that it skips itself."""
         if report.passed:
             return
-        reason = _reason(report.longrepr)
-        missing = re.search(r"(?:No module named '|laser-fast needs )(\w+)", reason)
-        is_skipped = report.skipped or (missing and missing[1] not in OUR_PACKAGES)
-        self.add(report.nodeid, "skipped" if is_skipped else "failed", reason)
+        missing = self.missing.get(report.nodeid)
+        is_skipped = report.skipped or (missing and missing not in OUR_PACKAGES)
+        self.add(report.nodeid, "skipped" if is_skipped else "failed", _reason(report.longrepr))
 
 
 def _reason(longrepr: object) -> str:
