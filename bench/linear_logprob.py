@@ -19,21 +19,21 @@ from bench import runner
 from bench.exact import Exact
 from bench.guard import guarded
 from bench.harness import Entry, Error, Run
-from bench.providers import BASELINE, BASELINES, OURS, PEERS, Provider, head_bounds
+from bench.providers import BASELINE, PROVIDERS, Provider, head_bounds
 from bench.shapes import Inputs
 
 MODES = ("fwd", "fwd+bwd")
 
 
 def entries(sets: list[Inputs]) -> list[Entry]:
-    """Every provider with a result per row, then the bounds."""
+    """The bounds, then every provider with a result per row."""
     exact = Exact(sets[0], sets[0].row_weight)
     return [
+        *head_bounds(sets, 4, MODES),
         *(
             Entry(provider.name, partial(_prepare, provider, sets, exact), provider.cannot)
-            for provider in (*BASELINES, *OURS, *PEERS)
+            for provider in PROVIDERS
         ),
-        *head_bounds(sets, 4),
     ]
 
 

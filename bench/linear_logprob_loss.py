@@ -29,10 +29,8 @@ from bench.guard import guarded
 from bench.harness import Entry, Error, Run
 from bench.providers import (
     BASELINE,
-    BASELINES,
     MEAN_PEERS,
-    OURS,
-    PEERS,
+    PROVIDERS,
     Provider,
     head_bounds,
     require_implementation,
@@ -47,18 +45,18 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def entries(sets: list[Inputs]) -> list[Entry]:
-    """Baselines, ours, peers with a result per row, peers with a mean, bounds."""
+    """Bounds, ours, baselines, peers with a result per row, peers with a mean."""
     weighted = Exact(sets[0], sets[0].row_weight)
     num_rows = len(sets[0].labels)
     mean = Exact(sets[0], torch.full_like(sets[0].row_weight, 1 / num_rows))
-    found = []
-    for provider in (*BASELINES, *OURS, *PEERS, *MEAN_PEERS):
+    found = head_bounds(sets, 3, MODES)
+    for provider in (*PROVIDERS, *MEAN_PEERS):
         compose = _ours if provider.impl else _compose
         load = partial(compose, provider, sets[0])
         exact = weighted if provider.gives_rows else mean
         prepare = partial(_prepare, load, sets, exact, provider.is_exact)
         found.append(Entry(provider.name, prepare, provider.cannot, does_job=provider.gives_rows))
-    return found + head_bounds(sets, 3)
+    return found
 
 
 def entries_on_cpu(sets: list[Inputs]) -> list[Entry]:
