@@ -3,6 +3,8 @@
 A segmentation fault cannot be caught, nor can a GPU that fails after an illegal access.
 Therefore the benchmark runs in a child process, which leaves the name of each provider before it
 first runs its code; when the child dies, a new one goes on without that provider. Its row says so.
+A benchmark guards itself; `python -m bench.guard bench.last_token ...` does it without importing
+torch twice.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ def guarded(main: Callable[[], object]) -> None:
     """Run the `__main__` module's `main` in a child process, again after each fatal provider."""
     if "BENCH_MARK" in os.environ or "--smoke" in sys.argv or "-h" in sys.argv[1:2]:
         main()
-        return
-    module = sys.modules["__main__"].__spec__.name
+    else:
+        raise SystemExit(guard(sys.modules["__main__"].__spec__.name, sys.argv[1:]))
+
+
+def guard(module: str, arguments: list[str]) -> int:
+    """The same for a module by its name; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         mark = Path(folder, "provider")
-        arguments = list(sys.argv[1:])
         if "--json" not in arguments:
-            arguments += ["--json", str(Path(folder, "results.json"))]
-        raise SystemExit(supervise([sys.executable, "-m", module, *arguments], mark))
+            arguments = [*arguments, "--json", str(Path(folder, "results.json"))]
+        return supervise([sys.executable, "-m", module, *arguments], mark)
 
 
 def supervise(command: list[str], mark: Path) -> int:
@@ -42,3 +47,7 @@ def supervise(command: list[str], mark: Path) -> int:
         blamed.add(name)
         print(f"{name} ended the process (exit code {code}); going on without it", flush=True)
         command = [*command, "--resume", "--skip", f"{name}=ended the process (exit code {code})"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(guard(sys.argv[1], sys.argv[2:]))

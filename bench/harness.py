@@ -8,7 +8,9 @@ Three separate passes, so that none disturbs another:
              p80, ratios as medians of per-round ratios, so that clocks and neighbours cancel
 
 Bounds (bare GEMMs, the weight's stream) are timed in the same rounds. Whatever a provider raises
-becomes its row's reason, and the run goes on.
+becomes its row's reason, and the run goes on. What ends the process is another matter: each
+provider is first timed for a few rounds against the bounds alone, and its row is handed out, before
+the next one runs; the rounds of all together come last and replace those "preliminary" numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Call = Callable[[int], object]  # its number, by which inputs rotate, -> result,
 Clock = Callable[[Callable[[], object]], float]  # seconds of one call
 
 # A device that spins this long while the host enqueues hides launch latency, as a queue of
-# earlier work does in training; about 2 ms.
+# earlier work does in training; about 2 ms. What is hidden is reported as host_ms.
 SPIN_CYCLES = 4_000_000
 
 
@@ -40,10 +42,11 @@ class Unavailable(Exception):  # noqa: N818 (a state of this machine, not an err
 
 
 class Error(NamedTuple):
-    """Distance from the float64 result, and how much of it the provider is allowed."""
+    """Distance from the float64 result, how much is allowed, and what the library's GEMM loses."""
 
     value: float
     tolerance: float
+    library: float | None = None
 
     @property
     def is_wrong(self) -> bool:
@@ -107,6 +110,7 @@ class Row:
     rank: int | None = None
     errors: dict[str, Error] = field(default_factory=dict)
     peak_extra_mib: dict[str, float | None] = field(default_factory=dict)
+    host_ms: dict[str, float] = field(default_factory=dict)  # of a GPU's calls: until they return
     times: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
@@ -120,22 +124,39 @@ def measure(
     *,
     clock: Clock | None = None,
     on_start: Callable[[str], None] = lambda name: None,
+    on_rows: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Run all passes of a case; `on_start` hears which provider's code runs next, "" for none."""
-    rows, runs = {}, {}
+    """Run all passes of a case.
+
+    `on_start` hears which provider's code runs next, "" for none; `on_rows` the preliminary rows.
+    """
+    rows: dict[str, Row] = {}
+    runs: dict[str, Run] = {}
+    clock = clock or clock_of(case.device)
+    few_rounds = budget._replace(seconds=0.0, min_rounds=(budget.min_rounds + 1) // 2)
+
+    def time_modes(names: Sequence[str], budget: Budget) -> None:
+        for mode in case.modes:
+            calls = {n: runs[n].calls[mode] for n in names if mode in runs[n].calls}
+            samples = time_rounds(calls, rows, budget, clock, on_start)
+            samples = {
+                name: [value * runs[name].scale.get(mode, 1) for value in values]
+                for name, values in samples.items()
+            }
+            _summarise(mode, samples, rows, case.baseline)
+
     for entry in case.entries:
         row = rows[entry.name] = Row(case.label, entry.name, entry.cannot)
         on_start(entry.name)
-        if run := _attempt(row, partial(_prepare, entry, row, case.device, budget)):
+        run = _attempt(row, partial(_prepare, entry, row, case.device, budget))
+        if run:
             runs[entry.name] = run
-    for mode in case.modes:
-        calls = {name: run.calls[mode] for name, run in runs.items() if mode in run.calls}
-        samples = time_rounds(calls, rows, budget, clock or clock_of(case.device), on_start)
-        samples = {
-            name: [value * runs[name].scale.get(mode, 1) for value in values]
-            for name, values in samples.items()
-        }
-        _summarise(mode, samples, rows, case.baseline)
+        if on_rows:
+            if run and not entry.is_bound:
+                bounds = [name for name in runs if rows[name].status == "bound"]
+                time_modes([*bounds, entry.name], few_rounds)
+            on_rows(list(rows.values()))
+    time_modes([name for name in runs if rows[name].status in ("ok", "bound", "wrong")], budget)
     on_start("")
     _rank(case, rows)
     return list(rows.values())
@@ -149,6 +170,9 @@ def _prepare(entry: Entry, row: Row, device: torch.device, budget: Budget) -> Ru
     for mode, call in run.calls.items():
         call(0)  # warm: compilers, library handles, allocators
         row.peak_extra_mib[mode] = _peak_extra_mib(partial(call, 0), device, repeats)
+        if device.type == "cuda":
+            row.host_ms[mode] = 1e3 * min(_host_seconds(partial(call, 0)) for _ in range(3))
+            torch.cuda.synchronize()
     row.status = "bound" if entry.is_bound else "ok"
     if wrong := [name for name, error in row.errors.items() if error.is_wrong]:
         row.status, row.reason = "wrong", f"error above tolerance: {', '.join(wrong)}"

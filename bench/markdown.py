@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -30,29 +31,24 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
 def _case_table(rows: list[dict]) -> list[str]:
     label = ", ".join(f"{key} {value}" for key, value in rows[0]["case"].items() if key != "op")
     modes = list(dict.fromkeys(mode for row in rows for mode in row["times"]))
+    has_host = any(row.get("host_ms") for row in rows)
     columns = ["provider", "rank"]
     for mode in modes:
-        columns += [f"{mode} ms (p20-p80)", "x baseline", "x bound"]
-    columns += ["peak extra MiB", "error", "remarks"]
-    return [
-        f"**{rows[0]['case'].get('op', '')}**: {label}",
-        "",
-        *table(columns, map(_cells(modes), rows)),
-    ]
-
-
-def _cells(modes: list[str]):
-    def cells(row: dict) -> list[str]:
-        line = [row["provider"], str(row["rank"] or "-")]
+        columns += [f"{mode} ms (p20-p80)", "x baseline", "x bound"] + ["host ms"] * has_host
+    columns += ["peak extra MiB", "error (of the library's GEMM)", "remarks"]
+    cells = []
+    for row in rows:
+        cells.append([row["provider"], str(row["rank"] or "-")])
         for mode in modes:
-            time = row["times"].get(mode)
-            line += _time_cells(time) if time else ["-"] * 3
-        return [*line, _peak(row), _errors(row), _remarks(row)]
+            cells[-1] += _time_cells(row["times"].get(mode))
+            cells[-1] += [f"{row['host_ms'].get(mode, math.nan):.2f}"] * has_host
+        cells[-1] += [_peak(row), errors(row), _remarks(row)]
+    return [f"**{rows[0]['case'].get('op', '')}**: {label}", "", *table(columns, cells)]
 
-    return cells
 
-
-def _time_cells(time: dict[str, float]) -> list[str]:
+def _time_cells(time: dict[str, float] | None) -> list[str]:
+    if time is None:
+        return ["-"] * 3
     ratios = [f"{time[key]:.2f}" if key in time else "-" for key in ("x_baseline", "x_bound")]
     return [f"{time['median_ms']:.4g} ({time['p20_ms']:.4g}-{time['p80_ms']:.4g})", *ratios]
 
@@ -62,13 +58,19 @@ def _peak(row: dict) -> str:
     return f"{max(peaks):.1f}" if peaks else "-"
 
 
-def _errors(row: dict) -> str:
-    return ", ".join(f"{name} {error['value']:.1e}" for name, error in row["errors"].items()) or "-"
+def errors(row: dict) -> str:
+    """Each error, and in brackets that of the library's float32-output GEMM (cuBLAS on a GPU)."""
+    parts = []
+    for name, error in row["errors"].items():
+        library = error.get("library")
+        parts.append(f"{name} {error['value']:.1e}")
+        parts[-1] += "" if library is None else f" ({library:.1e})"
+    return ", ".join(parts) or "-"
 
 
 def _remarks(row: dict) -> str:
     state = row["status"] if row["status"] not in ("ok", "bound") else ""
     parts = [": ".join(part for part in (state, row["reason"]) if part)]
-    if row["cannot"]:
-        parts.append(f"cannot: {row['cannot']}")
+    parts.append(f"cannot: {row['cannot']}" if row["cannot"] else "")
+    parts.append("preliminary" if row.get("is_preliminary") else "")
     return "; ".join(part for part in parts if part)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.markdown import table
+from bench.markdown import errors, table
 from bench.provenance import ROOT
 from bench.providers import BASELINE
 
@@ -48,7 +48,15 @@ def markdown(rows: Sequence[dict], num_rows: int) -> str:
         return "not yet measured\n"
     measured.sort(key=lambda row: (row["status"] == "bound", row["rank"] or 99))
     cells = [[row["provider"], *_numbers(row), _remark(row)] for row in measured]
-    columns = ["provider", f"{MODE} ms", "x unfused", "x bound", "peak extra GiB", "max error", ""]
+    columns = [
+        "provider",
+        f"{MODE} ms",
+        "x unfused",
+        "x bound",
+        "peak extra GiB",
+        "max error (library GEMM)",
+        "",
+    ]
     case = ", ".join(f"{key} {value}" for key, value in rows[0]["case"].items() if key != "op")
     sources = ", ".join(sorted({f"`{row['file']}`" for row in rows}))
     caption = f"{rows[0]['case']['op']}, {case}, on {rows[0]['device']} ({sources})"
@@ -61,10 +69,9 @@ def markdown(rows: Sequence[dict], num_rows: int) -> str:
 
 def _numbers(row: dict) -> list[str]:
     time, peak = row["times"][MODE], row["peak_extra_mib"].get(MODE)
-    errors = [f"{name} {error['value']:.1e}" for name, error in row["errors"].items()]
     ratios = [f"{time[key]:.2f}" if key in time else "-" for key in ("x_baseline", "x_bound")]
     memory = "-" if peak is None else f"{peak / 1024:.3g}"
-    return [f"{time['median_ms']:.4g}", *ratios, memory, ", ".join(errors) or "-"]
+    return [f"{time['median_ms']:.4g}", *ratios, memory, errors(row)]
 
 
 def _remark(row: dict) -> str:

@@ -55,14 +55,15 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class Results:
-    """Rows measured so far, written to disk and to standard output after every case."""
+    """Rows measured so far: on disk after every provider, on standard output after every case."""
 
     def __init__(self, op: str, args: argparse.Namespace, device: torch.device) -> None:
         self.op, self.path = op, args.json
         self.header = {"op": op} | header(device)
         self.rows: list[dict] = []
         if args.resume and self.path and self.path.exists():
-            self.rows = json.loads(self.path.read_text())["rows"]
+            rows = json.loads(self.path.read_text())["rows"]
+            self.rows = [row for row in rows if not row.get("is_preliminary")]
         print(document(self.header, []))
 
     def has(self, label: dict[str, object]) -> bool:
@@ -70,12 +71,19 @@ class Results:
         return any(row["case"] == label for row in self.rows)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take the rows of one case."""
+        """Take the final rows of one case."""
         new = [row.as_dict() for row in rows]
         self.rows.extend(new)
         print(document({}, new), flush=True)
+        self._save(self.rows)
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Take what is known of a case so far, for the case that nothing more will be."""
+        self._save([*self.rows, *(row.as_dict() | {"is_preliminary": True} for row in rows)])
+
+    def _save(self, rows: list[dict]) -> None:
         if self.path:
-            save(self.path, self.header, self.rows, document(self.header, self.rows))
+            save(self.path, self.header, rows, document(self.header, rows))
 
 
 def budget(args: argparse.Namespace) -> Budget:
@@ -147,7 +155,7 @@ def run_head(
             results.add([Row(label, "all", status="skipped", reason=reason)])
             continue
         case = Case(label, modes, select(entries_of(sets), args), baseline, device)
-        results.add(measure(case, budget(args), on_start=announce))
+        results.add(measure(case, budget(args), on_start=announce, on_rows=results.show))
     return results.rows
 
 

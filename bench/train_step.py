@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     state = (model, optimizer, batches, hidden_states)
     entries = [Entry(name, partial(prepare, load, *state)) for name, load in PROVIDERS.items()]
     case = Case(label, ("head", "step"), runner.select(entries, args), BASELINE, device)
-    results.add(measure(case, runner.budget(args), on_start=runner.announce))
+    rows = measure(case, runner.budget(args), on_start=runner.announce, on_rows=results.show)
+    results.add(rows)
     return results.rows
 
 

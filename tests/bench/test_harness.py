@@ -172,6 +172,22 @@ def test_whose_code_runs_is_announced():
     assert heard == ["a", "b", "a", "b", ""]
 
 
+def test_rows_are_handed_out_after_each_provider_and_replaced_in_the_end():
+    """The first rounds are with the bound alone, so that nothing later can lose them."""
+    heard = []
+
+    def hear(rows):
+        heard.append({row.provider: row.times.get("mode", {}).get("x_bound") for row in rows})
+
+    entries = [entry("bound", is_bound=True), entry("a"), entry("b")]
+    case = Case({}, ["mode"], entries, "a", CPU)
+    clock = FakeClock({"bound": [1.0] * 9, "a": [4.0, 2.0], "b": [5.0, 3.0]})
+    rows = measure(case, Budget(0.0, 1, 1, 1), clock=clock, on_rows=hear)
+    assert heard == [{"bound": None}, {"bound": 1, "a": 4}, {"bound": 1, "a": 4, "b": 5}]
+    assert [row.times["mode"]["x_bound"] for row in rows] == [1, 2, 3]
+    assert rows[2].times["mode"]["x_baseline"] == 1.5 and rows[1].rank == 1
+
+
 def test_quantile_interpolates():
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2
     assert quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)

@@ -23,6 +23,8 @@ from bench.provenance import ROOT
 OURS = {provider.name for provider in providers.OURS}
 ROWS = {p.name for p in (*providers.BASELINES, *providers.OURS, *providers.PEERS)}
 MEANS = {provider.name for provider in providers.MEAN_PEERS}
+BOUNDS = {"bare GEMMs", "stream of W"}
+GRAPHS = {"ours triton graph", "ours cuda graph"}
 # These need only torch, so they must be there on any machine.
 ALWAYS = {"unfused", "ours reference", "ours chunked"}
 HEADER = {"op", "device", "threads", "cuda", "python", "versions", "commit", "date", "command"}
@@ -43,9 +45,9 @@ def smoke(module, tmp_path, *options):
 @pytest.mark.parametrize(
     ("module", "names", "modes"),
     [
-        (linear_logprob, ROWS | {"bare GEMMs", "stream of W"}, {"fwd", "fwd+bwd"}),
-        (linear_logprob_loss, ROWS | MEANS | {"bare GEMMs", "stream of W"}, {"fwd", "fwd+bwd"}),
-        (last_token, ROWS | {"stream of W"}, {"score", "fwd", "fwd+bwd"}),
+        (linear_logprob, ROWS | BOUNDS, {"fwd", "fwd+bwd"}),
+        (linear_logprob_loss, ROWS | MEANS | BOUNDS, {"fwd", "fwd+bwd"}),
+        (last_token, ROWS | GRAPHS | BOUNDS, {"score", "fwd", "fwd+bwd"}),
     ],
 )
 def test_head_benchmarks(module, names, modes, tmp_path):
@@ -62,11 +64,11 @@ def test_head_benchmarks(module, names, modes, tmp_path):
             assert all(set(time) >= TIME for time in row["times"].values())
             assert all("x_bound" in time for time in row["times"].values())
             assert row["errors"] or row["status"] == "bound"
-        for name in ("ours triton", "ours cuda"):
+        for name in ({"ours triton", "ours cuda"} | GRAPHS) & names:
             assert case[name]["reason"] == "needs an NVIDIA GPU"
         ranks = [row["rank"] for row in case.values() if row["rank"]]
         assert sorted(ranks) == list(range(1, len(ranks) + 1)) and len(ranks) >= 3
-        for name in names - OURS - providers_that_do_all():
+        for name in names - OURS - GRAPHS - providers_that_do_all():
             assert case[name]["cannot"] or case[name]["status"] == "bound"
 
 
@@ -148,8 +150,29 @@ def test_resume_keeps_finished_cases_and_skip_names_the_reason(tmp_path):
     skip = "ours chunked=ended the process (exit code -11)"
     rows = linear_logprob.main([*arguments, "--resume", "--skip", skip])
     assert rows[:2] == first and len(rows) == len(first) + len(second)
-    assert rows[3]["status"] == "skipped" and "exit code -11" in rows[3]["reason"]
-    assert rows[2]["rank"] == 1
+    assert rows[2]["status"] == "skipped" and "exit code -11" in rows[2]["reason"]
+    assert rows[3]["rank"] == 1
+
+
+def test_rows_are_on_disk_before_the_next_provider_runs(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+
+    def fatal(inputs):
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["provider"] for row in rows] == ["bare GEMMs", "ours chunked"]
+        assert all(row["is_preliminary"] for row in rows)
+        assert (
+            "fwd+bwd" in rows[1]["times"] and "preliminary" in path.with_suffix(".md").read_text()
+        )
+        raise KeyboardInterrupt  # ends the process, as a timeout would
+
+    broken = providers.Provider("unfused", fatal)
+    monkeypatch.setattr(linear_logprob, "PROVIDERS", (providers.OURS[1], broken))
+    arguments = ["--smoke", "--only", "bare GEMMs,ours chunked,unfused", "--json", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        linear_logprob.main(arguments)
+    rows = linear_logprob.main([*arguments, "--resume", "--skip", "unfused=ended the process"])
+    assert not any("is_preliminary" in row for row in rows) and len(rows) == 6  # measured anew
 
 
 def test_inputs_that_do_not_fit_are_a_row_and_the_run_goes_on(monkeypatch):
