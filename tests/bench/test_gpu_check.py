@@ -1,75 +1,128 @@
-"""The shell script's own work: limits, failures, files and the last table."""
+"""The shell script's own work: acts, limits, failures, the archive and the last table."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 from bench.provenance import ROOT
 
-# Stands in for the interpreter: one step succeeds, one crashes, one hangs, the others do nothing.
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+# Stands in for the interpreter: the tests write an outcome and hang, as does the last token of the
+# act "full"; one step crashes, the others leave nothing.
 INTERPRETER = """#!{python}
 import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments[0] == "-c":
-    sys.exit({no_gpu})
+    sys.exit({no_gpu} if "cuda" in arguments[1] else print("vllm"))
 if arguments[1] == "bench.targets":
     os.execv("{python}", ["{python}", *arguments])
 path = arguments[arguments.index("--json") + 1]
-name = os.path.basename(path)
+act, name = path.split("/")[-2:]
 if name == "gpu_tests.json":
     rows = [{{"test": "a", "outcome": "passed", "reason": ""}}]
     json.dump({{"header": {{"op": "gpu_tests", "device": "GPU"}}, "rows": rows}}, open(path, "w"))
-elif name == "loss_7b.json":
-    sys.exit("the driver is gone")
-elif name == "last_token_7b.json":
     time.sleep(60)
+elif name == "loss_8192.json":
+    sys.exit("the driver is gone: " + " ".join(arguments[:3]))
+elif (act, name) == ("full", "last_token_128.json"):
+    time.sleep(60)
+"""
+# Neither is on a bare PyTorch image.
+HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pydantic", "tomli_w", "datasets", "math_verify", "vllm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
 """
 
 
-def check(tmp_path, *, no_gpu=0, seconds="12"):
+def check(tmp_path, act, *, no_gpu=0, seconds="12"):
+    """Run an act; its process and the files of its archive."""
     interpreter = tmp_path / "python"
     interpreter.write_text(INTERPRETER.format(python=sys.executable, no_gpu=no_gpu))
     interpreter.chmod(0o755)
     environment = os.environ | {"PYTHON": str(interpreter), "GPU_CHECK_SECONDS": seconds}
-    return subprocess.run(
-        [ROOT / "bench" / "gpu_check.sh", tmp_path / "out"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_survives_failing_and_hanging_steps(tmp_path):
-    result = check(tmp_path)
-    assert result.returncode == 0, result.stderr
+    environment["TMPDIR"] = str(tmp_path)
     out = tmp_path / "out"
-    steps = {path.stem for path in out.glob("*.json")}
-    assert (
-        len(steps) == 13
-        and {"csrc", "gpu_tests", "loss_7b", "train_step", "rollout_score"} <= steps
-    )
-    assert all((out / f"{step}.md").exists() for step in steps - {"gpu_tests"})
-    assert json.loads((out / "loss_7b.json").read_text())["rows"] == []
-    assert "the driver is gone" in (out / "loss_7b.md").read_text()
-    assert "last_token_7b: exit code 124" in result.stdout
-    assert "exit code no-time" in (out / "logprob_7b.md").read_text()  # the hang took all of it
+    result = subprocess.run([SCRIPT, act, out], env=environment, capture_output=True, text=True)
+    if no_gpu:
+        return result, None
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in out.iterdir()] == [f"{act}.tar.gz"]
+    assert not list(tmp_path.glob("tmp.*"))
+    with tarfile.open(out / f"{act}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return result, tmp_path / act
+
+
+def test_probe_survives_failing_and_hanging_steps(tmp_path):
+    result, folder = check(tmp_path, "probe")
+    steps = {path.stem for path in folder.glob("*.json")}
+    assert steps == {"truncation", "csrc", "loss_8192", "last_token_64", "gpu_tests"}
+    assert all((folder / f"{step}.md").exists() for step in steps - {"gpu_tests"})
+    assert json.loads((folder / "loss_8192.json").read_text())["rows"] == []
+    text = (folder / "loss_8192.md").read_text()
+    assert "the driver is gone: -m bench.guard bench.linear_logprob_loss" in text
+    assert "gpu_tests: exit code 124" in result.stdout
     table = result.stdout[result.stdout.index("| target |") :]
-    assert "| GPU tests that fail | 0 | 1 passed, 0 failed, 0 skipped | met | GPU |" in table
-    assert "| scoring, 7B head, N 8192, over one bare GEMM | 1.10x | not measured |" in table
-    assert (out / "targets.md").read_text() == table
+    assert "| GPU tests that fail | 0 | - | 1 passed, 0 failed, 0 skipped | met | GPU |" in table
+    assert re.search(r"scoring, 7B head, .* \| 1.10x \| \S+ \| not measured \|", table)
+    assert (folder / "targets.md").read_text() == table
+
+
+def test_full_gives_its_time_to_the_most_valuable_steps(tmp_path):
+    result, folder = check(tmp_path, "full")
+    assert len(list(folder.glob("*.json"))) == 22
+    assert "last_token_128: exit code 124" in result.stdout
+    # The hang took all of the time.
+    assert "exit code no-time" in (folder / "gpu_tests.md").read_text()
+    assert "rollout_score: skipped, no vllm" in result.stdout
+    assert "weight_sync: no result, no vllm" in (folder / "weight_sync.md").read_text()
+
+
+def limits(act):
+    """The limits of an act's steps, in order; those of a loop as often as it runs them."""
+    body = re.search(rf"^{act}\(\) {{\n(.*?)^}}", SCRIPT.read_text(), re.M | re.S)[1]
+    found = []
+    for line in body.splitlines():
+        if loop := re.match(r" *for rows in ([\d ]+); do", line):
+            times = len(loop[1].split())
+        elif step := re.match(r"( +)(?:step|bench|needs_vllm) (\S+) (\d+)", line):
+            found += [(step[2], int(step[3]))] * (times if len(step[1]) > 4 else 1)
+    return found
+
+
+def test_the_steps_of_every_target_fit_into_their_act():
+    probe, full = dict(limits("probe")), limits("full")
+    # The build runs beside the steps up to the loss; tests take what is left, at least 40 s.
+    assert probe["truncation"] + probe["last_token_64"] + probe["loss_8192"] <= 100
+    needed = [name for name, _ in full].index("loss_8192_compiled")
+    assert sum(limit for _, limit in full[: needed + 1]) <= 410
+
+
+def test_every_step_imports_on_a_bare_image():
+    text = SCRIPT.read_text()
+    modules = set(re.findall(r"-m bench\.(\w+)", text))
+    modules |= set(re.findall(r"^ +bench \S+ \d+ (\w+)", text, re.M))
+    assert {"last_token", "train_step", "csrc", "truncation", "targets", "guard"} <= modules
+    code = HIDE + "".join(f"import bench.{name}\n" for name in sorted(modules))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_refuses_a_machine_without_a_gpu(tmp_path):
-    result = check(tmp_path, no_gpu=1)
+    result, _ = check(tmp_path, "probe", no_gpu=1)
     assert result.returncode == 1 and "expected a PyTorch that sees an NVIDIA GPU" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"]])
+@pytest.mark.parametrize("arguments", [[], ["out"], ["quick", "out"], ["full", "a", "b"]])
 def test_explains_its_use(arguments):
-    result = subprocess.run(
-        [ROOT / "bench" / "gpu_check.sh", *arguments], capture_output=True, text=True
-    )
-    assert result.returncode == 2 and "bench/gpu_check.sh OUT" in result.stdout
+    result = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and "bench/gpu_check.sh probe OUT" in result.stdout
