@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -41,7 +40,8 @@ def _case_table(rows: list[dict]) -> list[str]:
         cells.append([row["provider"], str(row["rank"] or "-")])
         for mode in modes:
             cells[-1] += _time_cells(row["times"].get(mode))
-            cells[-1] += [f"{row['host_ms'].get(mode, math.nan):.2f}"] * has_host
+            host = row.get("host_ms", {}).get(mode)
+            cells[-1] += ["-" if host is None else f"{host:.2f}"] * has_host
         cells[-1] += [_peak(row), errors(row), _remarks(row)]
     return [f"**{rows[0]['case'].get('op', '')}**: {label}", "", *table(columns, cells)]
 

@@ -1,5 +1,6 @@
 """The shell script's own work: acts, limits, failures, the archive and the last table."""
 
+import importlib
 import json
 import os
 import re
@@ -8,8 +9,10 @@ import sys
 import tarfile
 
 import pytest
+import torch
 
 from bench.provenance import ROOT
+from bench.shapes import SHAPES, make_inputs
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 # Stands in for the interpreter: the tests write an outcome and hang, as does the last token of the
@@ -115,6 +118,23 @@ def test_every_step_imports_on_a_bare_image():
     code = HIDE + "".join(f"import bench.{name}\n" for name in sorted(modules))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_steps_select_providers_that_exist():
+    text = SCRIPT.read_text().replace("\\\n", " ")
+    arrays = dict(re.findall(r"^(\w+)=\((.*)\)$", text, re.M))
+    text = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], text)
+    sets = [make_inputs(SHAPES["smoke"], 4, torch.float32, torch.device("cpu"), seed=0)]
+    checked = 0
+    for module, options in re.findall(r"^ +bench \S+ \d+ (\w+)(.*)$", text, re.M):
+        if module == "train_step":
+            continue
+        entries = importlib.import_module(f"bench.{module}").entries(sets)
+        names = sum((x.split(",") for x in re.findall(r'--only "([^"]+)"', options)), [])
+        names += re.findall(r'--skip "([^"=]+)=', options)
+        assert names and set(names) <= {entry.name for entry in entries}, options
+        checked += 1
+    assert checked == 12
 
 
 def test_refuses_a_machine_without_a_gpu(tmp_path):

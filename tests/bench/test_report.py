@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import report, targets
+from bench.markdown import document
 from bench.provenance import ROOT
 
 
@@ -70,6 +71,16 @@ def test_table_and_plot(results, tmp_path):
     assert lines[4] == "| ours triton | 36 | 0.60 | 1.06 | 3 | loss 1.0e-06 (2.0e-06) |  |"
     assert lines[-1] == "Not measured: quack (No module named 'quack')"
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+
+
+def test_the_time_of_the_host_stands_beside_the_device_where_it_was_taken():
+    rows = [
+        row("ours triton", 0.3, host_ms={"fwd": 0.51, "fwd+bwd": 0.62}),
+        row("quack", 0) | ABSENT,
+    ]
+    lines = document({}, rows).splitlines()
+    assert lines[2].count("| host ms |") == 2 and "| 0.51 |" in lines[4] and "| 0.62 |" in lines[4]
+    assert "host ms" not in document({}, rows[1:])
 
 
 def test_a_later_file_replaces_an_earlier_one(results):

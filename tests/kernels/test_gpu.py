@@ -9,6 +9,7 @@ import torch
 
 import laser_kernels
 from bench.exact import allowed_error, library_logits
+from bench.last_token import captured
 from laser_kernels import (
     _extension,
     last_token_loss,
@@ -156,14 +157,10 @@ def test_a_cuda_graph_of_the_last_token_gives_the_same_bits(impl):
         loss, scores = last_token_loss(h, w, 5, rewards, impl=impl, **SCORE)
         return scores, *torch.autograd.grad(loss, (h, w))
 
-    step()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = captured(lambda number: step(), num_sets=1)
     with torch.no_grad():
         h.copy_(h.flip(0))  # a replay reads its inputs anew
-    graph.replay()
-    for replayed, eager in zip(captured, step(), strict=True):
+    for replayed, eager in zip(replay(0), step(), strict=True):
         assert torch.equal(replayed, eager)
 
 
