@@ -6,7 +6,7 @@ from tensor_core import truncating_mm
 
 from bench import exact as exact_module
 from bench import truncation
-from bench.exact import Exact
+from bench.exact import Exact, allowed_error
 from bench.providers import bare_gemms, weight_stream
 from bench.shapes import SHAPES, Shape, make_input_sets, make_inputs
 from laser_kernels import reference
@@ -64,6 +64,17 @@ def logprobs_of(exact, logits, target=None):
     labels = exact.inputs.labels[:, None]
     target = (logits if target is None else target).gather(1, labels).double()
     return (target[:, 0] - logits.double().logsumexp(1)).float()
+
+
+def test_what_a_row_may_be_off_by_in_hand_computed_cases():
+    weight = torch.empty(1, 2048, dtype=torch.bfloat16)  # 2^7 steps: |z| = 2^5 may lose 2^-12
+    largest = torch.tensor([32.0, 32.0, 32.0, 64.0, 1.0])
+    library = torch.tensor([0.0, 1e-4, 1.0, 0.0, 1.0])
+    expected = torch.tensor([2e-5, 1.5e-4, 2.0**-12, 4e-5, 2e-5])
+    torch.testing.assert_close(allowed_error(weight, largest, library), expected)
+    torch.testing.assert_close(allowed_error(weight, largest, 2 * library, 2.0), 2 * expected)
+    rounded = torch.tensor([2e-5, 2e-5, 2e-5, 4e-5, 2e-5])
+    torch.testing.assert_close(allowed_error(weight.float(), largest, library), rounded)
 
 
 def test_truncation_of_tensor_cores_is_allowed_and_bfloat16_logits_are_not(on_tensor_cores):

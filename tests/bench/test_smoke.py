@@ -131,8 +131,9 @@ def test_weight_sync(tmp_path):
     assert path.with_suffix(".md").exists()
 
 
-def test_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "bench.last_token", "--smoke", "--only", "unfused,stream of W"]
+@pytest.mark.parametrize("module", [["bench.last_token"], ["bench.guard", "bench.last_token"]])
+def test_the_command_line(module, tmp_path):
+    command = [sys.executable, "-m", *module, "--smoke", "--only", "unfused,stream of W"]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "", "HOME": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
