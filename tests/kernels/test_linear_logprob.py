@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import laser_kernels
-from laser_kernels import linear_logprob, linear_logprob_entropy, reference
+from laser_kernels import linear_logprob, linear_logprob_entropy, linear_logprob_loss, reference
 
 # N below, at and above a tile; D and V that no tile divides, and that TMA cannot address.
 SHAPES = [(1, 16, 97), (37, 48, 203), (33, 25, 64)]
@@ -122,6 +122,37 @@ def test_gradients_are_exact(case, upstream, make_head, relative_error):
     for a, e, x in zip(actual, exact, head[:2], strict=True):
         assert a.dtype == x.dtype
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("max_logit", [8, 30, 200])
+@pytest.mark.parametrize("form", ["logprob", "loss"])
+def test_float32_gradients_are_as_exact_as_those_of_torch(
+    form, max_logit, temperature, make_head, relative_error
+):
+    """Recomputed logits have the bits of the forward, and a logsumexp of 200 is not rounded."""
+
+    def plain(h, w, labels):
+        return torch.log_softmax(h @ w.T / temperature, 1).gather(1, labels[:, None]).squeeze(1)
+
+    how = dict(temperature=temperature, impl="chunked")
+    ours, torchs = [], []
+    for _ in range(4):  # the largest logits, of a few rows, make the error of a head
+        head, g = make_head(128, 64, 1000, torch.float32, max_logit), torch.randn(128)
+        g = g.to(head.labels.device)
+        if form == "logprob":
+            result = (linear_logprob(*head, **how) * g).sum()
+        else:
+            result = linear_logprob_loss(*head, lambda x, rows, g=g: (g[rows] * x).sum(), **how)
+        double = head.float64()
+        exact = torch.autograd.grad(plain(*double), double[:2], g.double())
+        for found, grads in (
+            (ours, torch.autograd.grad(result, head[:2])),
+            (torchs, torch.autograd.grad(plain(*head), head[:2], g)),
+        ):
+            found.append([relative_error(a, e) for a, e in zip(grads, exact, strict=True)])
+    our_errors, torch_errors = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, torchs))
+    assert (our_errors <= 1.5 * torch_errors).all(), (our_errors, torch_errors)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
