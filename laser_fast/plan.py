@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # gaps of the allocator; and what vLLM's own forward takes out of its share.
 RESERVE_GB = 4.0
 VLLM_FORWARD_GB = 2.0
-WORKSPACE_MB = 1300.0  # laser_kernels' default on a GPU
+WORKSPACE_MB = 2600.0  # laser_kernels' default on a GPU
 
 
 class Term(NamedTuple):
@@ -104,11 +104,11 @@ class Plan:
         if config.model.gradient_checkpointing:
             activations = Term("activations", T * L * c * D, "T L c D, the inputs of the blocks")
             block = Term("block at work", T * (A + G), f"T (A + G), A = {A}, G = {G}")
-
-        # The head holds float32 gradients beside a chunk of logits, then beside a rounded copy.
-        gradient, chunk = V * D + T * D, min(self.workspace_mb * 1e6, 4 * T * V)
-        formula = "4 (V D + N D) + max(LASER_KERNELS_WORKSPACE_MB, c (V D + N D)) + c N D"
-        head = Term("head", 4 * gradient + max(chunk, c * gradient) + c * T * D, formula)
+        # A chunk of logits beside a rounded dW; or half of it, then a rounded copy, beside float32.
+        both, chunk = V * D + T * D, min(self.workspace_mb * 1e6, 4 * T * V)
+        peak = max(c * V * D + 4 * T * D + chunk, 4 * both + max(chunk / 2, c * both))
+        formula = "max(c V D + 4 N D + C, 4 (V D + N D) + max(C / 2, c (V D + N D))) + c N D"
+        head = Term("head", peak + c * T * D, formula + ", C = LASER_KERNELS_WORKSPACE_MB")
         running = (*kept, gradients, gathered, activations)
         return {
             "head and loss": (*running, head),

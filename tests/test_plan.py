@@ -17,9 +17,16 @@ from laser_fast.config import Config, ConfigError, ModelConfig, OptimConfig
 from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
-from laser_fast.plan import Plan, activation_bytes_per_token, advise, count_parameters, verdict
+from laser_fast.plan import (
+    WORKSPACE_MB,
+    Plan,
+    activation_bytes_per_token,
+    advise,
+    count_parameters,
+    verdict,
+)
 from laser_fast.training.run import build_optimizer
-from laser_kernels import linear_logprob_loss
+from laser_kernels import _dispatch, linear_logprob_loss
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -162,6 +169,10 @@ def test_head_term_is_what_the_head_allocates(monkeypatch, vocab, workspace_mb, 
     assert at_least <= _peak_bytes(function) / term.bytes <= 1.1
 
 
+def test_workspace_is_the_default_of_the_kernels():
+    assert _dispatch.WORKSPACE_MB["cuda"] == WORKSPACE_MB
+
+
 def _peak_bytes(function) -> int:
     """Largest number of bytes that `function` held at a time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -291,7 +302,7 @@ def test_advice_makes_it_fit(sections, num_gpus, memory_gb, expected):
         assert all(map(str.startswith, changes, expected))
     # What is printed is what was tried: typed as overrides it gives the same plan.
     data = config.model_dump()
-    gpus, workspace = num_gpus, 1300.0
+    gpus, workspace = num_gpus, WORKSPACE_MB
     for name, _, value in (change.partition("=") for change in changes):
         if name == "LASER_KERNELS_WORKSPACE_MB":
             workspace = float(value)

@@ -28,7 +28,9 @@ def statistics(head: Head, with_entropy: bool = False, few: bool = False) -> Sta
 
 def empty_kept(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """Return an uninitialised buffer [n, V] like the one that `keep` returns."""
-    return hidden_states.new_empty(len(hidden_states), len(weight), dtype=torch.float32)
+    # Not len(), which would fix a symbolic number of rows.
+    shape = (hidden_states.shape[0], weight.shape[0])
+    return hidden_states.new_empty(shape, dtype=torch.float32)
 
 
 def keep(

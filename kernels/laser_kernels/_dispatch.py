@@ -23,9 +23,9 @@ from ._maths import Head, RowGradient, Statistics
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "cuda")
-# About 4096 bf16 rows of a 152k vocabulary on a GPU. On a CPU 512 rows of a 32k vocabulary: with
-# 256 its GEMMs take 1.07 times as long, with 2048 hardly less.
-WORKSPACE_MB = {"cuda": 1300, "cpu": 66}
+# On a GPU 8192 bf16 rows of a 152k vocabulary: most microbatches are one chunk. On a CPU 512 rows
+# of a 32k vocabulary: with 256 its GEMMs take 1.07 times as long, with 2048 hardly less.
+WORKSPACE_MB = {"cuda": 2600, "cpu": 66}
 # What a logit of a chunk takes: float32, or 16 bits where the GEMM kernel itself stores it.
 BYTES_PER_LOGIT = {"chunked": 4, "triton": 2, "cuda": 2}
 # Row chunks are multiples of the tallest GEMM tile.
@@ -135,19 +135,31 @@ def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
             )
 
 
-def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:
-    """Split N rows into equal chunks whose logits fit the workspace.
+def max_chunk_rows(weight: Tensor, impl: str) -> int:
+    """Return how many rows of logits fit the workspace: a multiple of 128, and at least that.
 
-    LASER_KERNELS_WORKSPACE_MB overrides the default of the device. A chunk has at least 128 rows,
-    however small the workspace.
+    LASER_KERNELS_WORKSPACE_MB overrides the default of the device.
     """
-    num_rows, device = len(hidden_states), "cuda" if hidden_states.is_cuda else "cpu"
+    device = "cuda" if weight.is_cuda else "cpu"
     megabytes = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB[device])
     limit = int(megabytes * 1e6) // (BYTES_PER_LOGIT[impl] * len(weight))
-    limit = max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-    num_chunks = max(-(-num_rows // limit), 1)
+    return max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+
+def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:
+    """Split N rows: one chunk if it fits the workspace, else equal ones.
+
+    On a GPU, several chunks take half of the workspace each, and leave the other half to the
+    float32 dW that adds them up.
+    """
+    num_rows, limit = hidden_states.shape[0], max_chunk_rows(weight, impl)
+    if num_rows <= limit:
+        return [slice(0, num_rows)] if num_rows else []
+    if weight.is_cuda:
+        limit = max(limit // 2 // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    num_chunks = -(-num_rows // limit)
     step = -(-num_rows // (num_chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
-    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, max(step, 1))]
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
 def check_all(
@@ -330,3 +342,12 @@ def refuse_double_backward(op: torch.library.CustomOpDef) -> None:
         )
 
     op.register_autograd(backward)
+
+
+def is_last_use(saved: Tensor) -> bool:
+    """Whether the running backward may overwrite a tensor that was saved for it.
+
+    Not if the graph is kept or differentiated, nor while it is traced.
+    """
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+    return type(saved) is Tensor and not keeps_graph and not torch.is_grad_enabled()

@@ -66,7 +66,7 @@ class Fused:
     def empty_kept(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
         """Return a buffer [n, V] for kept logits, with rows padded to 16 bytes as TMA asks."""
         padded = triton.cdiv(len(weight), 8) * 8
-        buffer = hidden_states.new_empty(len(hidden_states), padded, dtype=torch.int16)
+        buffer = hidden_states.new_empty(hidden_states.shape[0], padded, dtype=torch.int16)
         return buffer[:, : len(weight)]
 
     def keep(

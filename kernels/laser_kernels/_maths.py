@@ -58,7 +58,8 @@ class Statistics(NamedTuple):
 
     def rows(self, rows: slice) -> Statistics:
         """Return a range of rows, without the entropy, which only `row_gradient` reads."""
-        return Statistics(*(x[rows] for x in self[:3]), self.entropy[:0])
+        logprobs, anchor, log_total, entropy = self
+        return Statistics(logprobs[rows], anchor[rows], log_total[rows], entropy[:0])
 
     @property
     def logsumexp(self) -> Tensor:
@@ -102,8 +103,8 @@ def row_gradient(
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(logprobs)
     g = grad_logprobs.float() * inv_temperature
-    constant, target = -g, -g * torch.expm1(logprobs)
-    slope = None
+    constant, slope = -g, None
+    target = constant * torch.expm1(logprobs)
     if grad_entropy is not None:
         e = grad_entropy.float() * inv_temperature
         target = target - e * logprobs.exp() * (logprobs + entropy)
@@ -143,36 +144,45 @@ def logits(hidden_states: Tensor, weight: Tensor, out: Tensor | None = None) -> 
     return out
 
 
-def hidden_gradient(dlogits: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return (dZ W) * scale as float32 [n, D]."""
+def hidden_gradient(
+    dlogits: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Return (dZ W) * scale as float32 [n, D], in `out` if there is one.
+
+    Never by a GEMM with a 16-bit result: cuBLAS splits a sum over V and adds its parts in 16 bits.
+    """
     if dlogits.is_cuda:
-        out = _mm(dlogits, weight)
+        out = _mm(dlogits, weight, out)
     else:
         first, *others = _weight_blocks(weight)
-        out = _mm(dlogits[:, first], weight[first])
+        out = _mm(dlogits[:, first], weight[first], out)
         for columns in others:
             out.addmm_(dlogits[:, columns].float(), weight[columns].float())
     return out if scale is None else out.mul_(scale)
 
 
-def weight_accumulator(weight: Tensor, num_rows: int) -> Tensor:
-    """Return a float32 buffer for dW: the first chunk overwrites it, without chunks it is zero."""
-    make = torch.empty if num_rows else torch.zeros
-    return make(weight.shape, dtype=torch.float32, device=weight.device)
+def empty_weight_gradient(weight: Tensor, num_chunks: int, dtype: torch.dtype) -> Tensor:
+    """Return a buffer for dW: the first chunk overwrites it, without chunks it is zero."""
+    make = torch.empty if num_chunks else torch.zeros
+    return make(weight.shape, dtype=dtype, device=weight.device)
 
 
 def add_weight_gradient(
-    out: Tensor,  # [V, D] float32
+    out: Tensor,  # [V, D] float32, or of the dtype of H if there is only one chunk
     dlogits: Tensor,  # [n, V]
     hidden_states: Tensor,  # [n, D]
     is_first: bool,
     scale: Tensor | None,
 ) -> None:
     """Add (dZ^T H) * scale to `out`; the first chunk overwrites it and saves a fill and a read."""
-    if scale is not None:
+    is_rounded = out.dtype != torch.float32
+    if is_rounded and scale is None and _is_cublas_16_bit(dlogits):
+        torch.mm(dlogits.T, hidden_states, out=out)  # the GEMM itself rounds its accumulator
+    elif is_rounded or scale is not None:
         for start in range(0, len(out), BLOCK_V):
             columns = slice(start, start + BLOCK_V)
-            product = _mm(dlogits[:, columns].T, hidden_states).mul_(scale)
+            product = _mm(dlogits[:, columns].T, hidden_states)
+            product = product if scale is None else product.mul_(scale)
             out[columns].copy_(product) if is_first else out[columns].add_(product)
     elif is_first:
         _mm(dlogits.T, hidden_states, out)
@@ -180,17 +190,6 @@ def add_weight_gradient(
         torch.addmm(out, dlogits.T, hidden_states, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(dlogits.T.float(), hidden_states.float())
-
-
-def weight_gradient(dlogits: Tensor, hidden_states: Tensor, scale: Tensor | None) -> Tensor:
-    """Return (dZ^T H) * scale of a single chunk as [V, D] in the dtype of H."""
-    shape = (dlogits.shape[1], hidden_states.shape[1])
-    if _is_cublas_16_bit(dlogits) and scale is None:
-        # The GEMM itself rounds its accumulator.
-        return torch.mm(dlogits.T, hidden_states, out=hidden_states.new_empty(shape))
-    out = hidden_states.new_empty(shape, dtype=torch.float32)
-    add_weight_gradient(out, dlogits, hidden_states, True, scale)
-    return out.to(hidden_states.dtype)
 
 
 def _is_cublas_16_bit(x: Tensor) -> bool:

@@ -3,6 +3,8 @@
     statistics   reads the row once, around a running maximum
     dlogits_     reads it again and writes dL/dlogits in the dtype of the GEMM operands, in place
 
+    scale_       multiplies a gradient by the upstream scalar, or leaves at once if that is 1
+
 In place means that a 16-bit row lies in the first half of its float32 row. Block b of B elements is
 read from bytes [4 b B, 4 (b + 1) B) and written to [2 b B, 2 (b + 1) B), which holds only what was
 read already; the barrier makes that true of all threads of the program.
@@ -21,6 +23,8 @@ from ._maths import Head, RowGradient, Statistics
 # 8 float32 a thread in flight: enough to stream a row at memory speed.
 BLOCK_V = 4096
 NUM_WARPS = 16
+# Programs of `scale_`: few, since most of the time they leave at once.
+MAX_PROGRAMS = 1024
 
 
 @triton.jit
@@ -103,6 +107,17 @@ def _row_dlogits_kernel(
         tl.store(out, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _scale_kernel(grad_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr)
+    if scale != 1:
+        for start in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            position = tl.cast(start, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = position < size
+            x = tl.load(grad_ptr + position, mask=mask).to(tl.float32) * scale
+            tl.store(grad_ptr + position, x.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
 def statistics(logits: Tensor, head: Head) -> Statistics:
     """Reduce float32 logits [n, V], as the GEMM left them, to the statistics of the rows."""
     stats = Statistics(*(torch.empty_like(head.inv_temperature) for _ in range(4)))
@@ -128,3 +143,10 @@ def dlogits_(
         logits, out, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
     )
     return out
+
+
+def scale_(grad: Tensor, scale: Tensor) -> Tensor:
+    """Multiply a contiguous gradient by a float32 scalar on the same device, in place."""
+    grid = (min(triton.cdiv(grad.numel(), BLOCK_V), MAX_PROGRAMS),)
+    _scale_kernel[grid](grad, scale, grad.numel(), BLOCK=BLOCK_V, num_warps=NUM_WARPS)
+    return grad

@@ -9,6 +9,9 @@ With few rows the only cost is the traffic of W: it is read in the forward and a
 as much is written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton,
 which an L2 cache holds), so that the backward recomputes nothing; above, it recomputes. The
 upstream scalar is applied before the GEMMs, so dW needs no float32 copy: the GEMM rounds it, once.
+
+The rest is vectors of B numbers, where a launch costs the host more than the GPU: the forward
+leaves w (score - reward), labels and temperatures for the backward instead of forming them again.
 """
 
 from __future__ import annotations
@@ -23,35 +26,23 @@ from ._dispatch import (
     check_softcap,
     check_targets,
     choose_impl,
+    is_last_use,
     load_backend,
     refuse_double_backward,
 )
-from ._maths import (
-    Head,
-    Statistics,
-    factor_out_exponent,
-    hidden_gradient,
-    row_gradient,
-    weight_gradient,
-)
-from .linear_logprob import linear_logprob_bwd
+from ._maths import Head, Statistics, factor_out_exponent, row_gradient
+from .linear_logprob import apply_dlogits, linear_logprob_bwd
 
 # Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
 MAX_KEPT_ROWS = 256
-
-
-def _constant_rows(hidden_states: Tensor, weight: Tensor, token_id: int, softcap: float) -> Head:
-    """Return the head with the same label in every row, and T = 1."""
-    ones = hidden_states.new_ones(len(hidden_states), dtype=torch.float32)
-    labels = torch.full_like(ones, token_id, dtype=torch.int64)
-    return Head(hidden_states, weight, labels, ones, softcap)
 
 
 @torch.library.custom_op("laser_kernels::last_token_fwd", mutates_args=())
 def _last_token_fwd(
     hidden_states: Tensor,  # [B, D]
     weight: Tensor,  # [V, D]
-    token_id: int,
+    labels: Tensor,  # [B]
+    inv_temperature: Tensor,  # [B] float32, ones
     softcap: float,
     rewards: Tensor,  # [B] float32
     sample_weight: Tensor,  # [B] float32
@@ -59,57 +50,76 @@ def _last_token_fwd(
     ref_logprob: float,
     keeps_logits: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, scores [B], logprobs [B], anchor [B], log_total [B], kept [B, V]."""
-    backend, head = load_backend(impl), _constant_rows(hidden_states, weight, token_id, softcap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, scores, w (score - reward), logprobs, anchor, log_total [B], kept [B, V]."""
+    head = Head(hidden_states, weight, labels, inv_temperature, softcap)
     if keeps_logits:
-        stats, kept = backend.keep(head, few=True)
+        stats, kept = load_backend(impl).keep(head, few=True)
     else:
-        stats, kept = backend.statistics(head, few=True), rewards.new_empty(0)
-    scores = beta * (stats.logprobs - ref_logprob)
-    loss = (sample_weight * (scores - rewards).square()).sum()
-    return loss, scores, *stats[:3], kept
+        stats = load_backend(impl).statistics(head, few=True)
+        kept = hidden_states.new_empty(0)
+    scores = (stats.logprobs - ref_logprob).mul_(beta)
+    errors = scores - rewards
+    weighted = sample_weight * errors
+    return torch.dot(weighted, errors), scores, weighted, *stats[:3], kept
 
 
 @_last_token_fwd.register_fake
-def _(hidden_states, weight, token_id, softcap, rewards, w, beta, ref, keeps_logits, impl):
-    kept = rewards.new_empty(0)
+def _(hidden_states, weight, labels, inv_temperature, softcap, rewards, *rest):
+    *_, keeps_logits, impl = rest
+    kept = hidden_states.new_empty(0)
     if keeps_logits:
         kept = load_backend(impl).empty_kept(hidden_states, weight)
-    return rewards.new_empty(()), *(torch.empty_like(rewards) for _ in range(4)), kept
+    return rewards.new_empty(()), *(torch.empty_like(rewards) for _ in range(5)), kept
+
+
+def _gradients_from_kept(
+    grad_logprobs: Tensor,  # [B]
+    kept: Tensor,  # [B, V], overwritten
+    head: Head,
+    stats: Statistics,
+    needs_hidden: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    gradient = row_gradient(head, stats, grad_logprobs)
+    gradient, scale = factor_out_exponent(gradient, head.hidden_states.dtype)
+    dlogits = load_backend(impl).dlogits_from_kept(kept, head, stats, gradient)
+    grad_hidden = torch.empty_like(head.hidden_states) if needs_hidden else None
+    grad_weight = torch.empty_like(head.weight) if needs_weight else None
+    apply_dlogits(dlogits, scale, head, grad_hidden, grad_weight, True, "")
+    none = head.hidden_states.new_empty(0)
+    return (
+        none if grad_hidden is None else grad_hidden,
+        none if grad_weight is None else grad_weight,
+    )
 
 
 @torch.library.custom_op("laser_kernels::last_token_bwd", mutates_args=())
 def _last_token_bwd(
     grad_logprobs: Tensor,  # [B]
-    logprobs: Tensor,  # [B]
-    anchor: Tensor,  # [B]
-    log_total: Tensor,  # [B]
     kept: Tensor,  # [B, V]
     hidden_states: Tensor,  # [B, D]
     weight: Tensor,  # [V, D]
-    token_id: int,
+    labels: Tensor,  # [B]
+    inv_temperature: Tensor,  # [B]
     softcap: float,
+    logprobs: Tensor,  # [B]
+    anchor: Tensor,  # [B]
+    log_total: Tensor,  # [B]
     needs_hidden: bool,
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:  # [B, D] and [V, D], or [0] where not needed
-    head = _constant_rows(hidden_states, weight, token_id, softcap)
+    """Leave the kept logits to a later backward."""
+    head = Head(hidden_states, weight, labels, inv_temperature, softcap)
     stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
-    gradient = row_gradient(head, stats, grad_logprobs)
-    gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
-    # A copy of the logits is overwritten: a retained graph may need the original again.
-    dlogits = load_backend(impl).dlogits_from_kept(kept.clone(), head, stats, gradient)
-    grad_hidden, grad_weight = hidden_states.new_empty(0), weight.new_empty(0)
-    if needs_hidden:
-        grad_hidden = hidden_gradient(dlogits, weight, scale).to(hidden_states.dtype)
-    if needs_weight:
-        grad_weight = weight_gradient(dlogits, hidden_states, scale)
-    return grad_hidden, grad_weight
+    needs = (needs_hidden, needs_weight)
+    return _gradients_from_kept(grad_logprobs, kept.clone(), head, stats, *needs, impl)
 
 
 @_last_token_bwd.register_fake
-def _(grad_logprobs, logprobs, anchor, log_total, kept, hidden_states, weight, *rest):
+def _(grad_logprobs, kept, hidden_states, weight, *rest):
     needs_hidden, needs_weight = rest[-3:-1]
     return (
         torch.empty_like(hidden_states) if needs_hidden else hidden_states.new_empty(0),
@@ -118,25 +128,28 @@ def _(grad_logprobs, logprobs, anchor, log_total, kept, hidden_states, weight, *
 
 
 def _save(ctx, inputs, output):
-    hidden_states, weight, *ctx.token, rewards, sample_weight, ctx.beta, _, _, ctx.impl = inputs
-    _, *saved = output
-    ctx.save_for_backward(hidden_states, weight, rewards, sample_weight, *saved)
-    ctx.mark_non_differentiable(*saved)
+    *rows, ctx.softcap, _, _, ctx.beta, _, _, ctx.impl = inputs
+    _, *others = output
+    ctx.save_for_backward(*rows, *others[1:])
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)  # else zeros for each of them, [B, V] too
 
 
 def _backward(ctx, grad_loss, *_):
-    hidden_states, weight, rewards, sample_weight, *saved = ctx.saved_tensors
-    scores, *stats, kept = saved
+    h, w, labels, inv_temperature, weighted, logprobs, anchor, log_total, kept = ctx.saved_tensors
+    head = Head(h, w, labels, inv_temperature, ctx.softcap)
+    stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
     needs = ctx.needs_input_grad[:2]
-    grad_logprobs = (2 * ctx.beta) * grad_loss * sample_weight * (scores - rewards)
-    if kept.numel():
-        rows = (*stats, kept, hidden_states, weight, *ctx.token)
-        grads = _last_token_bwd(grad_logprobs, *rows, *needs, ctx.impl)
+    how = (*needs, ctx.impl)
+    grad_logprobs = weighted * (grad_loss * (2 * ctx.beta))
+    if not kept.numel():
+        grads = linear_logprob_bwd(grad_logprobs, None, *head, *stats, *how, "")
+    elif is_last_use(kept):
+        grads = _gradients_from_kept(grad_logprobs, kept, head, stats, *how)
     else:
-        rows = (*_constant_rows(hidden_states, weight, *ctx.token), *stats, scores.new_empty(0))
-        grads = linear_logprob_bwd(grad_logprobs, None, *rows, *needs, ctx.impl, "")
+        grads = _last_token_bwd(grad_logprobs, kept, *head, *stats[:3], *how)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *wanted, *[None] * 8
+    return *wanted, *[None] * 9
 
 
 _last_token_fwd.register_autograd(_backward, setup_context=_save)
@@ -168,15 +181,22 @@ def _loss_and_scores(
     cap = check_softcap(op, softcap)
     impl = choose_impl(op, impl, hidden_states)
     if impl == "reference":
-        constants = dict(beta=beta, ref_logprob=ref_logprob, softcap=softcap)
         return reference.last_token_loss(
-            hidden_states, weight, token_id, rewards, sample_weight=sample_weight, **constants
+            hidden_states,
+            weight,
+            token_id,
+            rewards,
+            beta=beta,
+            ref_logprob=ref_logprob,
+            sample_weight=sample_weight,
+            softcap=softcap,
         )
-    head = (hidden_states.contiguous(), weight.contiguous())
-    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in head)
+    labels = torch.full_like(rewards, token_id, dtype=torch.int64)
+    tensors = (hidden_states.contiguous(), weight.contiguous(), labels, torch.ones_like(rewards))
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:2])
     keeps_logits = has_gradient and 0 < num_rows <= MAX_KEPT_ROWS
     score = (rewards, sample_weight, beta, ref_logprob)
-    loss, scores, *_ = _last_token_fwd(*head, token_id, cap, *score, keeps_logits, impl)
+    loss, scores, *_ = _last_token_fwd(*Head(*tensors, cap), *score, keeps_logits, impl)
     return loss, scores
 
 

@@ -10,8 +10,8 @@ The log-probs take any upstream gradient g, so the backward comes when Z is gone
 4 GEMMs in all. It knows g and the logsumexp and so writes dZ at once. `linear_logprob_loss.py` has
 the 3-GEMM form, for a loss that can run inside the op.
 
-Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW.
-Never materialised: anything of size N V.
+Memory beyond inputs and gradients: a chunk, LASER_KERNELS_WORKSPACE_MB if it holds all rows, else
+half of that and 4 V D bytes for dW. Never materialised: anything of size N V.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ._maths import (
     Head,
     Statistics,
     add_weight_gradient,
+    empty_weight_gradient,
     factor_out_exponent,
     hidden_gradient,
     row_gradient,
-    weight_accumulator,
 )
 from ._vocab_parallel import combine, localize, sum_over_shards
 
@@ -45,13 +45,16 @@ def apply_dlogits(
     scale: Tensor | None,  # the factor that dlogits lack
     head: Head,
     grad_hidden: Tensor | None,  # [n, D], written
-    grad_weight: Tensor | None,  # [V, D] float32, accumulated
+    grad_weight: Tensor | None,  # [V, D], float32 if it is accumulated
     is_first: bool,
     group: str,
 ) -> None:
     """Turn the dlogits of a chunk into the gradients that are wanted."""
     if grad_hidden is not None:
-        grad_hidden.copy_(sum_over_shards(hidden_gradient(dlogits, head.weight, scale), group))
+        out = grad_hidden if grad_hidden.dtype == torch.float32 else None
+        product = sum_over_shards(hidden_gradient(dlogits, head.weight, scale, out), group)
+        if product is not grad_hidden:
+            grad_hidden.copy_(product)
     if grad_weight is not None:
         add_weight_gradient(grad_weight, dlogits, head.hidden_states, is_first, scale)
 
@@ -108,8 +111,10 @@ def linear_logprob_bwd(
     gradient = row_gradient(head, stats, grad_logprobs, grad_entropy)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-    grad_weight = weight_accumulator(weight, len(hidden_states)) if needs_weight else None
-    for rows in row_chunks(hidden_states, weight, impl):
+    chunks = row_chunks(hidden_states, weight, impl)
+    dtype = weight.dtype if len(chunks) == 1 else torch.float32
+    grad_weight = empty_weight_gradient(weight, len(chunks), dtype) if needs_weight else None
+    for rows in chunks:
         chunk = head.rows(rows)
         dlogits = backend.recompute_dlogits(chunk, stats.rows(rows), gradient.rows(rows))
         chunk_grad_hidden = None if grad_hidden is None else grad_hidden[rows]

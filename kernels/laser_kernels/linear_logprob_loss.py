@@ -14,16 +14,27 @@
     dZ [n, V], in place of the logits           the same backend
       |  dH = dZ W, dW += dZ^T H   GEMMs 2, 3   linear_logprob.py <- _maths.py
       v
-    loss, dH and dW in float32                  this file
-      |  backward: times the upstream scalar, rounded once
+    loss, dH, dW                                this file
+      |  backward: times the upstream scalar
       v
     gradients of H and W
 
 Symbols as in `reference.py`. The scale of g goes into dZ before its one rounding: scaling H instead
 would save a pass over the chunk, and round twice, which costs dW 1.2 times the error.
 
-Memory beyond inputs and gradients: one chunk (LASER_KERNELS_WORKSPACE_MB) plus 4 V D bytes for dW
-and 4 N D bytes for dH. A schema cannot carry `loss_fn`, so the public function is Python over ops.
+If all rows are one chunk, a GPU's GEMM writes dW in the dtype of the weight: no float32 dW, no sum
+over chunks, no pass of the backward. An upstream scalar other than a power of two then rounds dW a
+second time, 1.5 times the error of its rounding. Several chunks add up in float32 and round once,
+after that scalar; so does dH always, and dW on a CPU, whose GEMMs give float32 anyway.
+
+Memory beyond inputs and gradients, with C = LASER_KERNELS_WORKSPACE_MB (2600 MB on a GPU):
+
+    one chunk       C + 4 N D             V = 152064, D = 3584, bf16:  N = 8192    2.6 GB (2.4 GiB)
+    several         C/2 + 4 V D + 4 N D                                N = 32768   4.0 GB (3.7 GiB)
+
+A schema cannot carry `loss_fn`, so the public function is Python over ops. Compiled, a loop over
+chunks would be unrolled for every N: rows beyond one chunk, or of a number that only the data know,
+go through `linear_logprob` instead, with 4 GEMMs.
 """
 
 from __future__ import annotations
@@ -36,11 +47,13 @@ from . import _chunked, reference
 from ._dispatch import (
     check_all,
     check_temperature_values,
+    is_last_use,
     load_backend,
+    max_chunk_rows,
     refuse_double_backward,
     row_chunks,
 )
-from ._maths import Head, Statistics, factor_out_exponent, row_gradient, weight_accumulator
+from ._maths import Head, Statistics, empty_weight_gradient, factor_out_exponent, row_gradient
 from ._vocab_parallel import combine, localize
 from .linear_logprob import apply_dlogits, linear_logprob_fwd
 from .reference import LossFn
@@ -88,7 +101,7 @@ def _loss_chunk_bwd(
     inv_temperature: Tensor,  # [n]
     softcap: float,
     grad_hidden: Tensor | None,  # [n, D] float32, written
-    grad_weight: Tensor | None,  # [V, D] float32, accumulated
+    grad_weight: Tensor | None,  # [V, D], written or, in float32, accumulated
     is_first: bool,
     impl: str,
     group: str,
@@ -113,7 +126,7 @@ def _attach_gradients(
     hidden_states: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     grad_hidden: Tensor | None,  # [N, D] float32
-    grad_weight: Tensor | None,  # [V, D] float32
+    grad_weight: Tensor | None,  # [V, D] float32 or of the dtype of the weight
 ) -> Tensor:
     """Hand a loss and its ready gradients to autograd."""
     return loss.clone()
@@ -147,15 +160,18 @@ def _backward_loss(ctx, upstream):
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    # The upstream of `loss.backward()` is exactly 1. On a CPU a float32 gradient is then returned
-    # as it is, which saves the copy of dW, unless the graph is kept and needs it again. On a GPU,
-    # reading the upstream would wait for the device; while the graph is traced it has no value.
-    needs_grad = torch.is_grad_enabled()
-    is_last_use = not (needs_grad or torch._C._autograd._get_current_graph_task_keep_graph())
-    if grad.dtype == dtype and is_last_use and not upstream.is_cuda:
-        if type(upstream) is Tensor and upstream == 1:
+    # The upstream of `loss.backward()` is 1. A gradient that nobody needs again, and that needs no
+    # rounding, is then returned as it is: the saved tensor itself. A GPU looks for itself, since
+    # the host would have to wait for the value; while the graph is traced there is none.
+    if grad.dtype == dtype and is_last_use(grad):
+        if upstream.is_cuda:
+            from . import _row_kernels
+
+            return _row_kernels.scale_(grad, upstream)
+        if upstream == 1:
             return grad
     # Under create_graph the gradients are made to need a gradient, so that asking for it raises.
+    needs_grad = torch.is_grad_enabled()
     return _scale_gradient(grad.detach().requires_grad_(needs_grad), upstream, dtype)
 
 
@@ -163,14 +179,18 @@ _attach_gradients.register_autograd(_backward_loss, setup_context=_save_gradient
 refuse_double_backward(_scale_gradient)
 
 
-def _shared_buffer(hidden_states: Tensor, weight: Tensor, impl: str) -> Tensor | None:
+def _weight_gradient_dtype(weight: Tensor, num_chunks: int) -> torch.dtype:
+    return weight.dtype if weight.is_cuda and num_chunks == 1 else torch.float32
+
+
+def _shared_buffer(head: Head, chunks: list[slice], impl: str) -> Tensor | None:
     """Return the chunk that all chunks use on a CPU; None where the allocator keeps freed memory.
 
     A CPU's allocator returns the pages of a chunk to the system; taking them again costs 4%.
     """
-    if impl != "chunked" or hidden_states.is_cuda:
+    if len(chunks) < 2 or impl != "chunked" or head.hidden_states.is_cuda:
         return None
-    return _chunked.empty_kept(hidden_states, weight)
+    return _chunked.empty_kept(head.hidden_states[chunks[0]], head.weight)
 
 
 def _loss_and_gradient(
@@ -199,6 +219,18 @@ def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tens
             f"{op}: expected loss_fn to return a scalar tensor, got {got}; sum over its rows"
         )
     return loss
+
+
+def _chunks(num_rows: int, head: Head, impl: str) -> list[slice] | None:
+    """Return the chunks; None in a trace that does not know whether one is enough."""
+    if not torch.compiler.is_compiling():
+        return row_chunks(*head[:2], impl)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(num_rows == 0):
+        return []
+    is_one = guard_or_false(num_rows <= max_chunk_rows(head.weight, impl))
+    return [slice(0, num_rows)] if is_one else None
 
 
 def linear_logprob_loss(
@@ -247,16 +279,20 @@ def linear_logprob_loss(
         return reference.linear_logprob_loss(
             hidden_states, weight, labels, loss_fn, temperature=temperature, softcap=softcap
         )
-    inputs = head[:2]
+    num_rows, inputs = head[0].shape[0], head[:2]
+    chunks = _chunks(num_rows, head, impl)
+    if chunks is None:
+        logprobs, *_ = linear_logprob_fwd(*head, False, impl, group)
+        return _chunk_loss(op, loss_fn, logprobs, slice(0, num_rows))
     needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    head = Head(*(x.detach() for x in head[:4]), head.softcap)
-    h, w, *_ = head
+    h, w = (x.detach() for x in inputs)
+    head = head._replace(hidden_states=h, weight=w)
     grad_hidden = torch.empty_like(h, dtype=torch.float32) if needs_hidden else None
-    grad_weight = weight_accumulator(w, len(h)) if needs_weight else None
+    dtype = _weight_gradient_dtype(w, len(chunks))
+    grad_weight = empty_weight_gradient(w, len(chunks), dtype) if needs_weight else None
     loss = torch.zeros((), device=h.device)
-    chunks = row_chunks(h, w, impl)
     has_gradient = needs_hidden or needs_weight
-    buffer = _shared_buffer(h[chunks[0]], w, impl) if chunks and has_gradient else None
+    buffer = _shared_buffer(head, chunks, impl) if has_gradient else None
     for rows in chunks:
         chunk = head.rows(rows)
         if not has_gradient:

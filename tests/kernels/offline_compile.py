@@ -23,6 +23,7 @@ POINTERS = {
     "weight_ptr": "bf16",
     "out_ptr": "bf16",
     "dlogits_ptr": "bf16",
+    "grad_ptr": "bf16",
     "kept_ptr": "i16",
     "labels_ptr": "i64",
     "flags_ptr": "i32",
@@ -108,6 +109,7 @@ def main(arch):
             (kernel, dict(SOFTCAP=0.0, BLOCK_V=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS)
             for kernel in (_row_kernels._row_statistics_kernel, _row_kernels._row_dlogits_kernel)
         ),
+        (_row_kernels._scale_kernel, dict(BLOCK=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS),
     ]
     for kernel, constants, num_warps in rows:
         compile_kernel(arch, kernel.__name__, kernel, constants, {}, num_warps=num_warps)

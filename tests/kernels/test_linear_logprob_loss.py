@@ -1,10 +1,14 @@
 """The fused loss: gradients formed in the forward, for any row-separable loss."""
 
+import importlib
+
 import pytest
 import torch
 
 from laser_kernels import linear_logprob_loss, reference
 
+# The package gives its name to the function.
+loss_module = importlib.import_module("laser_kernels.linear_logprob_loss")
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1.5e-3}
 
 
@@ -130,3 +134,45 @@ def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_
         # The CPU rounds nothing but the result; a GPU also rounds dlogits.
         limit = 1.05 if a.device.type == "cpu" else 1.7
         assert relative_error(a, e) <= limit * relative_error(e.bfloat16(), e)
+
+
+@pytest.mark.parametrize(("upstream", "limit"), [(1.0, 1.05), (0.5, 1.05), (0.7, 1.6)])
+def test_dw_of_one_chunk_is_rounded_by_its_gemm_as_on_a_gpu(
+    upstream, limit, make_head, monkeypatch, relative_error
+):
+    """What the docstring says of upstream scalars: a power of two costs nothing."""
+    monkeypatch.setattr(loss_module, "_weight_gradient_dtype", lambda weight, _: weight.dtype)
+    head = make_head(64, 32, 9000, torch.bfloat16)  # more than a block of columns
+    g = torch.randn(64, device=head.labels.device)
+    saved = []
+
+    def grads():
+        loss = linear_logprob_loss(*head, lambda logprobs, rows: (g[rows] * logprobs).sum())
+        saved.append(loss.grad_fn.saved_tensors[1])
+        return torch.autograd.grad(loss, head[:2], torch.full_like(loss, upstream))
+
+    grad_hidden, grad_weight = grads()
+    assert saved[0].dtype == torch.bfloat16
+    is_handed_over = grad_weight.data_ptr() == saved[0].data_ptr()
+    assert is_handed_over == (upstream == 1 or grad_weight.is_cuda)
+    double = head.float64()
+    exact = torch.autograd.grad(
+        reference.linear_logprob(*double), double[:2], upstream * g.double()
+    )
+    if grad_weight.is_cuda:
+        limit *= 1.7  # dlogits are rounded, too
+    for a, e in zip((grad_hidden, grad_weight), exact, strict=True):
+        assert relative_error(a, e) <= limit * relative_error(e.bfloat16(), e)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+def test_the_scale_kernel_multiplies_every_element_once(factor, device, monkeypatch):
+    from laser_kernels import _row_kernels
+
+    monkeypatch.setattr(_row_kernels, "MAX_PROGRAMS", 2)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    for size in (0, 1, 3 * _row_kernels.BLOCK_V + 5):
+        grad = torch.randn(size, 1, device=device).to(dtype)
+        expected = (grad.float() * factor).to(dtype)
+        result = _row_kernels.scale_(grad, torch.tensor(factor, device=device))
+        assert result is grad and torch.equal(grad, expected)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from laser_kernels import linear_logprob, linear_logprob_entropy, linear_logprob_loss
+from laser_kernels._dispatch import row_chunks
 
 N, D, V = 700, 64, 4000
 WORKSPACE_MB = 5
@@ -80,3 +82,22 @@ def test_backward_of_the_loss_itself_copies_no_gradient(monkeypatch):
     h.grad = w.grad = None
     gradients = 4 * (N + V) * 256
     assert gradients < peak_bytes(function) < 1.6 * gradients  # 2.0 with a copy
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_chunks", "rows", "gib"),
+    # A 7B head in bfloat16: up to here one chunk; then two; and the bound of 4 GiB at 32768 rows.
+    [(8192, 1, 8192, 2.5), (8448, 1, 8448, 2.6), (8449, 3, 2944, 3.1), (32768, 8, 4096, 3.7)],
+)
+def test_chunks_of_the_loss_on_a_gpu(num_rows, num_chunks, rows, gib, monkeypatch):
+    """The formula of linear_logprob_loss.py: the chunk, dH in float32, and dW if it is summed."""
+    monkeypatch.delenv("LASER_KERNELS_WORKSPACE_MB", raising=False)
+    vocabulary, hidden = 152064, 3584
+    with FakeTensorMode():
+        hidden_states = torch.empty(num_rows, hidden, device="cuda")
+        weight = torch.empty(vocabulary, hidden, device="cuda")
+        chunks = row_chunks(hidden_states, weight, "triton")
+    assert len(chunks) == num_chunks and chunks[0] == slice(0, rows)
+    assert chunks[-1].stop == num_rows
+    accumulated = 4 * vocabulary * hidden if num_chunks > 1 else 0
+    assert 2 * rows * vocabulary + 4 * num_rows * hidden + accumulated <= gib * 2**30

