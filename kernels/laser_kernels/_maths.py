@@ -110,8 +110,10 @@ def row_gradient(
         target = target - e * logprobs.exp() * (logprobs + entropy)
         constant, slope = constant - e * entropy, -e
     if head.softcap:
-        capped = (logprobs + stats.logsumexp) / inv_temperature
-        target = target * (1 - (capped / head.softcap).square())
+        # Small numbers first: where the cap is reached, 1 - t^2 magnifies what t loses.
+        logit = stats.anchor + (logprobs / LN2 + stats.log_total)
+        t = logit * (LN2 / (inv_temperature * head.softcap))
+        target = target * (1 - t.square())
     return RowGradient(constant, slope, target)
 
 

@@ -125,17 +125,20 @@ def test_gradients_are_exact(case, upstream, make_head, relative_error):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("max_logit", [8, 30, 200])
+@pytest.mark.parametrize(("max_logit", "softcap"), [(8, None), (30, None), (200, None), (60, 30.0)])
 @pytest.mark.parametrize("form", ["logprob", "loss"])
 def test_float32_gradients_are_as_exact_as_those_of_torch(
-    form, max_logit, temperature, make_head, relative_error
+    form, max_logit, softcap, temperature, make_head, relative_error
 ):
     """Recomputed logits have the bits of the forward, and a logsumexp of 200 is not rounded."""
 
     def plain(h, w, labels):
-        return torch.log_softmax(h @ w.T / temperature, 1).gather(1, labels[:, None]).squeeze(1)
+        logits = h @ w.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.log_softmax(logits / temperature, 1).gather(1, labels[:, None]).squeeze(1)
 
-    how = dict(temperature=temperature, impl="chunked")
+    how = dict(temperature=temperature, softcap=softcap, impl="chunked")
     ours, torchs = [], []
     for _ in range(4):  # the largest logits, of a few rows, make the error of a head
         head, g = make_head(128, 64, 1000, torch.float32, max_logit), torch.randn(128)
