@@ -99,6 +99,22 @@ inline __device__ uint32_t kept_bits(float x) {
   return __float_as_uint(steps) & 0xFFFF;
 }
 
+// Replace logits by C tanh(z / C) = C (1 - 2 / (e^2u + 1)), and by a series near u = 0, where that
+// cancels. About 15 instructions and two special functions a logit: callers branch around it, and
+// a head without a cap pays for the branch of a tile.
+template <int COUNT>
+__device__ void cap(float (&logits)[COUNT], float softcap) {
+  const float inverse = 1 / softcap;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float u = logits[i] * inverse, s = u * u;
+    const float series =
+        u * (1 - s * (1.0f / 3 - s * (2.0f / 15 - s * (17.0f / 315 - s * (62.0f / 2835)))));
+    const float tanh = 1 - 2 * reciprocal_approximate(exp2_approximate(u * (2 * LOG2E)) + 1);
+    logits[i] = softcap * (s < 0.0625f ? series : tanh);
+  }
+}
+
 // ------------------------------------------------------------------------------------ checks
 
 using torch::stable::Tensor;
@@ -130,6 +146,11 @@ T* elements(const Tensor& x, ScalarType type, int64_t count) {
   } else {
     return static_cast<T*>(x.mutable_data_ptr());
   }
+}
+
+// Flags [N + 1], or null for all rows.
+inline const int32_t* flags_or_null(const std::optional<Tensor>& flags, int64_t N) {
+  return flags.has_value() ? elements<const int32_t>(*flags, ScalarType::Int, N + 1) : nullptr;
 }
 
 inline const float* floats(const Tensor& x, int64_t count) {

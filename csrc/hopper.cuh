@@ -218,6 +218,12 @@ inline __device__ float exp2_approximate(float x) {
   return result;
 }
 
+inline __device__ float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Two floats as 16-bit ones, `low` in the lower half.
 template <DType DTYPE>
 __device__ uint32_t pack(float low, float high) {
@@ -271,11 +277,14 @@ inline int num_multiprocessors(int device) {
   return count;
 }
 
-// Launch on PyTorch's current stream of the device; `blocks` is a multiple of `cluster`.
+// Makes a device current while it lives.
+using torch::stable::accelerator::DeviceGuard;
+
+// Launch on PyTorch's current stream of the device, which is current; `blocks` is a multiple of
+// `cluster`.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int device, int blocks, int cluster, int threads,
             int shared_bytes, const Arguments&... arguments) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   STD_CUDA_CHECK(

@@ -53,6 +53,7 @@ struct Rows {
   float* partials;       // [B, 3, column blocks]
   int16_t* kept;         // [B, stride], or null
   int64_t kept_stride;
+  float softcap;  // 0: none
 };
 
 // A warp's 32 rows of W times the batch: partial sums for every row of the batch into `sums`
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     last_token_kernel(const __grid_constant__ TensorMap hidden,
                       const __grid_constant__ TensorMap weight, const Rows rows, int B, int V,
                       int D) {
-  if (rows.flags[B] == 0) return;
+  if (rows.flags != nullptr && rows.flags[B] == 0) return;
   using Shared = Layout<BLOCK_B>;
   uint8_t* const shared = shared_memory();
   const Ring<Shared::STAGES> ring{reinterpret_cast<uint64_t*>(shared + Shared::BARRIERS)};
@@ -148,6 +149,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     wgmma_wait<0>();
     release(use - 1);
 
+    if (rows.softcap > 0) {
+      cap(acc[0], rows.softcap);
+      cap(acc[1], rows.softcap);
+    }
     const int first_column = tile * BLOCK_V + first_row + warp % 4 * 16;
     finish_warp<BLOCK_B, KEEP>(acc, first_column, rows, sums + warp * BLOCK_B, B, V);
     named_barrier(1, CONSUMER_WARPS * 32);
@@ -164,6 +169,7 @@ template <DType DTYPE, int BLOCK_B>
 void run(const Tensor& hidden_states, const Tensor& weight, const Rows& rows) {
   const int B = static_cast<int>(hidden_states.size(0)), V = static_cast<int>(weight.size(0));
   const int D = static_cast<int>(weight.size(1)), device = weight.get_device_index();
+  const DeviceGuard guard(device);
   const TensorMap hidden = matrix_map(hidden_states.const_data_ptr(), B, D, D, BLOCK_B);
   const TensorMap weights = matrix_map(weight.const_data_ptr(), V, D, D, BLOCK_V);
   const auto kernel = rows.kept != nullptr ? last_token_kernel<DTYPE, BLOCK_B, true>
@@ -182,14 +188,16 @@ void run(const Tensor& hidden_states, const Tensor& weight, const Rows& rows) {
 }
 
 void statistics_few(const Tensor& hidden_states, const Tensor& weight,
-                    const std::optional<Tensor>& kept, const Tensor& flags, const Tensor& anchor,
-                    const Tensor& inv_temperature, const Tensor& partials) {
+                    const std::optional<Tensor>& kept, const std::optional<Tensor>& flags,
+                    const Tensor& anchor, const Tensor& inv_temperature, double softcap,
+                    const Tensor& partials) {
   check_head(hidden_states, weight);
   const int64_t B = hidden_states.size(0), V = weight.size(0);
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, B);
   rows.anchor = floats(anchor, B);
-  rows.flags = elements<const int32_t>(flags, ScalarType::Int, B + 1);
+  rows.softcap = static_cast<float>(softcap);
+  rows.flags = flags_or_null(flags, B);
   rows.partials = elements<float>(partials, ScalarType::Float, B * 3 * ceil_div(V, BLOCK_V));
   if (kept.has_value()) {
     check_output(kept.value(), B, V);
@@ -204,8 +212,8 @@ void statistics_few(const Tensor& hidden_states, const Tensor& weight,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, library) {
   library.def(
-      "statistics_few(Tensor hidden_states, Tensor weight, Tensor(a!)? kept, Tensor flags, "
-      "Tensor anchor, Tensor inv_temperature, Tensor(b!) partials) -> ()");
+      "statistics_few(Tensor hidden_states, Tensor weight, Tensor(a!)? kept, Tensor? flags, "
+      "Tensor anchor, Tensor inv_temperature, float softcap, Tensor(b!) partials) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, DISPATCH_KEY, library) {

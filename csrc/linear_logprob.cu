@@ -53,14 +53,15 @@ struct Layout {
 // Vectors [N] of the rows, each null where the output does not need it.
 struct Rows {
   const float* inv_temperature;
-  const float* anchor;     // base 2
-  const float* logsumexp;  // nats
+  const float* anchor;     // base 2, as is log_total
+  const float* log_total;
   const float* constant;
   const float* slope;
   const float* target;
   const int64_t* labels;
   const int32_t* flags;  // [N + 1]: rows to do; at the end 0 for none, 1 for some, 2 for all
   float* partials;       // [N, 3, column blocks]
+  float softcap;         // 0: none
 };
 
 struct Position {
@@ -104,19 +105,29 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
     *reinterpret_cast<uint32_t*>(buffer + offset) = pair;
   };
   if constexpr (OUTPUT == Output::dlogits) {
-    const float logsumexp2 = rows.logsumexp[source] * LOG2E;
+    const float anchor = rows.anchor[source], log_total = rows.log_total[source];
     const float constant = rows.constant[source], slope = rows.slope[source] * LN2;
     const float target = rows.target[source];
     const int label = static_cast<int>(rows.labels[source]) - first;
-    const auto dlogit = [&](float z, int offset) {
-      const float logprob2 = fmaf(z, scale, -logsumexp2);
-      const float other = exp2_approximate(logprob2) * fmaf(slope, logprob2, constant);
-      return offset == label ? target : other;
-    };
+    const auto put_all = [&](auto is_capped) {
+      const float inverse = is_capped ? 1 / rows.softcap : 0.0f;
+      const auto dlogit = [&](float z, int offset) {
+        const float logprob2 = fmaf(z, scale, -anchor) - log_total;
+        float other = exp2_approximate(logprob2) * fmaf(slope, logprob2, constant);
+        if constexpr (is_capped) other *= fmaf(z * inverse, -z * inverse, 1.0f);
+        return offset == label ? target : other;
+      };
 #pragma unroll
-    for (int j = 0; j < BLOCK_V / 8; ++j) {
-      const float* z = acc + 4 * j + 2 * half;
-      put(j, pack<DTYPE>(dlogit(z[0], 8 * j), dlogit(z[1], 8 * j + 1)));
+      for (int j = 0; j < BLOCK_V / 8; ++j) {
+        const float* z = acc + 4 * j + 2 * half;
+        put(j, pack<DTYPE>(dlogit(z[0], 8 * j), dlogit(z[1], 8 * j + 1)));
+      }
+    };
+    // Two loops: the one for no cap has no instruction of the other.
+    if (rows.softcap > 0) {
+      put_all(std::true_type{});
+    } else {
+      put_all(std::false_type{});
     }
   } else {
     const float anchor = rows.anchor[source];
@@ -227,6 +238,10 @@ __global__ void __launch_bounds__(THREADS, 1)
       wgmma_wait<0>();
       release(first_use + num_steps - 1);
 
+      if (rows.softcap > 0) {
+        cap(acc[0], rows.softcap);
+        cap(acc[1], rows.softcap);
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         if constexpr (OUTPUT != Output::none) {
@@ -263,6 +278,7 @@ void run(const Tensor& hidden_states, const Tensor& weight, const Tensor* output
          const Rows& rows) {
   const int N = static_cast<int>(hidden_states.size(0)), V = static_cast<int>(weight.size(0));
   const int D = static_cast<int>(weight.size(1)), device = weight.get_device_index();
+  const DeviceGuard guard(device);
   const TensorMap hidden = matrix_map(hidden_states.const_data_ptr(), N, D, D, BLOCK_N);
   const TensorMap weights = matrix_map(weight.const_data_ptr(), V, D, D, BLOCK_V / CLUSTER);
   TensorMap outputs{};
@@ -285,14 +301,16 @@ void run(const Tensor& hidden_states, const Tensor& weight, const Tensor* output
 }
 
 void statistics(const Tensor& hidden_states, const Tensor& weight,
-                const std::optional<Tensor>& kept, const Tensor& flags, const Tensor& anchor,
-                const Tensor& inv_temperature, const Tensor& partials) {
+                const std::optional<Tensor>& kept, const std::optional<Tensor>& flags,
+                const Tensor& anchor, const Tensor& inv_temperature, double softcap,
+                const Tensor& partials) {
   check_head(hidden_states, weight);
   const int64_t N = hidden_states.size(0), blocks = ceil_div(weight.size(0), BLOCK_V);
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, N);
   rows.anchor = floats(anchor, N);
-  rows.flags = elements<const int32_t>(flags, ScalarType::Int, N + 1);
+  rows.softcap = static_cast<float>(softcap);
+  rows.flags = flags_or_null(flags, N);
   rows.partials = elements<float>(partials, ScalarType::Float, N * 3 * blocks);
   if (kept.has_value()) {
     run<Output::kept>(hidden_states, weight, &kept.value(), rows);
@@ -302,13 +320,16 @@ void statistics(const Tensor& hidden_states, const Tensor& weight,
 }
 
 void dlogits(const Tensor& hidden_states, const Tensor& weight, const Tensor& out,
-             const Tensor& labels, const Tensor& inv_temperature, const Tensor& logsumexp,
-             const Tensor& constant, const Tensor& slope, const Tensor& target) {
+             const Tensor& labels, const Tensor& inv_temperature, double softcap,
+             const Tensor& anchor, const Tensor& log_total, const Tensor& constant,
+             const Tensor& slope, const Tensor& target) {
   check_head(hidden_states, weight);
   const int64_t N = hidden_states.size(0);
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, N);
-  rows.logsumexp = floats(logsumexp, N);
+  rows.softcap = static_cast<float>(softcap);
+  rows.anchor = floats(anchor, N);
+  rows.log_total = floats(log_total, N);
   rows.constant = floats(constant, N);
   rows.slope = floats(slope, N);
   rows.target = floats(target, N);
@@ -320,12 +341,12 @@ void dlogits(const Tensor& hidden_states, const Tensor& weight, const Tensor& ou
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, library) {
   library.def(
-      "statistics(Tensor hidden_states, Tensor weight, Tensor(a!)? kept, Tensor flags, "
-      "Tensor anchor, Tensor inv_temperature, Tensor(b!) partials) -> ()");
+      "statistics(Tensor hidden_states, Tensor weight, Tensor(a!)? kept, Tensor? flags, "
+      "Tensor anchor, Tensor inv_temperature, float softcap, Tensor(b!) partials) -> ()");
   library.def(
       "dlogits(Tensor hidden_states, Tensor weight, Tensor(a!) out, Tensor labels, "
-      "Tensor inv_temperature, Tensor logsumexp, Tensor constant, Tensor slope, Tensor target)"
-      " -> ()");
+      "Tensor inv_temperature, float softcap, Tensor anchor, Tensor log_total, Tensor constant, "
+      "Tensor slope, Tensor target) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, DISPATCH_KEY, library) {

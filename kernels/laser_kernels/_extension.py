@@ -46,12 +46,18 @@ class Cuda(Fused):
         self,
         head: Head,
         kept: Tensor | None,
-        flags: Tensor,
+        flags: Tensor | None,
         anchor: Tensor,
         partials: Tensor,
         few: bool,
+        with_entropy: bool = True,
+        with_maximum: bool = True,
     ) -> None:
-        """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
+        """Write all partials, and the kept logits if wanted, of the rows that are flagged.
+
+        Sums and maxima that nobody asks for are formed all the same: the epilogue runs while the
+        tensor cores work for the other group, so that leaving them out would gain nothing.
+        """
         launch = self.ops.statistics_few if _fits_few(head, few) else self.ops.statistics
         launch(*head[:2], kept, flags, anchor, head.inv_temperature, head.softcap, partials)
 
