@@ -11,6 +11,10 @@
 //                               "Register Fragments" of D for m64nNk16
 //     named and cluster barriers, shuffles, votes
 //
+// and the arithmetic of wgmma, which NVIDIA does not document, from measurements of it: Fasi et al.,
+// PeerJ CS 330 (truncation, V100 to A100); Khattak and Mikaitis, arXiv 2512.07004 (H100 and B200);
+// Xie et al., arXiv 2511.10909, whose model of Hopper's mma and wgmma agrees with it bit for bit.
+//
 // A cluster's threads are fibers in a random order (emulator.h). What the hardware does
 // asynchronously happens here as late as it may: TMA at a random moment, a wgmma when it is waited
 // for. So a stage that is released early, read before its barrier, or awaited in the wrong phase
@@ -18,16 +22,15 @@
 //
 // It cannot show: speed, races of the memory model (everything is sequentially consistent), missing
 // proxy fences, divergence within a warp at `.aligned` instructions, descriptor bits beyond
-// address, stride and swizzle mode, disagreement of the warps of a group, register limits, and the rounding of the tensor cores'
-// accumulation.
+// address, stride and swizzle mode, disagreement of the warps of a group, and register limits.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <array>
+#include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "emulator.h"
 
@@ -43,6 +46,12 @@
 #define blockIdx (emulator::current->cta->block)
 #define gridDim (emulator::current->cta->grid)
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 namespace emulator {
 
 template <DType DTYPE>
@@ -54,20 +63,53 @@ float value(uint16_t bits) {
 // Swizzle 128B: bits 4 to 6 of the address, the 16-byte unit, are XORed with bits 7 to 9.
 inline uint32_t swizzle(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
-// Row i of a K-major matrix [rows, 16]: a row of A or a column of B.
+// Row i of a K-major matrix [rows, 16], a row of A or a column of B, and its exponents.
+struct MatrixRow {
+  double values[16];
+  int exponents[16];
+};
+
+// Of the leading bit, not below `lowest`; of 0 the lowest of float32.
+inline int exponent(float x, int lowest) {
+  return x == 0 ? -126 : std::max(static_cast<int>(__float_as_uint(x) >> 23 & 0xFF) - 127, lowest);
+}
+
 template <DType DTYPE>
-std::array<float, 16> matrix_row(uint64_t descriptor, int i) {
+MatrixRow matrix_row(uint64_t descriptor, int i) {
   const uint32_t start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
   require(descriptor >> 62 == 1, "only the 128-byte swizzle is known");
   require((descriptor >> 49 & 7) == 0 && (start >> 7 & 7) == 0, "base offset is not 0");
-  std::array<float, 16> row;
+  constexpr int LOWEST = DTYPE == DType::bfloat16 ? -126 : -14;
+  MatrixRow row;
   for (int k = 0; k < 16; k += 8) {
     uint16_t unit[8];
     const uint32_t address = swizzle(start + i / 8 * stride + i % 8 * 128 + k * 2);
     std::memcpy(unit, current->cta->at(address, 16), 16);
-    for (int j = 0; j < 8; ++j) row[k + j] = value<DTYPE>(unit[j]);
+    for (int j = 0; j < 8; ++j) {
+      const float x = value<DTYPE>(unit[j]);
+      row.values[k + j] = x;
+      row.exponents[k + j] = exponent(x, LOWEST);
+    }
   }
   return row;
+}
+
+// A tensor core's sum + <a, b>: sum and products are aligned to the largest exponent among them
+// and truncated to 25 bits below it, added exactly, and truncated again to float32.
+inline float fused_dot(float sum, const MatrixRow& a, const MatrixRow& b) {
+  constexpr int FRACTION_BITS = 25;
+  int highest = exponent(sum, -126);
+  double plain = sum;
+  for (int k = 0; k < 16; ++k) {
+    highest = std::max(highest, a.exponents[k] + b.exponents[k]);
+    plain += a.values[k] * b.values[k];
+  }
+  if (!std::isfinite(plain)) return plain;
+  const double unit = std::ldexp(1.0, highest - FRACTION_BITS), scale = 1 / unit;
+  double steps = static_cast<int>(sum * scale);
+  for (int k = 0; k < 16; ++k) steps += static_cast<int>(a.values[k] * b.values[k] * scale);
+  const float result = steps * unit;
+  return std::abs(result) > std::abs(steps * unit) ? std::nextafter(result, 0.0f) : result;
 }
 
 }  // namespace emulator
@@ -96,11 +138,6 @@ inline float __shfl_xor_sync(unsigned, float mine, int bit) {
 inline bool __any_sync(unsigned, bool mine) {
   const float* values = exchanged(mine);
   return std::any_of(values, values + 32, [](float x) { return x != 0; });
-}
-inline uint32_t __float_as_uint(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
 }
 
 // --------------------------------------------------------------- threads, clusters, registers
@@ -252,8 +289,7 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool adds) {
       const auto other = emulator::matrix_row<DTYPE>(b, column);
       for (const auto* row : {&upper, &lower}) {
         float& sum = d[pair / 2 * 4 + (row == &lower) * 2 + pair % 2];
-        if (!adds) sum = 0;
-        sum += std::inner_product(row->begin(), row->end(), other.begin(), 0.0f);
+        sum = emulator::fused_dot(adds ? sum : 0, *row, other);
       }
     }
   });
@@ -262,6 +298,7 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool adds) {
 // ---------------------------------------------------------------------------------- arithmetic
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1 / x; }
 
 template <DType DTYPE>
 uint32_t pack(float low, float high) {
@@ -271,10 +308,21 @@ uint32_t pack(float low, float high) {
 
 // ---------------------------------------------------------------------------------------- host
 
+// The tensors lie on the device that PyTorch calls -1, while 0 is current until a guard says
+// otherwise.
+inline int current_device = 0;
+
+struct DeviceGuard {
+  const int before = current_device;
+  explicit DeviceGuard(int device) { current_device = device; }
+  ~DeviceGuard() { current_device = before; }
+};
+
 inline TensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t row_stride,
                             int box_rows) {
   emulator::require(reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % 8 == 0,
                     "a matrix's address and row stride are multiples of 16 bytes");
+  emulator::require(current_device != 0, "a tensor map is made while another device is current");
   emulator::require(box_rows > 0 && box_rows <= 256, "a box has 1 to 256 rows");
   emulator::require(rows > 0 && columns > 0 && row_stride >= columns, "a matrix is not empty");
   auto* const memory = static_cast<uint8_t*>(const_cast<void*>(data));
@@ -284,8 +332,9 @@ inline TensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int
 inline int num_multiprocessors(int) { return emulator::NUM_MULTIPROCESSORS; }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int, int blocks, int cluster_size, int threads,
+void launch(void (*kernel)(Parameters...), int device, int blocks, int cluster_size, int threads,
             int shared_bytes, const Arguments&... arguments) {
+  emulator::require(current_device == device, "a launch while another device is current");
   emulator::run_grid(blocks, cluster_size, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
