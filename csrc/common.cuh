@@ -99,9 +99,9 @@ inline __device__ uint32_t kept_bits(float x) {
   return __float_as_uint(steps) & 0xFFFF;
 }
 
-// Replace logits by C tanh(z / C) = C (1 - 2 / (e^2u + 1)), and by a series near u = 0, where that
-// cancels. About 15 instructions and two special functions a logit: callers branch around it, and
-// a head without a cap pays for the branch of a tile.
+// Replace logits by t = tanh(z / C) = 1 - 2 / (e^2u + 1), and by a series near u = 0, where that
+// cancels; `Softcap::scale` has the factor C. About 14 instructions and two special functions for
+// each: callers branch around it, and a head without a cap pays for one branch of a tile.
 template <int COUNT>
 __device__ void cap(float (&logits)[COUNT], float softcap) {
   const float inverse = 1 / softcap;
@@ -111,9 +111,23 @@ __device__ void cap(float (&logits)[COUNT], float softcap) {
     const float series =
         u * (1 - s * (1.0f / 3 - s * (2.0f / 15 - s * (17.0f / 315 - s * (62.0f / 2835)))));
     const float tanh = 1 - 2 * reciprocal_approximate(exp2_approximate(u * (2 * LOG2E)) + 1);
-    logits[i] = softcap * (s < 0.0625f ? series : tanh);
+    logits[i] = s < 0.0625f ? series : tanh;
   }
 }
+
+// The softcap, 0 for none, and what `Softcap::scale` multiplies a logit or its t with to temper it
+// in base 2, rounded in the order of `cap` in _head_kernels.py, from which the anchor comes. The
+// factor is 1 without a cap: a condition there would make a second epilogue, and spills at B = 128.
+struct Softcap {
+  float value = 0, factor = 1;
+
+  Softcap() = default;
+  explicit Softcap(double cap)
+      : value(static_cast<float>(cap)), factor(cap > 0 ? static_cast<float>(cap) : 1) {}
+  __device__ float scale(float inv_temperature) const {
+    return inv_temperature * LOG2E * factor;
+  }
+};
 
 // ------------------------------------------------------------------------------------ checks
 

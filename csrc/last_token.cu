@@ -53,7 +53,7 @@ struct Rows {
   float* partials;       // [B, 3, column blocks]
   int16_t* kept;         // [B, stride], or null
   int64_t kept_stride;
-  float softcap;  // 0: none
+  Softcap softcap;
 };
 
 // A warp's 32 rows of W times the batch: partial sums for every row of the batch into `sums`
@@ -67,7 +67,7 @@ __device__ void finish_warp(const float (&acc)[2][BLOCK_B / 2], int first_column
     // This lane's i-th row of the batch: pairs, 8 apart.
     const int row = i / 2 * 8 + lane % 4 * 2 + i % 2;
     const bool is_row = row < B;
-    const float scale = is_row ? rows.inv_temperature[row] * LOG2E : 0.0f;
+    const float scale = is_row ? rows.softcap.scale(rows.inv_temperature[row]) : 0.0f;
     const float anchor = is_row ? rows.anchor[row] : 0.0f;
     Partial partial;
 #pragma unroll
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     wgmma_wait<0>();
     release(use - 1);
 
-    if (rows.softcap > 0) {
-      cap(acc[0], rows.softcap);
-      cap(acc[1], rows.softcap);
+    if (rows.softcap.value > 0) {
+      cap(acc[0], rows.softcap.value);
+      cap(acc[1], rows.softcap.value);
     }
     const int first_column = tile * BLOCK_V + first_row + warp % 4 * 16;
     finish_warp<BLOCK_B, KEEP>(acc, first_column, rows, sums + warp * BLOCK_B, B, V);
@@ -196,7 +196,7 @@ void statistics_few(const Tensor& hidden_states, const Tensor& weight,
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, B);
   rows.anchor = floats(anchor, B);
-  rows.softcap = static_cast<float>(softcap);
+  rows.softcap = Softcap(softcap);
   rows.flags = flags_or_null(flags, B);
   rows.partials = elements<float>(partials, ScalarType::Float, B * 3 * ceil_div(V, BLOCK_V));
   if (kept.has_value()) {

@@ -56,12 +56,12 @@ struct Rows {
   const float* anchor;     // base 2, as is log_total
   const float* log_total;
   const float* constant;
-  const float* slope;
+  const float* slope;  // or null: 0
   const float* target;
   const int64_t* labels;
   const int32_t* flags;  // [N + 1]: rows to do; at the end 0 for none, 1 for some, 2 for all
   float* partials;       // [N, 3, column blocks]
-  float softcap;         // 0: none
+  Softcap softcap;
 };
 
 struct Position {
@@ -93,7 +93,7 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
                            const Rows& rows, uint8_t* buffer, int N, int V) {
   const int lane = threadIdx.x % 32;
   const int source = min(row, N - 1);  // rows beyond the end repeat the last; nothing keeps them
-  const float scale = rows.inv_temperature[source] * LOG2E;
+  const float scale = rows.softcap.scale(rows.inv_temperature[source]);
   const int first = column + 2 * (lane % 4);
   const int num_columns = V - first;  // valid ones, counted from this lane's first
   // Within 64 rows, a warp has 16 and a quad the rows lane / 4 and 8 below.
@@ -106,15 +106,15 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
   };
   if constexpr (OUTPUT == Output::dlogits) {
     const float anchor = rows.anchor[source], log_total = rows.log_total[source];
-    const float constant = rows.constant[source], slope = rows.slope[source] * LN2;
+    const float constant = rows.constant[source];
+    const float slope = rows.slope != nullptr ? rows.slope[source] * LN2 : 0;
     const float target = rows.target[source];
     const int label = static_cast<int>(rows.labels[source]) - first;
     const auto put_all = [&](auto is_capped) {
-      const float inverse = is_capped ? 1 / rows.softcap : 0.0f;
       const auto dlogit = [&](float z, int offset) {
         const float logprob2 = fmaf(z, scale, -anchor) - log_total;
         float other = exp2_approximate(logprob2) * fmaf(slope, logprob2, constant);
-        if constexpr (is_capped) other *= fmaf(z * inverse, -z * inverse, 1.0f);
+        if constexpr (is_capped) other *= fmaf(-z, z, 1.0f);
         return offset == label ? target : other;
       };
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ void finish_row(const float (&acc)[BLOCK_V / 2], int half, int row, i
       }
     };
     // Two loops: the one for no cap has no instruction of the other.
-    if (rows.softcap > 0) {
+    if (rows.softcap.value > 0) {
       put_all(std::true_type{});
     } else {
       put_all(std::false_type{});
@@ -238,9 +238,9 @@ __global__ void __launch_bounds__(THREADS, 1)
       wgmma_wait<0>();
       release(first_use + num_steps - 1);
 
-      if (rows.softcap > 0) {
-        cap(acc[0], rows.softcap);
-        cap(acc[1], rows.softcap);
+      if (rows.softcap.value > 0) {
+        cap(acc[0], rows.softcap.value);
+        cap(acc[1], rows.softcap.value);
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -309,7 +309,7 @@ void statistics(const Tensor& hidden_states, const Tensor& weight,
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, N);
   rows.anchor = floats(anchor, N);
-  rows.softcap = static_cast<float>(softcap);
+  rows.softcap = Softcap(softcap);
   rows.flags = flags_or_null(flags, N);
   rows.partials = elements<float>(partials, ScalarType::Float, N * 3 * blocks);
   if (kept.has_value()) {
@@ -322,16 +322,16 @@ void statistics(const Tensor& hidden_states, const Tensor& weight,
 void dlogits(const Tensor& hidden_states, const Tensor& weight, const Tensor& out,
              const Tensor& labels, const Tensor& inv_temperature, double softcap,
              const Tensor& anchor, const Tensor& log_total, const Tensor& constant,
-             const Tensor& slope, const Tensor& target) {
+             const std::optional<Tensor>& slope, const Tensor& target) {
   check_head(hidden_states, weight);
   const int64_t N = hidden_states.size(0);
   Rows rows{};
   rows.inv_temperature = floats(inv_temperature, N);
-  rows.softcap = static_cast<float>(softcap);
+  rows.softcap = Softcap(softcap);
   rows.anchor = floats(anchor, N);
   rows.log_total = floats(log_total, N);
   rows.constant = floats(constant, N);
-  rows.slope = floats(slope, N);
+  if (slope.has_value()) rows.slope = floats(*slope, N);
   rows.target = floats(target, N);
   rows.labels = elements<const int64_t>(labels, ScalarType::Long, N);
   run<Output::dlogits>(hidden_states, weight, &out, rows);
@@ -346,7 +346,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LIBRARY, library) {
   library.def(
       "dlogits(Tensor hidden_states, Tensor weight, Tensor(a!) out, Tensor labels, "
       "Tensor inv_temperature, float softcap, Tensor anchor, Tensor log_total, Tensor constant, "
-      "Tensor slope, Tensor target) -> ()");
+      "Tensor? slope, Tensor target) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, DISPATCH_KEY, library) {

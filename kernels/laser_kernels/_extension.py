@@ -61,8 +61,8 @@ class Cuda(Fused):
         launch = self.ops.statistics_few if _fits_few(head, few) else self.ops.statistics
         launch(*head[:2], kept, flags, anchor, head.inv_temperature, head.softcap, partials)
 
-    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
-        """Write dlogits [n, V] from anchor, log_total, constant, slope and target [n]."""
+    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor | None) -> None:
+        """Write dlogits [n, V] from anchor, log_total, constant, slope (or None) and target [n]."""
         self.ops.dlogits(*head[:2], out, *head[2:], *rows)
 
 

@@ -156,7 +156,8 @@ def check_dlogits(fused, head, relative_error):
         capping = 1 - (capped / head.softcap) ** 2
 
     def error(actual, gradient):
-        constant, slope, target = (x.double()[:, None] for x in gradient.dense())
+        constant, target = (x.double()[:, None] for x in (gradient.constant, gradient.target))
+        slope = 0 if gradient.slope is None else gradient.slope.double()[:, None]
         expected = logprobs.exp() * (constant + slope * logprobs) * capping
         expected[here, labels[here]] = target[here, 0]
         assert actual.dtype == head.weight.dtype
@@ -166,6 +167,9 @@ def check_dlogits(fused, head, relative_error):
     actual = fused.recompute_dlogits(head._replace(labels=labels), stats, gradient)
     bound = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[head.weight.dtype]
     assert error(actual, gradient) <= bound
+    no_slope = (stats.anchor, stats.log_total, gradient.constant, None, gradient.target)
+    fused.launch_dlogits(head._replace(labels=labels), actual, *no_slope)
+    assert error(actual, gradient._replace(slope=None)) <= bound
     if len(g) > 5:
         stats, kept = fused.keep(head)
         gradient = row_gradient(head, stats, g)
