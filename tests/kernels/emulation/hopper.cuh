@@ -273,6 +273,7 @@ void wgmma_wait() {
     for (const auto& compute : groups.front()) compute();
     groups.erase(groups.begin());
   }
+  __syncwarp();  // what one lane releases now, all lanes have read
   emulator::current->is_fenced = false;
 }
 
