@@ -28,6 +28,10 @@ def statistics(head: Head, with_entropy: bool = False, few: bool = False) -> Sta
 
 def empty_kept(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """Return an uninitialised buffer [n, V] like the one that `keep` returns."""
+    if hidden_states.is_cuda:
+        from . import _fused
+
+        return _fused.empty_rows(hidden_states, weight, torch.float32)
     # Not len(), which would fix a symbolic number of rows.
     shape = (hidden_states.shape[0], weight.shape[0])
     return hidden_states.new_empty(shape, dtype=torch.float32)
@@ -41,7 +45,7 @@ def keep(
     if hidden_states.is_cuda:
         from . import _row_kernels
 
-        z = logits(hidden_states, weight, out)
+        z = logits(hidden_states, weight, empty_kept(hidden_states, weight) if out is None else out)
         return _row_kernels.statistics(z, head), z
     z = _tempered(head, out)
     anchor = z.amax(1)
@@ -81,7 +85,7 @@ def recompute_dlogits(head: Head, stats: Statistics, gradient: RowGradient) -> T
     if head.hidden_states.is_cuda:
         from . import _row_kernels
 
-        z = logits(head.hidden_states, head.weight)
+        z = logits(*head[:2], empty_kept(*head[:2]))
         return _row_kernels.dlogits_(z, head, stats, gradient)
     z = _tempered(head)
     constant, slope, target = gradient

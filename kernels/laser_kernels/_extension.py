@@ -42,6 +42,10 @@ class Cuda(Fused):
         """Return how many columns a partial covers."""
         return BLOCK_V["few" if _fits_few(head, few) else "many"]
 
+    def is_few(self, head: Head, few: bool) -> bool:
+        """Return whether rows that the caller calls few fit the kernel for them."""
+        return _fits_few(head, few)
+
     def launch_statistics(
         self,
         head: Head,

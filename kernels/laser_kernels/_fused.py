@@ -13,6 +13,7 @@ devices, and rows that TMA cannot address because they are not 16-byte aligned, 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -38,43 +39,51 @@ class Tile(NamedTuple):
     d: int
     num_warps: int
     num_stages: int
+    score_stages: int  # where no tile is stored
     uses_tma: bool
+    flattens: bool = False  # on Hopper; on Blackwell Triton 3.9 would spill up to 280 bytes
 
 
 # The largest tiles that need no spills and whose shared memory, 2 (n + v) d bytes a stage and 2 n v
 # to stage the tile that is stored, fits: 227 KB with TMA, 99 KB elsewhere. "few" rows are short on
 # work and long on traffic: narrow tiles give every multiprocessor a share of W, in deep pipelines.
 TILES = {
-    ("many", "tma"): Tile(128, 256, 64, num_warps=8, num_stages=3, uses_tma=True),
-    ("many", "pointer"): Tile(128, 128, 32, num_warps=8, num_stages=4, uses_tma=False),
-    ("few", "tma"): Tile(64, 128, 64, num_warps=4, num_stages=6, uses_tma=True),
-    ("few", "pointer"): Tile(64, 128, 32, num_warps=4, num_stages=4, uses_tma=False),
+    ("many", "tma"): Tile(128, 256, 64, 8, num_stages=3, score_stages=4, uses_tma=True),
+    ("many", "pointer"): Tile(128, 128, 32, 8, num_stages=4, score_stages=4, uses_tma=False),
+    ("few", "tma"): Tile(64, 128, 64, 4, num_stages=6, score_stages=6, uses_tma=True),
+    ("few", "pointer"): Tile(64, 128, 32, 4, num_stages=4, score_stages=4, uses_tma=False),
 }
+# One block of "few" rows. Two would read W twice from the L2 cache, which then sets the time: 24 KB
+# for a step of 64 x 128 x 64 are twice the bytes a FLOP of "many", 48 KB for 128 x 256 x 64.
+MAX_FEW_ROWS = 64
+# Rows of the anchor kernel: the fewest for which Hopper has a warp-group instruction, as the tiles
+# use. Seven stages of 16 KB in flight, because a step waits for memory and for nothing else.
+ANCHOR_ROWS, ANCHOR_WARPS, ANCHOR_STAGES = 64, 4, 7
 # The interpreter steps through every tile on the CPU: tiny ones, of both kinds of addressing.
-INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, uses_tma=True)
+INTERPRETER_TILE = Tile(16, 32, 16, 1, num_stages=1, score_stages=1, uses_tma=True)
 
 
 class Fused:
     """The `_dispatch.Backend` of impl="triton"; impl="cuda" replaces its last three methods."""
 
     def statistics(self, head: Head, with_entropy: bool = False, few: bool = False) -> Statistics:
-        """Score any number of rows and keep nothing; the entropy comes for one FMA a logit."""
+        """Score any number of rows and keep nothing; the entropy costs one FMA a logit."""
         starts = range(0, len(head.hidden_states), SCORE_ROWS)
         chunks = [head.rows(slice(start, start + SCORE_ROWS)) for start in starts]
-        return concatenate([self._score(i, None, few) for i in chunks], head.inv_temperature)
+        parts = [self._score(chunk, None, few, with_entropy) for chunk in chunks]
+        # Joining a single part would copy it, by a launch for each of its tensors.
+        return parts[0] if len(parts) == 1 else concatenate(parts, head.inv_temperature)
 
     def empty_kept(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
         """Return a buffer [n, V] for kept logits, with rows padded to 16 bytes as TMA asks."""
-        padded = triton.cdiv(len(weight), 8) * 8
-        buffer = hidden_states.new_empty(hidden_states.shape[0], padded, dtype=torch.int16)
-        return buffer[:, : len(weight)]
+        return empty_rows(hidden_states, weight, torch.int16)
 
     def keep(
         self, head: Head, few: bool = False, out: Tensor | None = None
     ) -> tuple[Statistics, Tensor]:
         """Score a chunk; return statistics and kept logits [n, V] (`out` if given)."""
         kept = self.empty_kept(head.hidden_states, head.weight) if out is None else out
-        return self._score(head, kept, few), kept
+        return self._score(head, kept, few, with_entropy=False), kept
 
     def dlogits_from_kept(
         self, kept: Tensor, head: Head, stats: Statistics, gradient: RowGradient
@@ -83,38 +92,56 @@ class Fused:
         assert gradient.slope is None  # kept logits serve a loss of log-probs only
         num_rows, num_columns = kept.shape
         dlogits = kept.view(head.hidden_states.dtype)
+        align, stride = row_alignment(kept)
         rows = (head.labels, head.inv_temperature, stats.anchor, stats.log_total)
-        sizes = (gradient.constant, gradient.target, num_columns, kept.stride(0), head.softcap)
-        kernels.unpack_kernel[(num_rows, triton.cdiv(num_columns, UNPACK_BLOCK))](
-            kept, dlogits, *rows, *sizes, BLOCK_V=UNPACK_BLOCK, num_warps=UNPACK_WARPS
-        )
+        sizes = (num_columns, stride, head.softcap, align, UNPACK_BLOCK)
+        arguments = (kept, dlogits, *rows, gradient.constant, gradient.target, *sizes)
+        grid = (num_rows, triton.cdiv(num_columns, UNPACK_BLOCK))
+        launch(kernels.unpack_kernel, grid, kept, *arguments, num_warps=UNPACK_WARPS)
         return dlogits
 
     def recompute_dlogits(self, head: Head, stats: Statistics, gradient: RowGradient) -> Tensor:
         """Form dlogits [n, V] of rows that were scored."""
         hidden_states, weight, *_ = head
         dlogits = self.empty_kept(hidden_states, weight).view(hidden_states.dtype)
-        self.launch_dlogits(head, dlogits, stats.anchor, stats.log_total, *gradient.dense())
+        self.launch_dlogits(head, dlogits, stats.anchor, stats.log_total, *gradient)
         return dlogits
 
-    def _score(self, head: Head, kept: Tensor | None, few: bool) -> Statistics:
-        """Score the rows, again around the maximum where the target's logit is too low."""
-        hidden_states, weight, labels, inv_temperature, softcap = head
-        num_rows, hidden_size = hidden_states.shape
-        num_blocks = triton.cdiv(len(weight), self.block_v(head, few))
-        target, *stats = (torch.empty_like(inv_temperature) for _ in range(5))
+    def _score(self, head: Head, kept: Tensor | None, few: bool, with_entropy: bool) -> Statistics:
+        """Score the rows, again around the maximum where the target's logit is too low.
+
+        The first pass learns the maximum only where that is free, with few rows, whose time is
+        that of reading W. With many, another pass finds it. Passes after the first return at once
+        if no row is flagged.
+        """
+        few = self.is_few(head, few)
+        num_blocks = triton.cdiv(len(head.weight), self.block_v(head, few))
+        target, *stats = (torch.empty_like(head.inv_temperature) for _ in range(5))
         logprobs, anchor, log_total, entropy = stats
-        partials = inv_temperature.new_empty(num_rows, 3, num_blocks)
-        all_rows = torch.full((num_rows + 1,), 2, dtype=torch.int32, device=labels.device)
-        overflowed = torch.zeros_like(all_rows)
-        kernels.anchor_kernel[(num_rows,)](
-            *head[:4], target, anchor, hidden_size, softcap, BLOCK_D=VECTOR_BLOCK
-        )
-        for flags in (all_rows, overflowed):
-            self.launch_statistics(head, kept, flags, anchor, partials, few)
-            rows = (partials, flags, overflowed, target, anchor, logprobs, log_total, entropy)
-            kernels.reduce_kernel[(num_rows,)](*rows, num_rows, num_blocks, BLOCK=VECTOR_BLOCK)
-        return Statistics(*stats)
+        entropy = entropy if with_entropy else None
+        partials = target.new_empty(len(target), 3, num_blocks)
+        overflowed = target.new_empty(len(target) + 1, dtype=torch.int32)
+        self._launch_anchor(head, few, target, anchor, overflowed)
+        for flags in (None, overflowed) if few else (None, overflowed, overflowed):
+            asked = dict(with_entropy=with_entropy, with_maximum=few or flags is not None)
+            self.launch_statistics(head, kept, flags, anchor, partials, few, **asked)
+            rows = (target, anchor, logprobs, log_total, entropy)
+            sizes = (len(target), num_blocks, asked["with_maximum"], VECTOR_BLOCK)
+            arguments = (partials, flags, overflowed, *rows, *sizes)
+            launch(kernels.reduce_kernel, (len(target),), target, *arguments)
+        return Statistics(logprobs, anchor, log_total, target[:0] if entropy is None else entropy)
+
+    def _launch_anchor(self, head: Head, few: bool, *out: Tensor) -> None:
+        hidden_states, _, _, _, softcap = head
+        num_rows, hidden_size = hidden_states.shape
+        sizes = (num_rows, hidden_size, softcap, ANCHOR_ROWS, tile_for(head, few).d)
+        options = dict(num_warps=ANCHOR_WARPS, num_stages=ANCHOR_STAGES)
+        grid = (triton.cdiv(num_rows, ANCHOR_ROWS),)
+        launch(kernels.anchor_kernel, grid, hidden_states, *head[:4], *out, *sizes, **options)
+
+    def is_few(self, head: Head, few: bool) -> bool:
+        """Return whether rows that the caller calls few are few enough for the tile."""
+        return few and len(head.hidden_states) <= MAX_FEW_ROWS
 
     def block_v(self, head: Head, few: bool) -> int:
         """Return how many columns a partial covers."""
@@ -124,20 +151,24 @@ class Fused:
         self,
         head: Head,
         kept: Tensor | None,  # [n, V] int16, written
-        flags: Tensor,  # [n + 1] int32
+        flags: Tensor | None,  # [n + 1] int32; None: all rows
         anchor: Tensor,  # [n]
-        partials: Tensor,  # [n, 3, column blocks], written
+        partials: Tensor,  # [n, 3, column blocks]; written: S and, if asked for, M and the maximum
         few: bool,
+        with_entropy: bool,
+        with_maximum: bool,
     ) -> None:
         """Write the partials, and the kept logits if wanted, of the rows that are flagged."""
+        tile = tile_for(head, few)
+        num_stages = tile.score_stages if kept is None else tile.num_stages
         rows = (flags, anchor, head.inv_temperature, partials)
-        kernel, keeps = kernels.statistics_kernel, kept is not None
-        _launch(kernel, tile_for(head, few), head, kept, *rows, KEEP=keeps)
+        asked = dict(ENTROPY=with_entropy, MAXIMUM=with_maximum)
+        _launch(kernels.statistics_kernel, tile, num_stages, head, kept, *rows, **asked)
 
-    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor) -> None:
+    def launch_dlogits(self, head: Head, out: Tensor, *rows: Tensor | None) -> None:
         """Write dlogits [n, V] from anchor, log_total, constant, slope and target [n]."""
         tile = tile_for(head, few=False)
-        _launch(kernels.dlogits_kernel, tile, head, out, *head[2:4], *rows)
+        _launch(kernels.dlogits_kernel, tile, tile.num_stages, head, out, *head[2:4], *rows)
 
 
 def tile_for(head: Head, few: bool) -> Tile:
@@ -150,7 +181,35 @@ def tile_for(head: Head, few: bool) -> Tile:
         return INTERPRETER_TILE._replace(uses_tma=aligned)
     major, _ = torch.cuda.get_device_capability(head.hidden_states.device)
     addressing = "tma" if aligned and major in (9, 10) else "pointer"
-    return TILES["few" if few else "many", addressing]
+    tile = TILES["few" if few else "many", addressing]
+    return tile._replace(flattens=tile.uses_tma and major == 9)
+
+
+def empty_rows(hidden_states: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised [n, V] whose rows are padded to 8 elements: to 16 bytes and more."""
+    num_columns = weight.shape[0]
+    padded = triton.cdiv(num_columns, 8) * 8
+    return hidden_states.new_empty(hidden_states.shape[0], padded, dtype=dtype)[:, :num_columns]
+
+
+def row_alignment(x: Tensor) -> tuple[int, int]:
+    """Return how many elements, at most 8, rows are aligned to, and their distance in that unit.
+
+    A compiler that sees only an odd V and a stride must assume that rows start anywhere.
+    """
+    align = math.gcd(x.stride(0), 8)
+    return align, x.stride(0) // align
+
+
+def launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], on: Tensor, *args: object, **options: int
+) -> None:
+    """Launch a kernel on the device of a tensor, which need not be the current one.
+
+    z scale - anchor is one fused multiply-add. Triton 3.10 is to fuse only where it is asked to.
+    """
+    with torch.cuda.device_of(on):
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 @cache
@@ -163,10 +222,11 @@ def _num_multiprocessors(device: torch.device) -> int:
 def _launch(
     kernel: triton.JITFunction,
     tile: Tile,
+    num_stages: int,
     head: Head,
     out: Tensor | None,  # [n, V]
-    *rows: Tensor,
-    **flags: bool,
+    *rows: Tensor | None,
+    **asked: bool,
 ) -> None:
     """Launch a kernel over the tiles of [n, V]."""
     hidden_states, weight, *_ = head
@@ -180,21 +240,25 @@ def _launch(
     num_programs = triton.cdiv(len(hidden_states), tile.n) * triton.cdiv(len(weight), tile.v)
     if tile.uses_tma:
         num_programs = min(num_programs, _num_multiprocessors(hidden_states.device))
-    kernel[(num_programs,)](
+    launch(
+        kernel,
+        (num_programs,),
+        hidden_states,
         operand(hidden_states, tile.n, tile.d),
         operand(weight, tile.v, tile.d),
         operand(out, tile.n, tile.v),
         *rows,
         len(hidden_states),
         *weight.shape,
-        SOFTCAP=head.softcap,
-        BLOCK_N=tile.n,
-        BLOCK_V=tile.v,
-        BLOCK_D=tile.d,
-        TMA=tile.uses_tma,
+        head.softcap,
+        tile.n,
+        tile.v,
+        tile.d,
+        tile.uses_tma,
+        tile.flattens,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **flags,
+        num_stages=num_stages,
+        **asked,
     )
 
 

@@ -79,11 +79,6 @@ class RowGradient(NamedTuple):
         slope = None if self.slope is None else self.slope[rows]
         return RowGradient(self.constant[rows], slope, self.target[rows])
 
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three numbers with a slope in any case, as the GPU kernels read them."""
-        slope = torch.zeros_like(self.constant) if self.slope is None else self.slope
-        return self.constant, slope, self.target
-
 
 def concatenate(parts: list[Statistics], like: Tensor) -> Statistics:
     """Join the statistics of row chunks; no chunk means no row."""

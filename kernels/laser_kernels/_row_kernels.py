@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._head_kernels import LOG2E, cap, dlogits_from_logprob, row_statistics
+from ._fused import launch, row_alignment
+from ._head_kernels import LN2, cap, dlogits_from_logprob, padded, row_statistics
 from ._maths import Head, RowGradient, Statistics
 
 # 8 float32 a thread in flight: enough to stream a row at memory speed.
@@ -37,22 +38,25 @@ def _row_statistics_kernel(
     log_total_ptr,
     entropy_ptr,
     V,
-    stride_logits_n,
+    stride_n,
     SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride_logits_n
-    scale = tl.load(inv_temperature_ptr + row) * LOG2E
+    row_ptr = logits_ptr + row * (stride_n * ALIGN)
+    inv_temperature = tl.load(inv_temperature_ptr + row)
     # Any finite logit of the row can start the running maximum; 0 or -inf could not.
-    anchor = cap(tl.load(row_ptr), SOFTCAP) * scale
+    first, scale = cap(tl.load(row_ptr), inv_temperature, SOFTCAP)
+    anchor = first * scale
     total = 0.0
     weighted = 0.0
     for start in range(0, V, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         mask = columns < V
-        z = cap(tl.load(row_ptr + columns, mask=mask, other=0.0), SOFTCAP) * scale
-        z = tl.where(mask, z, -float("inf"))
+        z = tl.load(row_ptr + columns, mask=columns < padded(V, ALIGN), other=0.0)
+        t, _ = cap(z, inv_temperature, SOFTCAP)
+        z = tl.where(mask, t * scale, -float("inf"))
         highest = tl.maximum(anchor, tl.max(z, 0))
         rescale = tl.exp2(anchor - highest)
         weighted = rescale * (weighted + (anchor - highest) * total)
@@ -62,8 +66,8 @@ def _row_statistics_kernel(
         exp = tl.where(mask, tl.exp2(x), 0.0)
         total += tl.sum(exp, 0)
         weighted += tl.sum(exp * x, 0)
-    target = cap(tl.load(row_ptr + tl.load(labels_ptr + row)), SOFTCAP) * scale
-    logprob, log_total, entropy = row_statistics(target, anchor, total, weighted)
+    target, _ = cap(tl.load(row_ptr + tl.load(labels_ptr + row)), inv_temperature, SOFTCAP)
+    logprob, log_total, entropy = row_statistics(target * scale, anchor, total, weighted)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(anchor_ptr + row, anchor)
     tl.store(log_total_ptr + row, log_total)
@@ -82,29 +86,34 @@ def _row_dlogits_kernel(
     slope_ptr,
     target_ptr,
     V,
-    stride_logits_n,
-    stride_dlogits_n,
+    stride_n,  # of the logits
     SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int32)
-    scale = tl.load(inv_temperature_ptr + row) * LOG2E
+    inv_temperature = tl.load(inv_temperature_ptr + row)
     anchor = tl.load(anchor_ptr + row)
     log_total = tl.load(log_total_ptr + row)
     constant = tl.load(constant_ptr + row)
-    slope = tl.load(slope_ptr + row)
+    slope = None
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + row) * LN2
     target = tl.load(target_ptr + row)
+    logits_ptr += row * (stride_n * ALIGN)
+    # A 16-bit row begins where its float32 row does.
+    per_logit: tl.constexpr = 32 // dlogits_ptr.dtype.element_ty.primitive_bitwidth
+    dlogits_ptr += row * (stride_n * ALIGN * per_logit)
     for start in range(0, V, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        mask = columns < V
-        z = tl.load(logits_ptr + row * stride_logits_n + columns, mask=mask, other=0.0)
-        z = cap(z, SOFTCAP)
-        logprob2 = (z * scale - anchor) - log_total
-        d = dlogits_from_logprob(logprob2, constant, slope, target, columns == label, z, SOFTCAP)
+        mask = columns < padded(V, ALIGN)
+        z = tl.load(logits_ptr + columns, mask=mask, other=0.0)
+        t, scale = cap(z, inv_temperature, SOFTCAP)
+        logprob2 = (t * scale - anchor) - log_total
+        d = dlogits_from_logprob(logprob2, constant, slope, target, columns == label, t, SOFTCAP)
         tl.debug_barrier()
-        out = dlogits_ptr + row * stride_dlogits_n + columns
-        tl.store(out, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        tl.store(dlogits_ptr + columns, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -122,10 +131,7 @@ def statistics(logits: Tensor, head: Head) -> Statistics:
     """Reduce float32 logits [n, V], as the GEMM left them, to the statistics of the rows."""
     stats = Statistics(*(torch.empty_like(head.inv_temperature) for _ in range(4)))
     rows = (head.labels, head.inv_temperature, *stats)
-    sizes = (logits.shape[1], logits.stride(0), head.softcap)
-    _row_statistics_kernel[(len(logits),)](
-        logits, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
-    )
+    _launch(_row_statistics_kernel, logits, head, *rows)
     return stats
 
 
@@ -137,16 +143,20 @@ def dlogits_(
 ) -> Tensor:
     """Turn logits into dlogits [n, V] in the dtype of the head, in the memory of the logits."""
     out = logits.view(head.hidden_states.dtype)[:, : logits.shape[1]]
-    rows = (head.labels, head.inv_temperature, stats.anchor, stats.log_total, *gradient.dense())
-    sizes = (logits.shape[1], logits.stride(0), out.stride(0), head.softcap)
-    _row_dlogits_kernel[(len(logits),)](
-        logits, out, *rows, *sizes, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
-    )
+    rows = (head.labels, head.inv_temperature, stats.anchor, stats.log_total, *gradient)
+    _launch(_row_dlogits_kernel, logits, head, out, *rows)
     return out
 
 
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     """Multiply a contiguous gradient by a float32 scalar on the same device, in place."""
     grid = (min(triton.cdiv(grad.numel(), BLOCK_V), MAX_PROGRAMS),)
-    _scale_kernel[grid](grad, scale, grad.numel(), BLOCK=BLOCK_V, num_warps=NUM_WARPS)
+    launch(_scale_kernel, grid, grad, grad, scale, grad.numel(), BLOCK_V, num_warps=NUM_WARPS)
     return grad
+
+
+def _launch(kernel: triton.JITFunction, logits: Tensor, head: Head, *rows: Tensor | None) -> None:
+    """Launch one program a row."""
+    align, stride = row_alignment(logits)
+    arguments = (logits, *rows, logits.shape[1], stride, head.softcap, align, BLOCK_V)
+    launch(kernel, (len(logits),), logits, *arguments, num_warps=NUM_WARPS)

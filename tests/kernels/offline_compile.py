@@ -31,23 +31,21 @@ POINTERS = {
 }
 
 
-def matrices(tile, keep):
-    """Types of the matrices of a GEMM kernel; one that is not passed is a constant None."""
+def matrices(tile):
+    """Types of the matrices of a GEMM kernel."""
     shapes = {
         "hidden": ("bf16", tile.n, tile.d),
         "weight": ("bf16", tile.v, tile.d),
         "kept": ("i16", tile.n, tile.v),
         "out": ("bf16", tile.n, tile.v),
     }
-    if not keep:
-        shapes.pop("kept")
     if not tile.uses_tma:
         return {name: f"*{dtype}" for name, (dtype, *_) in shapes.items()}
     return {name: f"tensordesc<{dtype}[{n},{d}]>" for name, (dtype, n, d) in shapes.items()}
 
 
-def compile_kernel(arch, name, kernel, constants, types, **options):
-    constants = {**{key: None for key in ("kept",) if key not in types}, **constants}
+def compile_kernel(arch, name, kernel, constants, types=None, **options):
+    """Compile and report; `constants` are the constexprs, and None for what is not passed."""
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -55,12 +53,13 @@ def compile_kernel(arch, name, kernel, constants, types, **options):
         elif argument.endswith("_ptr"):
             signature[argument] = "*" + POINTERS.get(argument, "fp32")
         else:
-            signature[argument] = types.get(argument, "i32")
-        # What the launcher finds out about aligned memory and sizes of real models.
-        if signature[argument].startswith("*") or argument == "D" or argument.startswith("stride"):
+            signature[argument] = (types or {}).get(argument, "i32")
+        # What the launcher finds out about aligned memory and the hidden size of real models. V and
+        # strides stay unknown, as they are with a vocabulary of 151937.
+        if signature[argument].startswith("*") or argument == "D":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    constants = {key: value for key, value in constants.items() if key in signature}
     source = ASTSource(kernel, signature, constants, attributes)
+    options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -68,51 +67,98 @@ def compile_kernel(arch, name, kernel, constants, types, **options):
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report).groups()
+    ptx = compiled.asm["ptx"]
     result = {
         "name": name,
         "registers": int(registers),
         "spilled_bytes": int(stack) + int(local),
         "shared_bytes": compiled.metadata.shared,
+        "load_bytes": widest_access(ptx, "ld"),
+        "store_bytes": widest_access(ptx, "st"),
     }
     for instruction in ("wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor"):
-        result[instruction] = compiled.asm["ptx"].count(instruction)
+        result[instruction] = ptx.count(instruction)
     print(json.dumps(result), flush=True)
+
+
+def widest_access(ptx, operation):
+    """Bytes of a thread's widest access to global memory, such as ld.global.v4.b32."""
+    accesses = re.findall(rf"\b{operation}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
+
+
+def compile_tiles(arch, kind, addressing, tile):
+    """What `Fused` launches: a first pass over all rows, and another over those flagged."""
+
+    def compile_gemm(name, kernel, softcap, **constants):
+        keeps = constants.get("kept", "wanted") is not None
+        compile_kernel(
+            arch,
+            f"gemm {kind} {addressing} {name} softcap={softcap:g}",
+            kernel,
+            dict(
+                SOFTCAP=softcap,
+                BLOCK_N=tile.n,
+                BLOCK_V=tile.v,
+                BLOCK_D=tile.d,
+                TMA=tile.uses_tma,
+                FLATTEN=tile.uses_tma and arch == 90,
+                **constants,
+            ),
+            matrices(tile),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages if keeps else tile.score_stages,
+        )
+
+    kernel, is_few = _head_kernels.statistics_kernel, kind == "few"
+    first, again = dict(flags_ptr=None, MAXIMUM=is_few), dict(MAXIMUM=True)
+    keep, score = dict(ENTROPY=False), dict(ENTROPY=False, kept=None)
+    entropy = dict(ENTROPY=True, kept=None)
+    compile_gemm("keep", kernel, 0.0, **keep, **first)
+    compile_gemm("keep", kernel, 30.0, **keep, **first)
+    compile_gemm("keep again", kernel, 0.0, **keep, **again)
+    compile_gemm("score", kernel, 0.0, **score, **first)
+    if is_few:
+        compile_gemm("score again", kernel, 0.0, **score, **again)
+        return
+    compile_gemm("entropy", kernel, 0.0, **entropy, **first)
+    compile_gemm("entropy", kernel, 30.0, **entropy, **first)
+    compile_gemm("entropy again", kernel, 0.0, **entropy, **again)
+    for softcap in (0.0, 30.0):
+        compile_gemm("dlogits", _head_kernels.dlogits_kernel, softcap, slope_ptr=None)
+        compile_gemm("dlogits with slope", _head_kernels.dlogits_kernel, softcap)
 
 
 def main(arch):
     for (kind, addressing), tile in _fused.TILES.items():
         if tile.uses_tma and arch < 90:
             continue
-        blocks = dict(
-            SOFTCAP=0.0, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d, TMA=tile.uses_tma
-        )
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        name = f"gemm {kind} {addressing}"
-        for keep in (False, True):
-            kernel, constants = _head_kernels.statistics_kernel, dict(blocks, KEEP=keep)
-            types = matrices(tile, keep)
-            compile_kernel(arch, f"{name} statistics {keep=}", kernel, constants, types, **options)
+        compile_tiles(arch, kind, addressing, tile)
         if kind == "many":
-            kernel = _head_kernels.dlogits_kernel
             compile_kernel(
-                arch, f"{name} dlogits", kernel, blocks, matrices(tile, False), **options
+                arch,
+                f"anchor {addressing}",
+                _head_kernels.anchor_kernel,
+                dict(SOFTCAP=0.0, BLOCK_N=_fused.ANCHOR_ROWS, BLOCK_D=tile.d),
+                num_warps=_fused.ANCHOR_WARPS,
+                num_stages=_fused.ANCHOR_STAGES,
             )
-    rows = [
-        (_head_kernels.anchor_kernel, dict(SOFTCAP=0.0, BLOCK_D=_fused.VECTOR_BLOCK), 4),
-        (_head_kernels.reduce_kernel, dict(BLOCK=_fused.VECTOR_BLOCK), 4),
-        (
-            _head_kernels.unpack_kernel,
-            dict(SOFTCAP=0.0, BLOCK_V=_fused.UNPACK_BLOCK),
-            _fused.UNPACK_WARPS,
-        ),
-        *(
-            (kernel, dict(SOFTCAP=0.0, BLOCK_V=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS)
-            for kernel in (_row_kernels._row_statistics_kernel, _row_kernels._row_dlogits_kernel)
-        ),
-        (_row_kernels._scale_kernel, dict(BLOCK=_row_kernels.BLOCK_V), _row_kernels.NUM_WARPS),
-    ]
-    for kernel, constants, num_warps in rows:
-        compile_kernel(arch, kernel.__name__, kernel, constants, {}, num_warps=num_warps)
+    kernel, constants = _head_kernels.reduce_kernel, dict(BLOCK=_fused.VECTOR_BLOCK)
+    first = dict(flags_ptr=None, entropy_ptr=None, MAXIMUM=False)
+    compile_kernel(arch, "reduce", kernel, dict(constants, **first))
+    compile_kernel(arch, "reduce again", kernel, dict(constants, MAXIMUM=True))
+    for softcap in (0.0, 30.0):
+        row = dict(SOFTCAP=softcap, ALIGN=8)
+        unpack = dict(row, BLOCK_V=_fused.UNPACK_BLOCK)
+        name, warps = f"unpack softcap={softcap:g}", _fused.UNPACK_WARPS
+        compile_kernel(arch, name, _head_kernels.unpack_kernel, unpack, num_warps=warps)
+        row["BLOCK_V"] = _row_kernels.BLOCK_V
+        for name, kernel, constants in (
+            ("statistics", _row_kernels._row_statistics_kernel, row),
+            ("dlogits", _row_kernels._row_dlogits_kernel, dict(row, slope_ptr=None)),
+        ):
+            name, warps = f"row {name} softcap={softcap:g}", _row_kernels.NUM_WARPS
+            compile_kernel(arch, name, kernel, constants, num_warps=warps)
 
 
 if __name__ == "__main__":

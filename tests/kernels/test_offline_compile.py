@@ -15,8 +15,8 @@ KB = 1024
 MAX_SHARED = {80: 163 * KB, 90: 227 * KB, 100: 227 * KB}
 # Tiles by pointer also serve devices such as sm_86, sm_89 and sm_120.
 MAX_SHARED_BY_POINTER = 99 * KB
-# Triton 3.8 alone spills two registers of one kernel; 3.6.0, 3.7.0, 3.7.1 and 3.9.0 spill none.
-SPILLED_BYTES = {("3.8", 100, "gemm many tma statistics keep=True"): 8}
+# Unaligned rows on Blackwell, and only where one is flagged. Triton 3.6.0 spills none.
+SPILLED_BYTES = {("3.9", 100, "gemm few pointer keep again softcap=0"): 8}
 
 
 @pytest.mark.slow
@@ -33,14 +33,23 @@ def test_kernels_compile_within_the_limits_of_the_device(arch, tmp_path):
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     gemms = [kernel for kernel in kernels if kernel["name"].startswith("gemm")]
-    assert len(gemms) == (5 if arch == 80 else 10) and len(kernels) == len(gemms) + 6
+    num_addressings = 1 if arch == 80 else 2
+    assert len(gemms) == 16 * num_addressings and len(kernels) == len(gemms) + num_addressings + 8
     for kernel in kernels:
         version = triton.__version__.rpartition(".")[0]
         allowed = SPILLED_BYTES.get((version, arch, kernel["name"]), 0)
         assert kernel["spilled_bytes"] <= allowed, kernel
         limit = MAX_SHARED_BY_POINTER if "pointer" in kernel["name"] else MAX_SHARED[arch]
         assert kernel["shared_bytes"] <= limit, kernel
+    for kernel in kernels:
+        # 16 bytes a thread with V = 151937 as well. No GEMM and no sum has so many to store.
+        if kernel["name"].startswith(("unpack", "row ")):
+            assert kernel["load_bytes"] == 16, kernel
+            assert kernel["store_bytes"] == (4 if "statistics" in kernel["name"] else 16), kernel
+    instruction = {80: None, 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    for kernel in kernels:
+        # The target's logit comes from the same instruction as the tiles.
+        if instruction and kernel["name"].startswith(("gemm", "anchor")):
+            assert kernel[instruction] > 0, kernel
     for kernel in gemms:
-        instruction = {80: None, 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-        assert instruction is None or kernel[instruction] > 0, kernel
         assert (kernel["cp.async.bulk.tensor"] > 0) == ("tma" in kernel["name"]), kernel
