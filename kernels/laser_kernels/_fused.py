@@ -116,20 +116,21 @@ class Fused:
         """
         few = self.is_few(head, few)
         num_blocks = triton.cdiv(len(head.weight), self.block_v(head, few))
-        target, *stats = (torch.empty_like(head.inv_temperature) for _ in range(5))
-        logprobs, anchor, log_total, entropy = stats
-        entropy = entropy if with_entropy else None
+        target, logprobs, anchor, log_total = (
+            torch.empty_like(head.inv_temperature) for _ in range(4)
+        )
+        entropy = target.new_empty(len(target) if with_entropy else 0)
         partials = target.new_empty(len(target), 3, num_blocks)
         overflowed = target.new_empty(len(target) + 1, dtype=torch.int32)
         self._launch_anchor(head, few, target, anchor, overflowed)
         for flags in (None, overflowed) if few else (None, overflowed, overflowed):
             asked = dict(with_entropy=with_entropy, with_maximum=few or flags is not None)
             self.launch_statistics(head, kept, flags, anchor, partials, few, **asked)
-            rows = (target, anchor, logprobs, log_total, entropy)
+            rows = (target, anchor, logprobs, log_total, entropy if with_entropy else None)
             sizes = (len(target), num_blocks, asked["with_maximum"], VECTOR_BLOCK)
             arguments = (partials, flags, overflowed, *rows, *sizes)
             launch(kernels.reduce_kernel, (len(target),), target, *arguments)
-        return Statistics(logprobs, anchor, log_total, target[:0] if entropy is None else entropy)
+        return Statistics(logprobs, anchor, log_total, entropy)
 
     def _launch_anchor(self, head: Head, few: bool, *out: Tensor) -> None:
         hidden_states, _, _, _, softcap = head
@@ -195,10 +196,14 @@ def empty_rows(hidden_states: Tensor, weight: Tensor, dtype: torch.dtype) -> Ten
 def row_alignment(x: Tensor) -> tuple[int, int]:
     """Return how many elements, at most 8, rows are aligned to, and their distance in that unit.
 
-    A compiler that sees only an odd V and a stride must assume that rows start anywhere.
+    A compiler that sees only an odd V and a stride must assume that rows start anywhere. Nothing
+    beyond V is aligned that is not there: a clone of one row has its stride, and not its padding.
     """
-    align = math.gcd(x.stride(0), 8)
-    return align, x.stride(0) // align
+    stride = x.stride(0)
+    end = (x.storage_offset() + len(x) * stride) * x.element_size()
+    is_padded = end <= x.untyped_storage().nbytes()
+    align = math.gcd(8, stride, 0 if is_padded else x.shape[1])
+    return align, stride // align
 
 
 def launch(
