@@ -20,15 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import triton
 
-from bench import runner
+from bench import runner, sass
 from bench.harness import Unavailable
 from bench.markdown import page
 from bench.provenance import ROOT, header, save
 from laser_kernels import _extension
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTIONS = {
     "wgmma": "HGMMA",
     "TMA loads": "UTMALDG",
@@ -48,6 +46,12 @@ def nvcc() -> str:
     return found
 
 
+def version() -> str:
+    """The compiler's release."""
+    text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text)[1]
+
+
 def compile_source(source: Path, target: Path) -> None:
     """Compile one file as the extension does, with every warning an error."""
     include = Path(torch.__file__).parent / "include"
@@ -63,30 +67,19 @@ def compile_source(source: Path, target: Path) -> None:
 
 def kernels(binary: Path) -> list[dict]:
     """Resources of each kernel in an object file or library."""
-    usage = _cuobjdump("--dump-resource-usage", binary)
-    found = {
-        name: {
-            "kernel": _readable(name),
-            "registers": int(registers),
-            "spilled bytes": int(stack) + int(local),
+    rows = [
+        {
+            "kernel": readable(name),
+            "registers": code.registers,
+            "spilled bytes": code.spilled_bytes,
+            **{column: code.text.count(word) for column, word in INSTRUCTIONS.items()},
         }
-        for name, registers, stack, local in re.findall(
-            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", usage
-        )
-    }
-    for section in _cuobjdump("-sass", binary).split("Function : ")[1:]:
-        row = found[section.split()[0]]
-        row |= {column: section.count(word) for column, word in INSTRUCTIONS.items()}
-    return sorted(found.values(), key=lambda row: row["kernel"])
+        for name, code in sass.read(binary).items()
+    ]
+    return sorted(rows, key=lambda row: row["kernel"])
 
 
-def _cuobjdump(option: str, binary: Path) -> str:
-    command = [CUOBJDUMP, option, binary]
-    path = {"PATH": f"{CUOBJDUMP.parent}"}  # it calls nvdisasm
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout
-
-
-def _readable(mangled: str) -> str:
+def readable(mangled: str) -> str:
     """For example "head_kernel bfloat16 kept" or "last_token_kernel float16 B 64 keep"."""
     kernel, dtype, rest = re.search(r"\d([a-z_]+_kernel)IL5DType(\d)E(\w+?)EEv", mangled).groups()
     if output := re.search(r"OutputE(\d)", rest):
