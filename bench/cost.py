@@ -43,15 +43,11 @@ L2_BYTES_A_CLOCK = 64
 TMA_LATENCY = 700  # clocks, from the issue to data in shared memory
 MEMORY_LATENCY_MS = 0.0007
 SCHEDULERS = 4
+_ALU = "FMNMX FSEL FSETP SEL ISETP LOP3 PLOP3 PRMT SHF LEA F2FP IADD3 VIADD MOV P2R R2P"
 # Instructions a clock and multiprocessor; what is in none of them is only issued.
 PIPES = {
     "exp2": (16, ("MUFU",)),
-    "ALU": (
-        64,
-        tuple(
-            "FMNMX FSEL FSETP SEL ISETP LOP3 PLOP3 PRMT SHF LEA F2FP IADD3 VIADD MOV P2R R2P".split()
-        ),
-    ),
+    "ALU": (64, tuple(_ALU.split())),
     "FP32": (128, ("FFMA", "FADD", "FMUL", "IMAD")),
 }
 
