@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +77,13 @@ def is_gemm(launch: Launch) -> bool:
 
 def code_of(launch: Launch) -> sass.Code:
     """Machine code of a kernel that Triton compiled."""
+    return _disassembled(launch.compiled.asm["cubin"])
+
+
+@cache
+def _disassembled(cubin: bytes) -> sass.Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(launch.compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         (code,) = sass.read(Path(file.name)).values()
     return code

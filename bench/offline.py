@@ -20,7 +20,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -63,13 +62,13 @@ class Device(ExitStack):
             (torch.cuda, "get_device_capability", lambda *_: divmod(self.arch, 10)),
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (torch.cuda, "device", lambda *_: nullcontext()),
+            (torch.Tensor, "is_cuda", property(lambda _: True)),
             # Its devices are a fixed list.
             (torch, "autocast", lambda *_, **__: nullcontext()),
             (JITFunction, "run", self._compile()),
             (_extension, "load", lambda: _extension.Cuda(_Namespace(self.launches))),
         ):
             self.enter_context(mock.patch.object(owner, name, value))
-        self.enter_context(_AsCuda())
         self.enter_context(_Operators(self.launches))
         return self
 
@@ -83,8 +82,7 @@ class Device(ExitStack):
         def compile_only(kernel, *args, grid, warmup, **options):
             names = [*kernel.arg_names[: len(args)], *options]
             arguments = dict(zip(names, [*args, *options.values()], strict=True))
-            with torch._C.DisableTorchFunctionSubclass():
-                compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
             self.launches.append(Launch("triton", kernel.__name__, arguments, compiled))
 
         return compile_only
@@ -123,15 +121,6 @@ class _Namespace:
         return launch
 
 
-class _AsCuda(TorchFunctionMode):
-    """Meta tensors say that they are on a GPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.is_cuda.__get__:
-            return True
-        return function(*args, **(kwargs or {}))
-
-
 class _Operators(TorchDispatchMode):
     """Notes every operator that launches something; runs the body of ours, not its fake."""
 
@@ -143,7 +132,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         name = function._schema.name
         if name.startswith("laser_kernels::"):
-            with self, _AsCuda():
+            with self:
                 return OPDEFS[name]._init_fn(*args, **kwargs)
         name = name.removeprefix("aten::")
         if name in ("mm", "addmm"):

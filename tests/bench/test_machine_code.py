@@ -10,10 +10,12 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 import laser_kernels
 from bench import cost, predictions, sass
 from bench.cost import CARDS, CENTRAL, Kernel
+from bench.offline import Device
 from bench.provenance import ROOT
 from bench.targets import TARGETS
 
@@ -127,6 +129,33 @@ def test_parts_of_a_loop(text):
 def test_without_a_loop_of_tensor_instructions_there_are_no_parts():
     with pytest.raises(ValueError, match="tensor instructions"):
         _ = sass.Code(0, 0, listing(["FADD R1, R1, R1", "EXIT"])).parts
+
+
+# ------------------------------------------------------------------------- what is launched
+
+
+def test_operators_are_counted_by_their_bytes():
+    with Device(90) as device:
+        a, b, c = (device.empty(*shape) for shape in ((4, 8), (8, 16), (16,)))
+        assert a.is_cuda and torch.cuda.get_device_capability(a.device) == (9, 0)
+        wide = torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(wide, a, b, out_dtype=torch.float32, out=wide)
+        wide[:2].view(-1)  # launches nothing
+        wide.mul_(2)
+        wide[0].copy_(c)
+        torch.zeros_like(c)
+    assert not a.is_cuda
+    inputs = 2 * (4 * 8 + 8 * 16)
+    found = [(launch.kind, launch.name, launch.num_bytes) for launch in device.launches]
+    assert found == [
+        ("gemm", "mm", inputs + 4 * 64),
+        ("gemm", "addmm", inputs + 8 * 64),
+        ("pointwise", "mul_", 8 * 64),
+        ("pointwise", "copy_", 2 * 16 + 4 * 16),
+        ("pointwise", "zeros_like", 2 * 16),
+    ]
+    shapes = [(x.arguments["m"], x.arguments["n"], x.arguments["k"]) for x in device.launches[:2]]
+    assert shapes == [(4, 16, 8)] * 2
 
 
 # -------------------------------------------------------------------------------- the arithmetic
