@@ -142,6 +142,12 @@ def cuda_kernel(name: str, code: sass.Code) -> Kernel:
     return Kernel(name, code, n, v, d, 4, loads, ring, group, "ping-pong")
 
 
+def widest_access(ptx: str, operation: str) -> int:
+    """Bytes of a thread's widest access to global memory, such as ld.global.v4.b32."""
+    accesses = re.findall(rf"\b{operation}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
+
+
 def main(arch: int) -> None:
     """Print what Triton makes of every kernel."""
     for name, used_by, launch, code in shipped(arch):
@@ -154,6 +160,8 @@ def main(arch: int) -> None:
             "registers": code.registers,
             "spilled_bytes": code.spilled_bytes,
             "shared_bytes": launch.compiled.metadata.shared,
+            "load_bytes": widest_access(ptx, "ld"),
+            "store_bytes": widest_access(ptx, "st"),
         }
         print(json.dumps(row | {word: ptx.count(word) for word in words}), flush=True)
 

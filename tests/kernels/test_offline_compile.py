@@ -43,6 +43,11 @@ def test_kernels_compile_within_the_limits_of_the_device(arch, tmp_path):
         by_pointer = kernel["is_gemm"] and "tma" not in kernel["name"]
         limit = MAX_SHARED_BY_POINTER if by_pointer else MAX_SHARED[arch]
         assert kernel["shared_bytes"] <= limit, kernel
+    for kernel in kernels:
+        # 16 bytes a thread, at odd V as well.
+        if kernel["name"].startswith(("unpack", "row_")):
+            assert kernel["load_bytes"] == 16, kernel
+            assert kernel["store_bytes"] == (4 if "statistics" in kernel["name"] else 16), kernel
     for kernel in gemms:
         instruction = {80: None, 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
         assert instruction is None or kernel[instruction] > 0, kernel
