@@ -1,6 +1,6 @@
 """impl="triton" and impl="cuda": everything around a GEMM kernel with a softmax epilogue.
 
-    scoring        writes 12 bytes per row and column block, and nothing of size N V
+    scoring        writes 4 to 12 bytes per row and column block, and nothing of size N V
     keeping        2 bytes a logit, which dlogits then replace in place
     recomputing    2 bytes a logit, dlogits at once
 
@@ -47,6 +47,7 @@ class Tile(NamedTuple):
 # The largest tiles that need no spills and whose shared memory, 2 (n + v) d bytes a stage and 2 n v
 # to stage the tile that is stored, fits: 227 KB with TMA, 99 KB elsewhere. "few" rows are short on
 # work and long on traffic: narrow tiles give every multiprocessor a share of W, in deep pipelines.
+# A score of many rows stores no tile, and has its memory, 64 KB, for a stage of 48 KB.
 TILES = {
     ("many", "tma"): Tile(128, 256, 64, 8, num_stages=3, score_stages=4, uses_tma=True),
     ("many", "pointer"): Tile(128, 128, 32, 8, num_stages=4, score_stages=4, uses_tma=False),
@@ -64,7 +65,7 @@ INTERPRETER_TILE = Tile(16, 32, 16, 1, num_stages=1, score_stages=1, uses_tma=Tr
 
 
 class Fused:
-    """The `_dispatch.Backend` of impl="triton"; impl="cuda" replaces its last three methods."""
+    """The `_dispatch.Backend` of impl="triton"; impl="cuda" replaces its last four methods."""
 
     def statistics(self, head: Head, with_entropy: bool = False, few: bool = False) -> Statistics:
         """Score any number of rows and keep nothing; the entropy costs one FMA a logit."""

@@ -7,7 +7,8 @@
 
 In place means that a 16-bit row lies in the first half of its float32 row. Block b of B elements is
 read from bytes [4 b B, 4 (b + 1) B) and written to [2 b B, 2 (b + 1) B), which holds only what was
-read already; the barrier makes that true of all threads of the program.
+read already; the barrier makes that true of all threads of the program. Rows are padded, and the
+padding is read and written like the rest, so that accesses are 16 bytes whatever V is.
 """
 
 from __future__ import annotations

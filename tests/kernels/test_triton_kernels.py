@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from laser_kernels import _fused, _head_kernels, _row_kernels
+from laser_kernels import _chunked, _fused, _head_kernels, _row_kernels
 from laser_kernels._maths import Head, row_gradient
 
 # numpy reports overflow: where it is meant, and in the padding of rows, which is not initialised.
@@ -108,6 +108,16 @@ def test_only_padding_that_exists_is_used():
     assert _fused.row_alignment(kept) == _fused.row_alignment(kept[1:2]) == (8, 13)
     assert kept[2:].clone().stride(0) == 104 and _fused.row_alignment(kept[2:].clone()) == (1, 104)
     assert _fused.row_alignment(kept.clone()) == (1, 97)
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_chunks_on_a_gpu_have_padded_rows():
+    h, w = torch.empty(3, 8), torch.empty(97, 8)
+    assert _chunked.empty_kept(h, w).stride() == (97, 1)
+    assert _chunked.empty_kept(h.as_subclass(OnGpu), w).stride() == (104, 1)
 
 
 def check_kept(kept, stats, expected):
