@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor) -> str:
         _require_gpu(op, impl, hidden_states)
     if impl == "cuda" and not torch.compiler.is_compiling():
         load_backend(impl)  # fails here, before anything is computed; no tracer can follow it
-    if impl != _last_impl:
+    # A tracer can neither log nor be made to trace again whenever another call chose otherwise.
+    if not torch.compiler.is_compiling() and impl != _last_impl:
         logger.debug("%s: impl=%s", op, impl)
     _last_impl = impl
     return impl
@@ -171,9 +172,10 @@ def check_all(
     softcap: float | None,
     impl: str,
     process_group: ProcessGroup | None,
-) -> tuple[Head, str, str]:
-    """Check all inputs; return them dense, the implementation and the name of the group."""
-    check_matrices(op, hidden_states, weight, allow_float64=impl == "reference")
+    reduce_hidden_grad: bool,
+) -> tuple[Head, str, str, str]:
+    """Check all inputs; return them dense, the implementation, the group, and the group for dH."""
+    hidden_states, weight = check_matrices(op, hidden_states, weight, impl)
     _check_rows(op, "labels", labels, hidden_states)
     if labels.dtype != torch.int64:
         raise ValueError(
@@ -188,29 +190,33 @@ def check_all(
                 f"{op}: impl='reference' expected the whole weight and no process_group, got one; "
                 f"use another impl, or gather the weight"
             )
-        # The ops check values where they run; plain torch has no such place.
-        check_label_values(labels, len(weight))
-        check_temperature_values(inv_temperature)
+        # The ops check values where they run; plain torch has no such place, a tracer no values.
+        if not torch.compiler.is_compiling():
+            check_label_values(labels, len(weight))
+            check_temperature_values(inv_temperature)
     # An op schema can carry the name of a group, not the group.
     group = "" if process_group is None else process_group.group_name
-    tensors = (hidden_states, weight, labels, inv_temperature)
-    return Head(*(x.contiguous() for x in tensors), softcap), impl, group
+    dense = [x.contiguous() for x in (hidden_states, weight, labels, inv_temperature)]
+    head = Head(dense[0], dense[1], dense[2], dense[3], softcap)
+    return head, impl, group, group if reduce_hidden_grad else ""
 
 
-def check_matrices(op: str, hidden_states: Tensor, weight: Tensor, *, allow_float64: bool) -> None:
-    """Check H [N, D] and W [V, D]: one floating dtype, one device."""
-    for name, x, layout in (
-        ("hidden_states", hidden_states, "[N, D]"),
-        ("weight", weight, "[V, D]"),
-    ):
-        _check_plain_tensor(op, name, x, layout)
+def check_matrices(
+    op: str, hidden_states: Tensor, weight: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Check H [N, D] and W [V, D]: one floating dtype, that of an autocast if any; one device."""
+    _check_plain_tensor(op, "hidden_states", hidden_states, "[N, D]")
+    _check_plain_tensor(op, "weight", weight, "[V, D]")
+    hidden_states, weight = _follow_autocast(hidden_states), _follow_autocast(weight)
+    named = (("hidden_states", hidden_states, "[N, D]"), ("weight", weight, "[V, D]"))
+    for name, x, layout in named:
         if x.dim() != 2:
             raise ValueError(
                 f"{op}: expected {name} {layout}, got shape {tuple(x.shape)}; flatten batch "
                 f"dimensions and select rows before the call"
             )
         is_supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not is_supported and not (allow_float64 and x.dtype == torch.float64):
+        if not is_supported and not (impl == "reference" and x.dtype == torch.float64):
             raise ValueError(
                 f"{op}: expected {name} of dtype float32, bfloat16 or float16, got {x.dtype}; cast "
                 f"it, or use impl='reference', which also takes float64"
@@ -226,14 +232,24 @@ def check_matrices(op: str, hidden_states: Tensor, weight: Tensor, *, allow_floa
             f"{weight.dtype}; cast one of them, e.g. hidden_states.to(weight.dtype)"
         )
     _check_device(op, "weight", weight, hidden_states)
+    return hidden_states, weight
 
 
-def check_label_values(labels: Tensor, vocabulary: int) -> None:
+def _follow_autocast(x: Tensor) -> Tensor:
+    """Cast to the dtype of an autocast of the tensor's device, as a Linear does with its inputs."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    is_cast = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x
+
+
+def check_label_values(labels: Tensor, vocabulary: int | Tensor) -> None:
     """Check that every label lies in [0, V): there is no ignore_index, the caller selects rows."""
     _check_values(
         labels,
         lambda x: (x >= 0) & (x < vocabulary),
-        f"labels: expected values in [0, {vocabulary}); drop ignored rows before the call",
+        lambda: f"labels: expected values in [0, {vocabulary}); drop ignored rows before the call",
     )
 
 
@@ -264,7 +280,7 @@ def check_temperature_values(inv_temperature: Tensor) -> None:
     _check_values(
         inv_temperature.reciprocal(),
         lambda x: (x > 0) & x.isfinite(),
-        "temperature: expected values > 0 in every row",
+        lambda: "temperature: expected values > 0 in every row",
     )
 
 
@@ -324,15 +340,42 @@ def _check_positive(op: str, name: str, value: float) -> None:
         )
 
 
-def _check_values(values: Tensor, is_valid: Callable[[Tensor], Tensor], message: str) -> None:
+def _check_values(
+    values: Tensor, is_valid: Callable[[Tensor], Tensor], message: Callable[[], str]
+) -> None:
     if values.device.type == "cpu":
         if not is_valid(values).all():
-            raise ValueError(f"{message}, got {values[~is_valid(values)][0].item()}")
+            raise ValueError(f"{message()}, got {values[~is_valid(values)][0].item()}")
     elif os.environ.get("LASER_KERNELS_DEBUG") == "1":
-        torch._assert_async(is_valid(values).all(), message)
+        torch._assert_async(is_valid(values).all(), message())
 
 
-def refuse_double_backward(op: torch.library.CustomOpDef) -> None:
+def _save_nothing(ctx: object, inputs: tuple, output: object) -> None: ...
+
+
+def differentiable(
+    op: torch.library.CustomOpDef, backward: Callable, setup_context: Callable = _save_nothing
+) -> Callable:
+    """Register the gradient of an op, and return the op as torch.func takes it, too.
+
+    It asks for a setup_context, which the autograd.Function of torch.library does not have.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    functions = dict(forward=lambda *x: op(*x), backward=backward, setup_context=setup_context)
+    methods: dict[str, Any] = {name: staticmethod(f) for name, f in functions.items()}
+    form: Any = type(op._name, (torch.autograd.Function,), methods | {"generate_vmap_rule": True})
+
+    def call(*args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if torch.compiler.is_compiling():  # Dynamo fails to trace these functions
+            torch._dynamo.graph_break(msg="torch.func of laser_kernels needs fullgraph=False")
+        return form.apply(*args)
+
+    return call
+
+
+def refuse_double_backward(op: torch.library.CustomOpDef) -> Callable:
     """Make differentiation of a backward op an error: its gradients are constants to autograd."""
 
     def backward(ctx: object, *grads: Tensor | None) -> None:
@@ -341,7 +384,7 @@ def refuse_double_backward(op: torch.library.CustomOpDef) -> None:
             f"impl='reference'"
         )
 
-    op.register_autograd(backward)
+    return differentiable(op, backward)
 
 
 def is_last_use(saved: Tensor) -> bool:

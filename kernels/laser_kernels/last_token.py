@@ -26,19 +26,21 @@ from ._dispatch import (
     check_softcap,
     check_targets,
     choose_impl,
+    differentiable,
     is_last_use,
     load_backend,
     refuse_double_backward,
 )
 from ._maths import Head, Statistics, factor_out_exponent, row_gradient
+from ._ops import add_op_namespace_prefix
 from .linear_logprob import apply_dlogits, linear_logprob_bwd
 
 # Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
 MAX_KEPT_ROWS = 256
 
 
-@torch.library.custom_op("laser_kernels::last_token_fwd", mutates_args=())
-def _last_token_fwd(
+@torch.library.custom_op(add_op_namespace_prefix("last_token_fwd"), mutates_args=())
+def _last_token_fwd_op(
     hidden_states: Tensor,  # [B, D]
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [B]
@@ -64,7 +66,7 @@ def _last_token_fwd(
     return torch.dot(weighted, errors), scores, weighted, *stats[:3], kept
 
 
-@_last_token_fwd.register_fake
+@_last_token_fwd_op.register_fake
 def _(hidden_states, weight, labels, inv_temperature, softcap, rewards, *rest):
     *_, keeps_logits, impl = rest
     kept = hidden_states.new_empty(0)
@@ -95,8 +97,8 @@ def _gradients_from_kept(
     )
 
 
-@torch.library.custom_op("laser_kernels::last_token_bwd", mutates_args=())
-def _last_token_bwd(
+@torch.library.custom_op(add_op_namespace_prefix("last_token_bwd"), mutates_args=())
+def _last_token_bwd_op(
     grad_logprobs: Tensor,  # [B]
     kept: Tensor,  # [B, V]
     hidden_states: Tensor,  # [B, D]
@@ -118,7 +120,7 @@ def _last_token_bwd(
     return _gradients_from_kept(grad_logprobs, kept.clone(), head, stats, *needs, impl)
 
 
-@_last_token_bwd.register_fake
+@_last_token_bwd_op.register_fake
 def _(grad_logprobs, kept, hidden_states, weight, *rest):
     needs_hidden, needs_weight = rest[-3:-1]
     return (
@@ -152,8 +154,8 @@ def _backward(ctx, grad_loss, *_):
     return *wanted, *[None] * 9
 
 
-_last_token_fwd.register_autograd(_backward, setup_context=_save)
-refuse_double_backward(_last_token_bwd)
+_last_token_fwd = differentiable(_last_token_fwd_op, _backward, _save)
+_last_token_bwd = refuse_double_backward(_last_token_bwd_op)
 
 
 def _loss_and_scores(
@@ -168,7 +170,7 @@ def _loss_and_scores(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    check_matrices(op, hidden_states, weight, allow_float64=impl == "reference")
+    hidden_states, weight = check_matrices(op, hidden_states, weight, impl)
     check_score(op, token_id, weight, beta, ref_logprob)
     num_rows = len(hidden_states)
     if rewards is None:
@@ -218,7 +220,8 @@ def last_token_loss(
     B = 1..1024 rows.
 
     Args:
-        hidden_states: [B, D] bfloat16, float16 or float32, at the position before the token.
+        hidden_states: [B, D] bfloat16, float16 or float32, at the position before the token;
+            autocast as in `linear_logprob`.
         weight: [V, D] of the same dtype.
         token_id: the reserved token, in [0, V).
         rewards: [B], the targets of the scores.

@@ -46,7 +46,9 @@ from torch.distributed import ProcessGroup
 from . import _chunked, reference
 from ._dispatch import (
     check_all,
+    check_label_values,
     check_temperature_values,
+    differentiable,
     is_last_use,
     load_backend,
     max_chunk_rows,
@@ -54,12 +56,13 @@ from ._dispatch import (
     row_chunks,
 )
 from ._maths import Head, Statistics, empty_weight_gradient, factor_out_exponent, row_gradient
+from ._ops import add_op_namespace_prefix
 from ._vocab_parallel import combine, localize
 from .linear_logprob import apply_dlogits, linear_logprob_fwd
 from .reference import LossFn
 
 
-@torch.library.custom_op("laser_kernels::loss_chunk_fwd", mutates_args=("buffer",))
+@torch.library.custom_op(add_op_namespace_prefix("loss_chunk_fwd"), mutates_args=("buffer",))
 def _loss_chunk_fwd(
     hidden_states: Tensor,  # [n, D]
     weight: Tensor,  # [V, D]
@@ -71,10 +74,11 @@ def _loss_chunk_fwd(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logprobs, anchor, log_total [n], kept or [0]
     check_temperature_values(inv_temperature)
-    local_labels = localize(labels, len(weight), group)
-    head = Head(hidden_states, weight, local_labels.clamp(min=0), inv_temperature, softcap)
+    if not group:
+        check_label_values(labels, len(weight))
+    head = Head(hidden_states, weight, labels.clamp(min=0), inv_temperature, softcap)
     local, kept = load_backend(impl).keep(head, out=buffer)
-    stats = combine(local, local_labels, group)
+    stats = combine(local, labels, group)
     return *stats[:3], kept if buffer is None else buffer.new_empty(0)
 
 
@@ -87,7 +91,7 @@ def _(hidden_states, weight, labels, inv_temperature, softcap, buffer, impl, gro
 
 
 @torch.library.custom_op(
-    "laser_kernels::loss_chunk_bwd", mutates_args=("kept", "grad_hidden", "grad_weight")
+    add_op_namespace_prefix("loss_chunk_bwd"), mutates_args=("kept", "grad_hidden", "grad_weight")
 )
 def _loss_chunk_bwd(
     grad_logprobs: Tensor,  # [n]
@@ -104,15 +108,14 @@ def _loss_chunk_bwd(
     grad_weight: Tensor | None,  # [V, D], written or, in float32, accumulated
     is_first: bool,
     impl: str,
-    group: str,
+    grad_group: str,
 ) -> None:
-    local_labels = localize(labels, len(weight), group)
-    head = Head(hidden_states, weight, local_labels, inv_temperature, softcap)
+    head = Head(hidden_states, weight, labels, inv_temperature, softcap)
     stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
     gradient = row_gradient(head, stats, grad_logprobs)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     dlogits = load_backend(impl).dlogits_from_kept(kept, head, stats, gradient)
-    apply_dlogits(dlogits, scale, head, grad_hidden, grad_weight, is_first, group)
+    apply_dlogits(dlogits, scale, head, grad_hidden, grad_weight, is_first, grad_group)
 
 
 @_loss_chunk_bwd.register_fake
@@ -120,8 +123,8 @@ def _(*args):
     return None
 
 
-@torch.library.custom_op("laser_kernels::attach_gradients", mutates_args=())
-def _attach_gradients(
+@torch.library.custom_op(add_op_namespace_prefix("attach_gradients"), mutates_args=())
+def _attach_gradients_op(
     loss: Tensor,  # scalar
     hidden_states: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -132,18 +135,18 @@ def _attach_gradients(
     return loss.clone()
 
 
-@_attach_gradients.register_fake
+@_attach_gradients_op.register_fake
 def _(loss, hidden_states, weight, grad_hidden, grad_weight):
     return torch.empty_like(loss)
 
 
-@torch.library.custom_op("laser_kernels::scale_gradient", mutates_args=())
-def _scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op(add_op_namespace_prefix("scale_gradient"), mutates_args=())
+def _scale_gradient_op(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * upstream, rounded once to `dtype`."""
     return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
 
 
-@_scale_gradient.register_fake
+@_scale_gradient_op.register_fake
 def _(grad, upstream, dtype):
     return torch.empty_like(grad, dtype=dtype)
 
@@ -175,8 +178,8 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return _scale_gradient(grad.detach().requires_grad_(needs_grad), upstream, dtype)
 
 
-_attach_gradients.register_autograd(_backward_loss, setup_context=_save_gradients)
-refuse_double_backward(_scale_gradient)
+_attach_gradients = differentiable(_attach_gradients_op, _backward_loss, _save_gradients)
+_scale_gradient = refuse_double_backward(_scale_gradient_op)
 
 
 def _weight_gradient_dtype(weight: Tensor, num_chunks: int) -> torch.dtype:
@@ -243,6 +246,7 @@ def linear_logprob_loss(
     softcap: float | None = None,
     impl: str = "auto",
     process_group: ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> Tensor:  # scalar float32
     """Return sum over chunks of loss_fn(logprobs[rows], rows), with gradients formed on the way.
 
@@ -258,7 +262,7 @@ def linear_logprob_loss(
     Without gradients (`torch.no_grad`, or nothing requires them) only the loss is computed.
 
     Args:
-        hidden_states: [N, D] bfloat16, float16 or float32.
+        hidden_states: [N, D] bfloat16, float16 or float32; autocast as in `linear_logprob`.
         weight: [V, D] of the same dtype.
         labels: [N] int64 in [0, V), already shifted.
         loss_fn: ([n] float32 logprobs, rows: slice) -> scalar.
@@ -266,23 +270,29 @@ def linear_logprob_loss(
         softcap: as in `linear_logprob`.
         impl: as in `linear_logprob`.
         process_group: as in `linear_logprob`.
+        reduce_hidden_grad: as in `linear_logprob`.
 
     Raises:
         ValueError: as in `linear_logprob`, or `loss_fn` does not return a scalar tensor.
         RuntimeError: the named implementation cannot run here.
     """
     op = "linear_logprob_loss"
-    head, impl, group = check_all(
-        op, hidden_states, weight, labels, temperature, softcap, impl, process_group
-    )
+    options = (temperature, softcap, impl, process_group, reduce_hidden_grad)
+    head, impl, group, grad_group = check_all(op, hidden_states, weight, labels, *options)
     if impl == "reference":
         return reference.linear_logprob_loss(
-            hidden_states, weight, labels, loss_fn, temperature=temperature, softcap=softcap
+            *head[:3], loss_fn, temperature=temperature, softcap=softcap
         )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op}: torch.func cannot transform a loss whose gradients are formed in the forward; "
+            f"use loss.backward() or torch.autograd.grad, or transform linear_logprob"
+        )
+    head = localize(head, group)
     num_rows, inputs = head[0].shape[0], head[:2]
     chunks = _chunks(num_rows, head, impl)
     if chunks is None:
-        logprobs, *_ = linear_logprob_fwd(*head, False, impl, group)
+        logprobs, *_ = linear_logprob_fwd(*head, False, impl, group, grad_group)
         return _chunk_loss(op, loss_fn, logprobs, slice(0, num_rows))
     needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
     h, w = (x.detach() for x in inputs)
@@ -296,7 +306,7 @@ def linear_logprob_loss(
     for rows in chunks:
         chunk = head.rows(rows)
         if not has_gradient:
-            logprobs, *_ = linear_logprob_fwd(*chunk, False, impl, group)
+            logprobs, *_ = linear_logprob_fwd(*chunk, False, impl, group, "")
             loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
             continue
         chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
@@ -306,6 +316,6 @@ def linear_logprob_loss(
         loss += chunk_loss
         chunk_grad = None if grad_hidden is None else grad_hidden[rows]
         grads = (chunk_grad, grad_weight, rows.start == 0)
-        _loss_chunk_bwd(grad_logprobs, logprobs, *parts, kept, *chunk, *grads, impl, group)
+        _loss_chunk_bwd(grad_logprobs, logprobs, *parts, kept, *chunk, *grads, impl, grad_group)
         del kept  # before the next chunk is allocated
     return _attach_gradients(loss, *inputs, grad_hidden, grad_weight)

@@ -57,6 +57,10 @@ BAD_ROWS = {
         r"float32 \[N\].* torch.float64",
     ),
     "gradient of temperature": (dict(temperature=GRAD), r"requires_grad=True"),
+    "zero softcap": (dict(softcap=0.0), r"softcap > 0.* got 0.0"),
+    "negative softcap": (dict(softcap=-30), r"softcap > 0.* got -30"),
+    "infinite softcap": (dict(softcap=float("inf")), r"softcap > 0 and finite, got inf"),
+    "softcap that is no number": (dict(softcap=float("nan")), r"softcap > 0.* got nan"),
     "unknown impl": (dict(impl="fast"), r"impl to be one of .*'chunked'.* got 'fast'"),
 }
 
@@ -85,6 +89,7 @@ BAD_SCORES = {
     "token id tensor": (dict(token_id=torch.tensor(1)), r"token_id as an int"),
     "beta": (dict(beta=-0.1), r"beta > 0.* got -0.1"),
     "ref_logprob": (dict(ref_logprob=float("nan")), r"finite ref_logprob, got nan"),
+    "softcap of a score": (dict(softcap=-1.0), r"softcap > 0.* got -1.0"),
     "number of rewards": (dict(rewards=torch.ones(N + 1)), r"rewards \[N\] with N=4"),
     "rewards as a list": (dict(rewards=[1.0] * N), r"rewards as a tensor \[N\], got list"),
     "gradient of rewards": (dict(rewards=GRAD), r"rewards without gradient"),

@@ -237,22 +237,3 @@ def test_chunks_are_invisible(case, make_head, monkeypatch, relative_error):
     torch.testing.assert_close(split[0], whole[0], rtol=0, atol=1e-5)
     for a, b in zip(split[1:], whole[1:], strict=True):
         assert relative_error(a, b.double()) <= GRADIENT_TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_autocast_changes_nothing(impl, dtype, make_head):
-    head = make_head(20, 16, 97, dtype)
-    g = torch.randn(20, device=head.labels.device)
-
-    def run():
-        logprobs = linear_logprob(*head, impl=impl)
-        if impl == "reference":  # its backward is autograd's, which autocast does reach
-            return (logprobs,)
-        return logprobs, *torch.autograd.grad(logprobs, head[:2], g)
-
-    expected = run()
-    with torch.autocast(head.labels.device.type, torch.bfloat16):
-        actual = run()
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)

@@ -1,6 +1,8 @@
-"""The ops as torch sees them: schema, fake, autograd, compilation."""
+"""The ops as torch sees them: schema, fake, autograd, compilation, and whose code they run."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import laser_kernels
-from laser_kernels import last_token_score
+from laser_kernels import last_token_score, linear_logprob
 
 OPS = torch.ops.laser_kernels
 
@@ -22,7 +24,7 @@ def op_arguments(head, impl):
     inv_temperature, g, e = rows
     hd, wd = h.detach(), w.detach()
     head = (hd, wd, labels, inv_temperature, 30.0)
-    stats = OPS.linear_logprob_fwd(*head, True, impl, "")
+    stats = OPS.linear_logprob_fwd(*head, True, impl, "", "")
     *loss_stats, kept = OPS.loss_chunk_fwd(*head, None, impl, "")
     has_buffer = impl == "chunked" and device.type == "cpu"
     buffer = torch.empty_like(kept) if has_buffer else None
@@ -30,7 +32,7 @@ def op_arguments(head, impl):
     grads = (torch.zeros_like(hd).float(), torch.zeros_like(wd).float())
     scalar = torch.tensor(2.0, device=device)
     return {
-        "linear_logprob_fwd": (h, w, *head[2:], True, impl, ""),
+        "linear_logprob_fwd": (h, w, *head[2:], True, impl, "", ""),
         "linear_logprob_bwd": (g, e, *head, *stats, True, False, impl, ""),
         "loss_chunk_fwd": (*head, buffer, impl, ""),
         "loss_chunk_bwd": (g, *loss_stats, kept, *head, *grads, True, impl, ""),
@@ -86,6 +88,18 @@ def test_any_number_of_rows_compiles_to_few_graphs(op, workspace_mb, most):
     assert int(result.stdout) <= most
 
 
+def test_opcheck_of_the_labels_of_a_shard(device):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD.group_name
+        arguments = (torch.randint(41, (6,), device=device), 41, group)
+        checks = torch.library.opcheck(OPS.local_labels.default, arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert set(checks.values()) == {"SUCCESS"}
+
+
 def test_compiled_chunks_equal_eager_ones(make_head, scalar_ops, monkeypatch):
     monkeypatch.setenv("LASER_KERNELS_WORKSPACE_MB", "0.0001")  # chunks of 128 rows
     head = make_head(300, 16, 41, torch.float32)
@@ -114,3 +128,66 @@ def test_compiled_equals_eager(name, case, make_head, scalar_ops):
         grads = (torch.autograd.grad(x, head[:2]) for x in (eager, traced))
         for a, b in zip(*grads, strict=True):
             assert torch.equal(a, b)
+
+
+FIRST_CALL = """
+import torch
+from laser_kernels import last_impl, linear_logprob
+head = (torch.randn(3, 8), torch.randn(11, 8), torch.zeros(3, dtype=int))
+compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+compiled(*head, impl="chunked")
+assert last_impl() == "chunked"
+compiled(*head, impl="reference")
+assert last_impl() == "reference"
+with torch._dynamo.config.patch(error_on_recompile=True):
+    compiled(*head, impl="chunked")
+assert last_impl() == "chunked"
+"""
+
+
+def test_the_first_call_of_a_process_may_be_a_compiled_one():
+    """In a fresh process; a later call with another impl neither fails nor compiles again."""
+    path = os.pathsep.join([os.path.dirname(laser_kernels.__path__[0]), *sys.path])
+    env = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_copies_of_the_package_run_their_own_code(tmp_path, make_head):
+    """As Hugging Face's `kernels` loads them: under other module names, from other folders."""
+
+    def load(name):
+        folder = tmp_path / name / "laser_kernels"
+        shutil.copytree(Path(laser_kernels.__path__[0]), folder, symlinks=True)
+        with (folder / "_chunked.py").open("a") as file:
+            file.write(
+                "_statistics = statistics\n"
+                "def statistics(*args):\n"
+                "    stats = _statistics(*args)\n"
+                f"    return stats._replace(logprobs=stats.logprobs - {len(name)})\n"
+            )
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def op(module, head):
+        compiled = torch.compile(module.linear_logprob, fullgraph=True, backend="aot_eager")
+        eager, traced = (f(*head, impl="chunked") for f in (module.linear_logprob, compiled))
+        assert torch.equal(eager, traced)
+        return eager
+
+    head = make_head(6, 16, 41, torch.float32)
+    expected = linear_logprob(*head, impl="chunked")
+    names = ["copied_kernels", "kernels_copied_again"]
+    try:
+        copies = [load(name) for name in names]
+        assert torch.equal(op(laser_kernels, head), expected)
+        for name, copy in zip(names, copies, strict=True):
+            assert torch.equal(op(copy, head), expected - len(name))
+    finally:
+        for module in list(sys.modules):
+            if module.split(".")[0] in names:
+                del sys.modules[module]
