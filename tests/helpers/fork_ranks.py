@@ -14,11 +14,16 @@ def run_ranks(size, function, *arguments):
     threads of a parent nor their locks survive a fork.
     """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # the agent's
+    # A rank waits until all are forked: when the first one connects, the store's thread takes locks
+    # that a later fork would copy as they are.
+    start, all_forked = os.pipe()
     ranks = set()
     for rank in range(size):
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
+            os.close(all_forked)
+            os.read(start, 1)  # the end of the pipe
             os.environ |= {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -29,6 +34,7 @@ def run_ranks(size, function, *arguments):
             }
             os._exit(_status(function, arguments))
         ranks.add(pid)
+    os.close(all_forked)
     failed = 0
     while ranks:
         pid, status = os.wait()
