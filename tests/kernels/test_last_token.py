@@ -122,7 +122,7 @@ def test_few_kernels_are_launched_around_the_gemms(retains, make_head, monkeypat
     assert around.ops == ["new_full", "full_like", "ones_like", "last_token_fwd"]
     head = (h, w, torch.full_like(rewards, TOKEN, dtype=torch.int64), torch.ones_like(rewards), 0.0)
     with Launches() as forward:
-        last_token._last_token_fwd._init_fn(*head, rewards, rewards, 0.1, -4.0, True, impl)
+        last_token._last_token_fwd_op._init_fn(*head, rewards, rewards, 0.1, -4.0, True, impl)
     assert forward.ops == ["sub", "mul_", "sub", "mul", "dot"]
     upstream = torch.ones_like(loss)
     with Launches() as backward:

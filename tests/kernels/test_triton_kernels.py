@@ -245,6 +245,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(make_head, make_rows, monk
     logits, head = make_rows()
     stats = _row_kernels.statistics(logits, head)
     _row_kernels.dlogits_(logits, head, stats, row_gradient(head, stats, torch.ones(5)))
+    _row_kernels.scale_(torch.ones(5), torch.tensor(2.0))
     kernels = {
         name
         for module in (_head_kernels, _row_kernels)
