@@ -6,9 +6,9 @@ For B rows of hidden states (the EOS positions of B answers), token c and symbol
     loss = sum_b w_b (score_b - reward_b)^2    dloss/dlogprob_b = 2 beta w_b (score_b - reward_b)
 
 With few rows the only cost is the traffic of W: it is read in the forward and again for dH, and
-as much is written for dW. Up to 256 rows the forward keeps the logits (2 B V bytes with Triton,
-which an L2 cache holds), so that the backward recomputes nothing; above, it recomputes. The
-upstream scalar is applied before the GEMMs, so dW needs no float32 copy: the GEMM rounds it, once.
+as much is written for dW. Up to 1024 rows the forward keeps the logits (2 B V bytes with Triton),
+so that the backward recomputes nothing; above, it recomputes. The upstream scalar is applied before
+the GEMMs, so dW needs no float32 copy: the GEMM rounds it, once.
 
 The rest is vectors of B numbers, where a launch costs the host more than the GPU: the forward
 leaves w (score - reward), labels and temperatures for the backward instead of forming them again.
@@ -29,14 +29,16 @@ from ._dispatch import (
     differentiable,
     is_last_use,
     load_backend,
+    max_chunk_rows,
     refuse_double_backward,
 )
 from ._maths import Head, Statistics, factor_out_exponent, row_gradient
 from ._ops import add_op_namespace_prefix
 from .linear_logprob import apply_dlogits, linear_logprob_bwd
 
-# Rows whose 16-bit logits of a 152k vocabulary about fill the L2 cache of a Hopper GPU.
-MAX_KEPT_ROWS = 256
+# Beyond this or the workspace, the backward recomputes the logits, which is a fourth GEMM. 1024 rows
+# of a 152k vocabulary take 0.31 GB in 16 bits; 256 of them about fill the L2 cache of a Hopper GPU.
+MAX_KEPT_ROWS = 1024
 
 
 @torch.library.custom_op(add_op_namespace_prefix("last_token_fwd"), mutates_args=())
@@ -196,7 +198,8 @@ def _loss_and_scores(
     labels = torch.full_like(rewards, token_id, dtype=torch.int64)
     tensors = (hidden_states.contiguous(), weight.contiguous(), labels, torch.ones_like(rewards))
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:2])
-    keeps_logits = has_gradient and 0 < num_rows <= MAX_KEPT_ROWS
+    max_rows = min(MAX_KEPT_ROWS, max_chunk_rows(weight, impl))
+    keeps_logits = has_gradient and 0 < num_rows <= max_rows
     score = (rewards, sample_weight, beta, ref_logprob)
     loss, scores, *_ = _last_token_fwd(*Head(*tensors, cap), *score, keeps_logits, impl)
     return loss, scores
