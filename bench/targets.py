@@ -266,7 +266,7 @@ def report(results: Sequence[dict]) -> list[str]:
 
 
 def _predicted(rows: Iterable[dict]) -> str:
-    return ", ".join(f"{row['predicted']:.2f} on {row['card']}" for row in rows) or "-"
+    return ", ".join(f"{r['predicted']:.2f} {r['impl']} on {r['card']}" for r in rows) or "-"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

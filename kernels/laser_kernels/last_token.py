@@ -36,8 +36,8 @@ from ._maths import Head, Statistics, factor_out_exponent, row_gradient
 from ._ops import add_op_namespace_prefix
 from .linear_logprob import apply_dlogits, linear_logprob_bwd
 
-# Beyond this or the workspace, the backward recomputes the logits, which is a fourth GEMM. 1024 rows
-# of a 152k vocabulary take 0.31 GB in 16 bits; 256 of them about fill the L2 cache of a Hopper GPU.
+# Beyond this or the workspace the backward recomputes the logits, which is a fourth GEMM. 1024 rows
+# of a 152k vocabulary take 0.31 GB in 16 bits; 256 about fill the L2 cache of a Hopper GPU.
 MAX_KEPT_ROWS = 1024
 
 

@@ -76,7 +76,9 @@ def test_probe_survives_failing_and_hanging_steps(tmp_path):
     assert "gpu_tests: exit code 124" in result.stdout
     table = result.stdout[result.stdout.index("| target |") :]
     assert "| GPU tests that fail | 0 | - | 1 passed, 0 failed, 0 skipped | met | GPU |" in table
-    assert re.search(r"scoring, 7B head, .* \| 1.10x \| \S+ \| not measured \|", table)
+    assert re.search(
+        r"scoring, 7B head, .* \| 1.10x \| 1\.\d+ triton on H200, [^|]+ \| not measured \|", table
+    )
     assert (folder / "targets.md").read_text() == table
 
 

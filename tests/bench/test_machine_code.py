@@ -21,11 +21,11 @@ from bench.targets import TARGETS
 
 # By the op that launches the kernel: registers, and instructions of a warp's epilogue.
 BUDGETS = {
-    "scoring": (250, 970),
-    "loss": (250, 1600),
-    "any_gradient": (230, 1300),
-    "score": (140, 545),
-    "last_token_both": (140, 870),
+    "scoring": (190, 845),
+    "loss": (255, 1345),
+    "any_gradient": (255, 1240),
+    "score": (130, 520),
+    "last_token_both": (135, 785),
 }
 
 
@@ -53,7 +53,7 @@ def test_budget(rows, op):
     # Four products of 16 along D, one group of which runs while the next is issued; H and W.
     assert kernel["tensor_a_step"] == 4 and kernel["in_flight"] == 1, kernel
     assert kernel["loads_a_step"] == 2 and kernel["step"] <= 115, kernel
-    assert kernel["prologue"] <= 530, kernel
+    assert kernel["prologue"] <= 100, kernel
     assert epilogue * 0.85 <= kernel["epilogue"] <= epilogue, kernel
     assert kernel["shared_bytes"] <= 227 * 1024
 
@@ -62,7 +62,7 @@ def test_predictions_cover_every_target_of_speed(rows):
     found = [row for row in rows if "predicted" in row]
     limits = {target.name: target.limit for target in TARGETS}
     assert len(found) == len(predictions.PREDICTIONS) * len(CARDS)
-    assert sum(row["target"] in limits for row in found) >= 4 * len(CARDS)
+    assert {row["target"] for row in found} <= limits.keys()
     for row in found:
         assert row["impl"] == "triton" and 0.9 < row["lowest"] <= row["predicted"], row
         assert row["predicted"] <= row["highest"] < 4, row

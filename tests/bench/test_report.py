@@ -157,17 +157,17 @@ def test_the_faster_by_five_percent_is_for_auto(results, tmp_path, cuda, measure
 def test_every_card_has_its_line_and_its_prediction(results, tmp_path):
     name = targets.TARGETS[1].name
     predicted = [
-        {"target": name, "card": card, "predicted": value}
+        {"target": name, "card": card, "impl": "cuda", "predicted": value}
         for card, value in (("H200", 1.06), ("H100", 1.1))
     ]
     results(predicted, "predicted.json", "none")
-    assert "| 1.06 on H200, 1.10 on H100 | not measured |" in line_of(tmp_path, name)
+    assert "| 1.06 cuda on H200, 1.10 cuda on H100 | not measured |" in line_of(tmp_path, name)
     results(ROWS, "a.json")
     results(ROWS, "b.json", "NVIDIA H100 80GB HBM3")
     lines = [x for x in targets.report(targets.read([tmp_path])) if name in x]
-    assert len(lines) == 2 and "| 1.06 on H200 | 1.06x" in lines[0]
-    assert "| 1.10 on H100 | 1.06x" in lines[1] and lines[1].endswith("| NVIDIA H100 80GB HBM3 |")
-    results([{"target": "speed", "card": "H200", "predicted": 1.0}], "typo.json")
+    assert len(lines) == 2 and "| 1.06 cuda on H200 | 1.06x" in lines[0]
+    assert "| 1.10 cuda on H100 | 1.06x" in lines[1] and lines[1].endswith("| NVIDIA H100 80GB HBM3 |")
+    results([{"target": "speed", "card": "H200", "impl": "cuda", "predicted": 1.0}], "typo.json")
     with pytest.raises(ValueError, match="expected predictions of targets"):
         targets.report(targets.read([tmp_path]))
 
