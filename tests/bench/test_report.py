@@ -166,7 +166,9 @@ def test_every_card_has_its_line_and_its_prediction(results, tmp_path):
     results(ROWS, "b.json", "NVIDIA H100 80GB HBM3")
     lines = [x for x in targets.report(targets.read([tmp_path])) if name in x]
     assert len(lines) == 2 and "| 1.06 cuda on H200 | 1.06x" in lines[0]
-    assert "| 1.10 cuda on H100 | 1.06x" in lines[1] and lines[1].endswith("| NVIDIA H100 80GB HBM3 |")
+    assert "| 1.10 cuda on H100 | 1.06x" in lines[1] and lines[1].endswith(
+        "| NVIDIA H100 80GB HBM3 |"
+    )
     results([{"target": "speed", "card": "H200", "impl": "cuda", "predicted": 1.0}], "typo.json")
     with pytest.raises(ValueError, match="expected predictions of targets"):
         targets.report(targets.read([tmp_path]))
