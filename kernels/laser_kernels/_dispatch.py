@@ -136,24 +136,27 @@ def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
             )
 
 
-def max_chunk_rows(weight: Tensor, impl: str) -> int:
+def max_chunk_rows(weight: Tensor, impl: str, num_columns: int | None = None) -> int:
     """Return how many rows of logits fit the workspace: a multiple of 128, and at least that.
 
-    LASER_KERNELS_WORKSPACE_MB overrides the default of the device.
+    LASER_KERNELS_WORKSPACE_MB overrides the default of the device. `num_columns` are those of the
+    largest shard of a vocabulary: all ranks split their rows alike, since chunks hold collectives.
     """
     device = "cuda" if weight.is_cuda else "cpu"
     megabytes = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB[device])
-    limit = int(megabytes * 1e6) // (BYTES_PER_LOGIT[impl] * len(weight))
+    limit = int(megabytes * 1e6) // (BYTES_PER_LOGIT[impl] * (num_columns or len(weight)))
     return max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
-def row_chunks(hidden_states: Tensor, weight: Tensor, impl: str) -> list[slice]:
+def row_chunks(
+    hidden_states: Tensor, weight: Tensor, impl: str, num_columns: int | None = None
+) -> list[slice]:
     """Split N rows: one chunk if it fits the workspace, else equal ones.
 
     On a GPU, several chunks take half of the workspace each, and leave the other half to the
     float32 dW that adds them up.
     """
-    num_rows, limit = hidden_states.shape[0], max_chunk_rows(weight, impl)
+    num_rows, limit = hidden_states.shape[0], max_chunk_rows(weight, impl, num_columns)
     if num_rows <= limit:
         return [slice(0, num_rows)] if num_rows else []
     if weight.is_cuda:

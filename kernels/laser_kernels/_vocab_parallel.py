@@ -48,6 +48,15 @@ def _(labels: Tensor, num_local: int, group: str) -> Tensor:
     return torch.empty_like(labels)
 
 
+def largest_shard(weight: Tensor, group: str) -> int:
+    """Return the rows of the largest shard, for which the host waits."""
+    if not group:
+        return len(weight)
+    size = torch.tensor(len(weight), device=weight.device)
+    dist.all_reduce(size, dist.ReduceOp.MAX, group=_resolve(group))
+    return int(size)
+
+
 def combine(stats: Statistics, local_labels: Tensor, group: str) -> Statistics:
     """Merge the statistics of the shards, whose exponentials add up to S_r.
 

@@ -40,7 +40,7 @@ from ._maths import (
     row_gradient,
 )
 from ._ops import add_op_namespace_prefix
-from ._vocab_parallel import combine, localize, sum_over_shards
+from ._vocab_parallel import combine, largest_shard, localize, sum_over_shards
 
 
 def apply_dlogits(
@@ -115,7 +115,7 @@ def _linear_logprob_bwd_op(
     gradient = row_gradient(head, stats, grad_logprobs, grad_entropy)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-    chunks = row_chunks(hidden_states, weight, impl)
+    chunks = row_chunks(hidden_states, weight, impl, largest_shard(weight, grad_group))
     dtype = weight.dtype if len(chunks) == 1 else torch.float32
     grad_weight = empty_weight_gradient(weight, len(chunks), dtype) if needs_weight else None
     for rows in chunks:

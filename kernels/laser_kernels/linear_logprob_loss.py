@@ -57,7 +57,7 @@ from ._dispatch import (
 )
 from ._maths import Head, Statistics, empty_weight_gradient, factor_out_exponent, row_gradient
 from ._ops import add_op_namespace_prefix
-from ._vocab_parallel import combine, localize
+from ._vocab_parallel import combine, largest_shard, localize
 from .linear_logprob import apply_dlogits, linear_logprob_fwd
 from .reference import LossFn
 
@@ -224,15 +224,16 @@ def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tens
     return loss
 
 
-def _chunks(num_rows: int, head: Head, impl: str) -> list[slice] | None:
+def _chunks(num_rows: int, head: Head, impl: str, group: str) -> list[slice] | None:
     """Return the chunks; None in a trace that does not know whether one is enough."""
     if not torch.compiler.is_compiling():
-        return row_chunks(*head[:2], impl)
+        return row_chunks(*head[:2], impl, largest_shard(head.weight, group))
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     if guard_or_false(num_rows == 0):
         return []
-    is_one = guard_or_false(num_rows <= max_chunk_rows(head.weight, impl))
+    # Of a vocabulary in shards a trace knows only its own.
+    is_one = not group and guard_or_false(num_rows <= max_chunk_rows(head.weight, impl))
     return [slice(0, num_rows)] if is_one else None
 
 
@@ -290,7 +291,7 @@ def linear_logprob_loss(
         )
     head = localize(head, group)
     num_rows, inputs = head[0].shape[0], head[:2]
-    chunks = _chunks(num_rows, head, impl)
+    chunks = _chunks(num_rows, head, impl, group)
     if chunks is None:
         logprobs, *_ = linear_logprob_fwd(*head, False, impl, group, grad_group)
         return _chunk_loss(op, loss_fn, logprobs, slice(0, num_rows))
