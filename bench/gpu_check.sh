@@ -34,7 +34,10 @@ mkdir "$out"
 
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$work/extensions}
 
-pack() { tar -czf "$archive" -C "$work" "$(basename "$out")"; }
+# Two steps may run at once, so an archive takes its place when it is whole.
+pack() {
+    tar -czf "$archive.$BASHPID" -C "$work" "$(basename "$out")" && mv "$archive.$BASHPID" "$archive"
+}
 
 # step NAME LIMIT ARGUMENTS...: run `python ARGUMENTS --json FILE` for at most LIMIT seconds.
 step() {

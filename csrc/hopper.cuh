@@ -14,8 +14,10 @@
 
 #include <cstdint>
 
-// Where the operators are registered.
+// Where the operators are registered; every copy of the package names its own.
+#ifndef LIBRARY
 #define LIBRARY laser_kernels_cuda
+#endif
 #define DISPATCH_KEY CUDA
 
 using TensorMap = CUtensorMap;

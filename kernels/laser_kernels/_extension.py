@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ._fused import Fused
 from ._maths import Head
+from ._ops import NAMESPACE
 
-NAME = "laser_kernels_cuda"
+NAME = f"{NAMESPACE}_cuda"
 SOURCES = ("linear_logprob.cu", "last_token.cu")
 # Only sm_90a has wgmma and setmaxnreg. USE_CUDA declares the current stream.
 FLAGS = (
@@ -25,6 +26,7 @@ FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a",
     "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    f"-DLIBRARY={NAME}",
 )
 # The largest N of the wgmma in last_token.cu.
 MAX_FEW_ROWS = 128

@@ -3,9 +3,10 @@
 Hidden states and labels are the same on every rank, and so are the results. Shards may have any
 number of rows. A call adds up two zeroed buffers in which every rank writes its own slot: all but
 one term of a sum are zero, so it is exact and the same everywhere. The first gives the sizes of the
-shards, and stays on the device, so that the host never waits for it; a cache would save it, and
-deadlock when a rank remembers the size that another has not seen. The second gives the logsumexps,
-so that no maximum has to be agreed on first and nothing can overflow.
+shards, and stays on the device; a cache would save it, and deadlock when a rank remembers the size
+that another has not seen. The second gives the logsumexps, so that no maximum has to be agreed on
+first and nothing can overflow. Where chunks of rows hold collectives (a loss, a reduced dH), the
+host waits for the size of the largest shard, so that all ranks split alike.
 """
 
 from __future__ import annotations

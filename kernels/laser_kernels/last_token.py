@@ -119,7 +119,9 @@ def _last_token_bwd_op(
     head = Head(hidden_states, weight, labels, inv_temperature, softcap)
     stats = Statistics(logprobs, anchor, log_total, logprobs[:0])
     needs = (needs_hidden, needs_weight)
-    return _gradients_from_kept(grad_logprobs, kept.clone(), head, stats, *needs, impl)
+    # A clone would lose the padding of the rows.
+    copy = load_backend(impl).empty_kept(hidden_states, weight).copy_(kept)
+    return _gradients_from_kept(grad_logprobs, copy, head, stats, *needs, impl)
 
 
 @_last_token_bwd_op.register_fake

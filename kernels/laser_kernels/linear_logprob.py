@@ -115,7 +115,8 @@ def _linear_logprob_bwd_op(
     gradient = row_gradient(head, stats, grad_logprobs, grad_entropy)
     gradient, scale = factor_out_exponent(gradient, hidden_states.dtype)
     grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-    chunks = row_chunks(hidden_states, weight, impl, largest_shard(weight, grad_group))
+    dh_group = grad_group if needs_hidden else ""
+    chunks = row_chunks(hidden_states, weight, impl, largest_shard(weight, dh_group))
     dtype = weight.dtype if len(chunks) == 1 else torch.float32
     grad_weight = empty_weight_gradient(weight, len(chunks), dtype) if needs_weight else None
     for rows in chunks:
@@ -123,7 +124,7 @@ def _linear_logprob_bwd_op(
         dlogits = backend.recompute_dlogits(chunk, stats.rows(rows), gradient.rows(rows))
         chunk_grad_hidden = None if grad_hidden is None else grad_hidden[rows]
         grads = (chunk_grad_hidden, grad_weight, rows.start == 0)
-        apply_dlogits(dlogits, scale, chunk, *grads, grad_group)
+        apply_dlogits(dlogits, scale, chunk, *grads, dh_group)
         del dlogits  # before the next chunk is allocated
     return (
         hidden_states.new_empty(0) if grad_hidden is None else grad_hidden,

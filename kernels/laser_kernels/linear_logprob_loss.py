@@ -22,8 +22,8 @@
 Symbols as in `reference.py`. The scale of g goes into dZ before its one rounding: scaling H instead
 would save a pass over the chunk, and round twice, which costs dW 1.2 times the error.
 
-If all rows are one chunk, a GPU's GEMM writes dW in the dtype of the weight: no float32 dW, no sum
-over chunks, no pass of the backward. An upstream scalar other than a power of two then rounds dW a
+If all rows are one chunk, a GPU's GEMM writes dW in bfloat16: no float32 dW, no sum over chunks, no
+pass of the backward. An upstream scalar other than a power of two then rounds dW a
 second time, 1.5 times the error of its rounding. Several chunks add up in float32 and round once,
 after that scalar; so does dH always, and dW on a CPU, whose GEMMs give float32 anyway.
 
@@ -34,7 +34,7 @@ Memory beyond inputs and gradients, with C = LASER_KERNELS_WORKSPACE_MB (2600 MB
 
 A schema cannot carry `loss_fn`, so the public function is Python over ops. Compiled, a loop over
 chunks would be unrolled for every N: rows beyond one chunk, or of a number that only the data know,
-go through `linear_logprob` instead, with 4 GEMMs.
+and heads in shards go through `linear_logprob` instead, with 4 GEMMs.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ _scale_gradient = refuse_double_backward(_scale_gradient_op)
 
 
 def _weight_gradient_dtype(weight: Tensor, num_chunks: int) -> torch.dtype:
-    return weight.dtype if weight.is_cuda and num_chunks == 1 else torch.float32
+    # float16 has not the range for a gradient whose scale comes later, by the upstream of a scaler.
+    is_rounded = weight.is_cuda and num_chunks == 1 and weight.dtype != torch.float16
+    return weight.dtype if is_rounded else torch.float32
 
 
 def _shared_buffer(head: Head, chunks: list[slice], impl: str) -> Tensor | None:

@@ -105,6 +105,9 @@ class Backend(NamedTuple):
     def keep(self, head, few):
         return self.stats, self.kept
 
+    def empty_kept(self, hidden_states, weight):
+        return torch.empty_like(self.kept)
+
     def dlogits_from_kept(self, kept, head, stats, gradient):
         return kept
 

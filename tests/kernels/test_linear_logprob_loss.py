@@ -1,6 +1,7 @@
 """The fused loss: gradients formed in the forward, for any row-separable loss."""
 
 import importlib
+import types
 
 import pytest
 import torch
@@ -122,8 +123,10 @@ def test_graph_of_the_loss_itself_can_be_retained(case, make_head):
         torch.testing.assert_close(b, 3 * a)
 
 
-def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_error):
+def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_error, monkeypatch):
     """Rounding to bfloat16 before and after a factor of 0.7 would show as 1.4 times the error."""
+    float32 = torch.float32  # as with several chunks, on a GPU too
+    monkeypatch.setattr(loss_module, "_weight_gradient_dtype", lambda weight, _: float32)
     head = make_head(64, 32, 97, torch.bfloat16)
     g = torch.randn(64, device=head.labels.device)
     loss = linear_logprob_loss(*head, lambda logprobs, rows: (g[rows] * logprobs).sum())
@@ -134,6 +137,25 @@ def test_upstream_scalar_is_applied_before_the_one_rounding(make_head, relative_
         # The CPU rounds nothing but the result; a GPU also rounds dlogits.
         limit = 1.05 if a.device.type == "cpu" else 1.7
         assert relative_error(a, e) <= limit * relative_error(e.bfloat16(), e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_scale_reaches_gradients_that_float16_cannot_hold(
+    dtype, make_head, monkeypatch, relative_error
+):
+    """A mean over 1e5 tokens under a scale of 65536; as on a GPU, but for the choice of dtype."""
+    choose = loss_module._weight_gradient_dtype
+    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+    monkeypatch.setattr(loss_module, "_weight_gradient_dtype", lambda _, n: choose(on_gpu, n))
+    head = make_head(64, 32, 97, dtype)
+    g = torch.randn(64, device=head.labels.device) / 1e5
+    loss = linear_logprob_loss(*head, lambda logprobs, rows: (g[rows] * logprobs).sum())
+    actual = torch.autograd.grad(loss, head[:2], torch.full_like(loss, 65536.0))
+    double = head.float64()
+    exact = torch.autograd.grad(reference.linear_logprob(*double), double[:2], 65536 * g.double())
+    limit = {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+    for a, e in zip(actual, exact, strict=True):
+        assert relative_error(a, e) <= limit
 
 
 @pytest.mark.parametrize(("upstream", "limit"), [(1.0, 1.05), (0.5, 1.05), (0.7, 1.6)])
