@@ -71,7 +71,7 @@ def _model_inputs(batch: Microbatch) -> dict:
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
         "use_cache": False,
-        **attention_kwargs("sdpa", batch.lengths, batch.input_ids.device),
+        **attention_kwargs(batch.segments, batch.input_ids.device),
     }
 
 
@@ -120,7 +120,7 @@ def trainer() -> tuple[Head, Forward]:
         return objective.joint_loss(settings, batch)(hidden_states[batch.rows], weight).loss
 
     def forward(model: PreTrainedModel, batch: Microbatch) -> Tensor:
-        policy = Policy(model, attention="sdpa", compute_dtype=model.dtype)
+        policy = Policy(model, compute_dtype=model.dtype)
         return policy(batch, objective.joint_loss(settings, batch)).loss
 
     return head, forward

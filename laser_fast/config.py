@@ -129,7 +129,7 @@ class RolloutConfig(_Section):
     score: Literal["auto", "inline", "off"] = "auto"
     """How the engine reads the score after EOS; "off" leaves it to a policy forward."""
     max_disagreement: float = Field(0.1, gt=0)
-    """Stop above this mean |policy - engine| log-prob of the same tokens, in nats."""
+    """Stop above this mean |policy - engine| log-prob of a group of 16's tokens, in nats."""
     resample_rounds: int = Field(0, ge=0)
     """DAPO's dynamic sampling: rounds in which groups without reward spread get new prompts."""
     tensor_parallel: int = Field(1, ge=1)

@@ -96,7 +96,12 @@ class Plan:
         root = Term("reduction of the root", (2 * c + 4) * R, "(2 c + 4) R, with a float32 copy")
 
         T = config.optim.tokens_per_microbatch
-        A = activation_bytes_per_token(model, c, repeats_keys=config.model.attention == "varlen")
+        A = activation_bytes_per_token(
+            model,
+            c,
+            repeats_keys=config.model.attention == "varlen",
+            keys_per_token=config.rollout.group_size,  # each completion repeats its prompt's
+        )
         # Gradients of two MLP-wide and two hidden-wide tensors exist while a block runs backward.
         G = 2 * c * (model.intermediate_size + D)
         activations = Term("activations", T * L * A, f"T L A, A = {A}")
@@ -192,18 +197,22 @@ def count_parameters(model: PretrainedConfig) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def activation_bytes_per_token(model: PretrainedConfig, c: int, *, repeats_keys: bool) -> int:
+def activation_bytes_per_token(
+    model: PretrainedConfig, c: int, *, repeats_keys: bool, keys_per_token: int = 1
+) -> int:
     """A: what one block keeps of a token for its backward, in plain transformers layers.
 
     Norms keep a float32 copy, their normalized and their scaled output; attention keeps query,
     key, value, output and a float32 logsumexp per head; the MLP keeps four tensors of width F.
-    With `repeats_keys` key and value are repeated to the query heads.
+    With `repeats_keys` key and value are repeated to the query heads; there are at
+    most `keys_per_token` of them, the size of a group whose completions are short.
     """
     query, key = _head_widths(model)
     norms = 2 * (4 + 2 * c) * model.hidden_size
     if model.model_type == "qwen3":  # normalizes the heads of query and key
         norms += (4 + c) * (query + key)
-    attention = 2 * c * (query + (query if repeats_keys else key)) + 4 * model.num_attention_heads
+    kept_keys = keys_per_token * (query if repeats_keys else key)
+    attention = 2 * c * (query + kept_keys) + 4 * model.num_attention_heads
     return norms + attention + 4 * c * model.intermediate_size
 
 

@@ -5,8 +5,8 @@ Shapes: P prompts, G completions of a prompt, B = P * G, T packed tokens, N head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,8 @@ class TrainingSequence:
 
     Example: prompt (7, 8), completion (5, 2), finished: the packed input is (7, 8, 5, 2); the
     head reads row 1 (label 5), row 2 (label 2) and row 3, the EOS row, with the score token as
-    its label. Unfinished completions have no such row.
+    its label. Unfinished completions have no such row, and nothing reads policy rows that would
+    train nothing.
 
     `token_weight` already holds the global denominator of the aggregation, `score_weight` the
     class weight over the global number of finished completions; 0 trains nothing.
@@ -130,15 +131,38 @@ class TrainingSequence:
     completion_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     has_score_row: bool
+    has_policy_rows: bool = True
+    is_probe: bool = False  # its tokens measure how far policy and engine disagree
     advantage: float = 0.0
     token_weight: float = 0.0
     reward: float = 0.0
     score_weight: float = 0.0
 
     @property
+    def response_ids(self) -> tuple[int, ...]:
+        """The completion's tokens that some row has to see: the last only for the score row."""
+        return self.completion_ids if self.has_score_row else self.completion_ids[:-1]
+
+    @property
     def num_tokens(self) -> int:
-        """Packed length: the score row needs the EOS itself as an input token."""
-        return len(self.prompt_ids) + len(self.completion_ids)
+        """Tokens of the prompt and the response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether anything is read of it."""
+        return self.has_policy_rows or self.has_score_row
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of a microbatch: they see each other and a prefix, earlier tokens there.
+
+    A group's first completion is in one segment with the prompt, the others continue the prompt.
+    """
+
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
 
 
 class _Rows:
@@ -164,6 +188,7 @@ class PolicyRows(_Rows):
     rollout_logprobs: Tensor  # [N_p] float32
     advantages: Tensor  # [N_p] float32
     weights: Tensor  # [N_p] float32
+    is_probe: Tensor  # [N_p] bool
     old_logprobs: Tensor | None = None  # [N_p] float32
     ref_logprobs: Tensor | None = None  # [N_p] float32
 
@@ -186,19 +211,26 @@ class ScoreRows(_Rows):
 class Microbatch:
     """Packed sequences of one forward and backward, and the head rows to read from it.
 
-    `rows` selects the N = N_p + N_s of T positions that carry a label: first the N_p rows that
-    predict completion tokens, then the N_s score rows (the EOS positions); prompt rows never reach
-    the head. `labels` is the score token and `temperature` 1 on score rows.
+    Sequences with the same prompt share its tokens. `rows` selects the N = N_p + N_s of T positions
+    that carry a label: first the N_p rows that predict completion tokens, then the N_s score rows
+    (the EOS positions). Of a prompt only the last row reaches the head, once for each completion.
+    `labels` is the score token and `temperature` 1 on score rows.
     """
 
     input_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, restarting at 0 with every sequence
-    lengths: tuple[int, ...]  # of the packed sequences, their sum is T
+    position_ids: Tensor  # [T] int64; those of a completion continue its prompt's
+    segments: tuple[Segment, ...]  # in the order of the tokens
     rows: Tensor  # [N] int64
     labels: Tensor  # [N] int64
     temperature: Tensor  # [N] float32
     policy: PolicyRows
     score: ScoreRows
+
+    def score_only(self) -> Microbatch:
+        """The same tokens without the policy rows."""
+        own = slice(len(self.policy), None)
+        read = {name: getattr(self, name)[own] for name in ("rows", "labels", "temperature")}
+        return replace(self, policy=self.policy[slice(0)], **read)
 
     def labelled(self, rows: slice) -> tuple[PolicyRows, ScoreRows]:
         """Those of the N head rows, by what they are for."""

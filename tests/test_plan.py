@@ -113,7 +113,7 @@ def test_sharded_terms_are_what_a_training_step_allocates():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     try:
         world = World(0, 8, torch.device("cpu"))
-        policy = Policy(_model(config), attention="sdpa", compute_dtype=torch.float32)
+        policy = Policy(_model(config), compute_dtype=torch.float32)
         shard(policy, ModelConfig(path="model"), world)
         optimizer = build_optimizer(policy, OptimConfig(steps=1))
         packer = Packer(budget=32, score_token_id=9, temperature=1.0, device=world.device)
@@ -239,8 +239,10 @@ def test_terms_by_hand():
             "gathered weights": 2 * (500 + 2 * 1000),
             "unsharded gradients": 2 * 500 + 6 * 1000,
             "activations": 1000 * 2 * 2 * 8,
-            # Two norms, attention with repeated keys, the MLP; then its gradients.
-            "block at work": 1000 * (2 * 8 * 8 + (2 * 4 * 8 + 4 * 2) + 4 * 2 * 32 + 2 * 80),
+            # Two norms, attention with repeated keys, the MLP; then its gradients. Each of 8
+            # completions has the keys of its prompt.
+            "block at work": 1000
+            * (2 * 8 * 8 + (2 * 2 * 8 * (1 + 8) + 4 * 2) + 4 * 2 * 32 + 2 * 80),
             "head": 4 * (800 + 8000) + max(1000, 2 * 8800) + 2 * 8000,
             "reduction of the root": 8 * 500,
             "temporary of AdamW": 4 * total / shards,

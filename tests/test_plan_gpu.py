@@ -83,7 +83,7 @@ def _measure(plan):
                 dtype=torch.float32,
                 attn_implementation=IMPLEMENTATIONS[config.model.attention],
             )
-        policy = Policy(hf, attention=config.model.attention, compute_dtype=torch.bfloat16).train()
+        policy = Policy(hf, compute_dtype=torch.bfloat16).train()
         if config.model.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         shard(policy, config.model, world)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Budgets of Python lines.
-CORE_LINES, BESIDE_LINES, KERNEL_LINES = 9_000, 1_300, 2_800
+CORE_LINES, BESIDE_LINES, KERNEL_LINES = 10_500, 2_300, 2_800
 BESIDE = ("report", "plan", "sandbox", "integrations", "minimal")
 SUFFIXES = {"csrc": (".cu", ".cuh")}
 MOST_FILES_OF_A_STEP = 25

@@ -160,7 +160,7 @@ def _measure(
         for (template, prompt), group in zip(prompts, groups, strict=True)
         for completion in group.completions
     ]
-    ended = [prompt.prompt_ids + c.completion_ids for _, prompt, c in rows if c.is_finished]
+    ended = [(prompt.prompt_ids, c.completion_ids) for _, prompt, c in rows if c.is_finished]
     budget = config.optim.tokens_per_microbatch
     found = iter(last_token_logprobs(policy, ended, token_ids, world, budget=budget).tolist())
     name = vocabulary.tokenizer.convert_ids_to_tokens

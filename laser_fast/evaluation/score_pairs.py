@@ -28,6 +28,7 @@ from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.log.jsonl import to_line
 from laser_fast.model.distributed import check_world, open_world
 from laser_fast.model.logprobs import last_token_logprobs
+from laser_fast.model.packing import Ids
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 
@@ -36,9 +37,9 @@ _CHUNK = 512
 
 
 class _Pair(NamedTuple):
-    """Prompt, response and EOS as ids; or the reason why there is nothing to read."""
+    """Prompt, and response with EOS, as ids; or the reason why there is nothing to read."""
 
-    ids: tuple[int, ...]
+    ids: tuple[Ids, Ids] = ((), ())
     reason: str | None = None
 
 
@@ -84,7 +85,9 @@ def score_pairs(
         while chunk := list(islice(lines, _CHUNK * world.size)):
             pairs, done = [read(row) for row in chunk], counts.total()
             readable = [i for i, pair in enumerate(pairs) if pair.reason is None]
-            own = readable[world.rank :: world.size]
+            # Neighbours often share a prompt.
+            share = -(-len(readable) // world.size)
+            own = readable[world.rank * share : (world.rank + 1) * share]
             sequences = [pairs[i].ids for i in own]
             found = last_token_logprobs(policy, sequences, [token_id], world, budget=budget)
             logprobs = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
@@ -128,11 +131,12 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
             eos = tokenizer.eos_token_id
             response += (eos_token_ids[0] if eos is None else eos,)
     if {*response} <= {*eos_token_ids}:
-        return _Pair((), "empty")
+        return _Pair(reason="empty")
     if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":
-        return _Pair((), "truncated")
-    ids = prompt + response
-    return _Pair(ids) if len(ids) <= num_positions else _Pair((), "too long")
+        return _Pair(reason="truncated")
+    if len(prompt) + len(response) > num_positions:
+        return _Pair(reason="too long")
+    return _Pair((prompt, response))
 
 
 def _part(

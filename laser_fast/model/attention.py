@@ -1,96 +1,214 @@
-"""Causal attention within each packed sequence, registered with transformers by name.
+"""Causal attention within packed sequences that may share a prefix, by name in transformers.
 
-"laser_sdpa" runs torch's scaled_dot_product_attention on any device without ever building the
-[T, T] block-diagonal mask: sequences of similar length are padded into one batch, so the work is
-at most 4 sum(len^2) instead of T^2. "laser_varlen" is torch.nn.attention.varlen on a GPU.
-"flash_attention_2" is transformers' own.
+A group's prompt is packed once, with its first completion; the others continue it:
+
+    tokens    [prompt r_1 | r_2 | r_3 | prompt' r'_1 | ...]
+    r_2 sees  [prompt | r_2], r_3 sees [prompt | r_3], each token what is not to its right
+
+That is exact, also in the gradient, which adds up in the prompt's keys and values (Prefix Grouper,
+arXiv 2506.05433). Only keys and values of prefixes are repeated, and no [T, T] mask exists.
+
+"laser_sdpa" runs torch's scaled_dot_product_attention on any device: segments of similar length
+after prefixes of equal length are padded into one batch. "laser_varlen" is
+torch.nn.attention.varlen on a GPU, "laser_fa2" the package flash-attn.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from laser_fast.records import Segment
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class PackedLayout:
-    """Where the sequences of a microbatch lie.
+    """Where the segments of a microbatch lie; each table is made for the kernel that asks."""
 
-    Each bucket is an index [b, L] into the T packed tokens: one row a sequence, short rows
-    filled up with their own last token, which no earlier token sees. `inverse` [T] finds each
-    token in the concatenation of all flattened buckets.
-    """
+    segments: tuple[Segment, ...]
+    device: torch.device
 
-    buckets: tuple[Tensor, ...]
-    inverse: Tensor
-    cu_seqlens: Tensor  # [S + 1] int32
-    max_length: int
+    @cached_property
+    def buckets(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Queries [b, L] and keys [b, prefix + L] of like segments, as places among the T tokens.
+
+        Lengths are within a factor of two; a short row is filled up with its own last token,
+        which no earlier token sees. The second result [T] finds each token in the concatenation
+        of all flattened queries.
+        """
+        members: dict[tuple[int, int], list[int]] = {}
+        for index, segment in enumerate(self.segments):
+            like = (segment.prefix_length, (segment.length - 1).bit_length())
+            members.setdefault(like, []).append(index)
+        starts, buckets, offset = self._starts(), [], 0
+        inverse = torch.empty(int(starts[-1]), dtype=torch.int64)
+        for (prefix_length, _), indices in members.items():
+            own = torch.tensor([self.segments[i].length for i in indices])[:, None]
+            column = torch.arange(int(own.max()))
+            queries = starts[indices][:, None] + torch.minimum(column, own - 1)
+            prefix = torch.tensor([self.segments[i].prefix_start for i in indices])[:, None]
+            keys = torch.cat([prefix + torch.arange(prefix_length), queries], dim=1)
+            place = torch.arange(queries.numel()).view_as(queries) + offset
+            inverse[queries[column < own]] = place[column < own]
+            offset += queries.numel()
+            buckets.append((queries.to(self.device), keys.to(self.device)))
+        return buckets, inverse.to(self.device)
+
+    @cached_property
+    def keys(self) -> Tensor | None:
+        """The places of all keys, by segment; None if they are the tokens as they lie."""
+        if not any(segment.prefix_length for segment in self.segments):
+            return None
+        places = []
+        for segment, start in zip(self.segments, self._starts()[:-1].tolist(), strict=True):
+            prefix = torch.arange(segment.prefix_length) + segment.prefix_start
+            places += [prefix, torch.arange(segment.length) + start]
+        return torch.cat(places).to(self.device)
+
+    @cached_property
+    def varlen(self) -> tuple[Tensor, Tensor, int, int]:
+        """Cumulative lengths of queries and keys, int32 [S + 1], and the largest of each."""
+        queries = [segment.length for segment in self.segments]
+        keys = [segment.length + segment.prefix_length for segment in self.segments]
+        cumulative = (torch.tensor((0, *n)).cumsum(0, dtype=torch.int32) for n in (queries, keys))
+        cu_queries, cu_keys = (x.to(self.device) for x in cumulative)
+        return cu_queries, cu_keys, max(queries), max(keys)
+
+    def _starts(self) -> Tensor:
+        return torch.tensor((0, *(segment.length for segment in self.segments))).cumsum(0)
 
 
-def packed_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-    """Sort sequences into buckets of lengths within a factor of two."""
-    starts = torch.tensor((0, *lengths)).cumsum(0)
-    members: dict[int, list[int]] = {}
-    for sequence, length in enumerate(lengths):
-        members.setdefault((length - 1).bit_length(), []).append(sequence)
-    buckets, inverse, offset = [], torch.empty(sum(lengths), dtype=torch.int64), 0
-    for sequences in members.values():
-        width = max(lengths[s] for s in sequences)
-        own = torch.tensor([lengths[s] for s in sequences])[:, None]
-        first = starts[torch.tensor(sequences)][:, None]
-        column = torch.arange(width)[None, :]
-        index = first + torch.minimum(column, own - 1)
-        place = torch.arange(index.numel()).view_as(index) + offset
-        is_token = column < own
-        inverse[index[is_token]] = place[is_token]
-        offset += index.numel()
-        buckets.append(index.to(device))
-    return PackedLayout(
-        tuple(buckets), inverse.to(device), starts.to(device, torch.int32), max(lengths)
-    )
-
-
-# (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, scaling, layout) ->
-# attention of every token to its own sequence [1, T, heads, head_dim]
-Kernel = Callable[[Tensor, Tensor, Tensor, float | None, PackedLayout], Tensor]
+# (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, layout, scaling,
+# window of positions that a token sees, softcap of the attention's logits) -> attention of every
+# token to its prefix and its own segment [1, T, heads, head_dim]
+Kernel = Callable[
+    [Tensor, Tensor, Tensor, PackedLayout, float | None, int | None, float | None], Tensor
+]
 
 
 def packed_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One call of torch's attention per bucket."""
+    if softcap is not None:
+        raise _no_softcap("sdpa")
     outputs = []
-    for index in layout.buckets:
-        q, k, v = (tensor[0, :, index].transpose(0, 1) for tensor in (query, key, value))
+    buckets, inverse = layout.buckets
+    for queries, keys in buckets:
+        q = _gather(query, queries).transpose(1, 2)
+        k, v = (_gather(tensor, keys).transpose(1, 2) for tensor in (key, value))
         output = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            *(q, k, v),
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+            **_causal(q.shape[2], k.shape[2], window, layout.device),
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [b * L, heads, head_dim]
-    return torch.cat(outputs)[layout.inverse][None]
+    return torch.cat(outputs)[inverse][None]
+
+
+def _causal(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> dict[str, Any]:
+    """How sdpa is told that the last query sees the last key, and each `window` keys at most."""
+    if window is not None and window < num_keys:
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+        last = num_keys - num_queries
+        return {"attn_mask": seen.tril(last).triu(last - window + 1)}
+    if num_queries == num_keys:
+        return {"is_causal": True}
+    return {"attn_mask": causal_lower_right(num_queries, num_keys)}
 
 
 def packed_varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Torch's variable-length flash kernel (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if softcap is not None:
+        raise _no_softcap("varlen")
+    q, k, v = _gathered(query, key, value, layout)
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
-    repeats = query.shape[1] // key.shape[1]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    repeats = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(repeats, dim=1) for tensor in (k, v))
-    output = varlen_attn(
-        q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length,
-        scale=scaling, window_size=(-1, 0),
-    )  # fmt: skip
+    left = -1 if window is None else window - 1
+    output = varlen_attn(q, k, v, *layout.varlen, scale=scaling, window_size=(left, 0))
     assert isinstance(output, Tensor)
     return output[None]
+
+
+def packed_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The variable-length kernel of the package flash-attn (half precision, GPU)."""
+    from flash_attn import flash_attn_varlen_func
+
+    left = -1 if window is None else window - 1
+    output = flash_attn_varlen_func(
+        *_gathered(query, key, value, layout),
+        *layout.varlen,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(left, 0),
+        softcap=softcap or 0.0,
+    )
+    return output[None]
+
+
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as [tokens, heads, head_dim], those of prefixes repeated."""
+    if layout.keys is not None:
+        key, value = (_gather(x, layout.keys).transpose(0, 1)[None] for x in (key, value))
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return q, k, v
+
+
+def _gather(tensor: Tensor, places: Tensor) -> Tensor:
+    """Tokens of [1, heads, T, head_dim] by their places [...], as [..., heads, head_dim].
+
+    Places repeat. The backward of an embedding adds them up in a fixed order, and in float32 on a
+    GPU; that of plain indexing does neither with several threads on a CPU, at twice the time.
+    """
+    tokens = tensor[0].transpose(0, 1)
+    return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
+
+
+def _no_softcap(name: str) -> ValueError:
+    return ValueError(
+        f'model.attention = "{name}" has no softcap of attention, which this model uses; set '
+        'model.attention = "flash_attention_2"'
+    )
 
 
 def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -98,15 +216,15 @@ def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
-IMPLEMENTATIONS = {
-    "sdpa": "laser_sdpa",
-    "varlen": "laser_varlen",
-    "flash_attention_2": "flash_attention_2",
-}
+KERNELS = {"sdpa": packed_sdpa, "varlen": packed_varlen, "flash_attention_2": packed_flash}
+# transformers looks for a package behind a name that contains "flash".
+IMPLEMENTATIONS = {"sdpa": "laser_sdpa", "varlen": "laser_varlen", "flash_attention_2": "laser_fa2"}
 
 
 def _register(name: str, kernel: Kernel) -> None:
     """Make a kernel known to transformers; without a layout (generation) it is their sdpa."""
+    # Out of the graph of a compiled block, which would be compiled again for every new layout.
+    kernel = torch.compiler.disable(kernel)
 
     def attention(
         module: torch.nn.Module,
@@ -116,31 +234,24 @@ def _register(name: str, kernel: Kernel) -> None:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         layout: PackedLayout | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if layout is not None:
-            return kernel(query, key, value, scaling, layout), None
+            return kernel(query, key, value, layout, scaling, sliding_window, softcap), None
         inputs = (module, query, key, value, attention_mask)
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap}
         return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, packed_mask)
 
 
-_register(IMPLEMENTATIONS["sdpa"], packed_sdpa)
-_register(IMPLEMENTATIONS["varlen"], packed_varlen)
+for _name, _kernel in KERNELS.items():
+    _register(IMPLEMENTATIONS[_name], _kernel)
 
 
-def attention_kwargs(
-    implementation: str, lengths: tuple[int, ...], device: torch.device
-) -> dict[str, Any]:
+def attention_kwargs(segments: Sequence[Segment], device: torch.device) -> dict[str, Any]:
     """What the model's forward must be given so that packed sequences stay apart."""
-    layout = packed_layout(lengths, device)
-    if implementation == "flash_attention_2":
-        return {
-            "cu_seq_lens_q": layout.cu_seqlens,
-            "cu_seq_lens_k": layout.cu_seqlens,
-            "max_length_q": layout.max_length,
-            "max_length_k": layout.max_length,
-        }
-    return {"layout": layout}
+    return {"layout": PackedLayout(tuple(segments), device)}

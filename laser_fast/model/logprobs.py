@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.model.distributed import World
-from laser_fast.model.packing import Packer
+from laser_fast.model.packing import Ids, Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_kernels import linear_logprob
@@ -70,7 +70,7 @@ def with_scores(policy: Policy, groups: Sequence[Group], packer: Packer) -> list
 
 def last_token_logprobs(
     policy: Policy,
-    sequences: Sequence[tuple[int, ...]],
+    sequences: Sequence[tuple[Ids, Ids]],
     token_ids: Sequence[int],
     world: World,
     *,
@@ -84,18 +84,24 @@ def last_token_logprobs(
 
     Args:
         policy: the model.
-        sequences: ids of prompt, completion and EOS; none empty.
+        sequences: prompts, and completions with their EOS; a prompt that repeats is computed once.
         token_ids: the C tokens.
         world: the ranks, which run as many forwards each.
         budget: tokens of one forward, which may exceed it for a single sequence.
     """
     rows = [
-        TrainingSequence(prompt_ids=ids, completion_ids=(), rollout_logprobs=(), has_score_row=True)
-        for ids in sequences
+        TrainingSequence(
+            prompt_ids=prompt_ids,
+            completion_ids=completion_ids,
+            rollout_logprobs=(),
+            has_score_row=True,
+            has_policy_rows=False,
+        )
+        for prompt_ids, completion_ids in sequences
     ]
     result = torch.empty(len(rows), len(token_ids))
     packer = Packer(
-        budget=max(budget, *map(len, sequences), 1),
+        budget=max(budget, 1, *(len(prompt) + len(completion) for prompt, completion in sequences)),
         score_token_id=token_ids[0],
         temperature=1.0,
         device=world.device,

@@ -1,14 +1,18 @@
 """Sequences to microbatches: bins within a token budget, equally many on every rank.
 
-Results never depend on the bins, because denominators are fixed before (algorithm.loss).
+Sequences with the same prompt share its tokens, as far as they are in one bin. Results never depend
+on the bins, because denominators are fixed before (algorithm.loss).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from laser_fast.records import Microbatch, PolicyRows, ScoreRows, TrainingSequence
+from laser_fast.model.distributed import World
+from laser_fast.records import Microbatch, PolicyRows, ScoreRows, Segment, TrainingSequence
+
+Ids = tuple[int, ...]
 
 
 def _alone(count: int) -> int:
@@ -17,37 +21,120 @@ def _alone(count: int) -> int:
 
 
 def plan_bins(
-    lengths: Sequence[int], *, budget: int, agree: Callable[[int], int] = _alone
+    prompts: Sequence[Ids],
+    lengths: Sequence[int],
+    *,
+    budget: int,
+    agree: Callable[[int], int] = _alone,
 ) -> list[list[int]]:
-    """Indices of the sequences of each microbatch.
+    """Indices of the sequences of each microbatch, from their prompts and response lengths.
 
-    First-fit decreasing within `budget` tokens. `agree` returns the largest bin count of all
-    ranks; a rank with fewer splits its fullest bins, so that every rank runs as many forwards and
-    backwards, and leaves bins empty only when it has fewer sequences than that.
+    A bin computes a prompt once. Groups with one prompt are kept together, in parts where they
+    exceed the budget, and parts are placed first-fit decreasing within `budget` tokens. `agree`
+    returns the largest bin count of all ranks; a rank with fewer splits its fullest bins, so that
+    every rank runs as many forwards and backwards, and leaves bins empty only when it has fewer
+    sequences than that.
 
-    Example: `plan_bins([5, 3, 4, 2], budget=8)` is `[[0, 1], [2, 3]]`.
+    Example: with the prompts a, a, b of 2, 2, 3 tokens, `plan_bins([a, a, b], [2, 2, 1], budget=6)`
+    is `[[0, 1], [2]]`.
 
     Raises:
         ValueError: a sequence is longer than the budget.
     """
+    parts: list[list[int]] = []
+    sizes: list[int] = []
+    for prompt, members in _by_prompt(prompts).items():
+        for part in _parts(len(prompt), members, lengths, budget):
+            parts.append(part)
+            sizes.append(len(prompt) + sum(lengths[i] for i in part))
+    places = _first_fit(sizes, budget)
+    bins = [[index for place in members for index in parts[place]] for members in places]
+    _split_fullest(bins, agree(max(len(bins), 1)))
+    return bins
+
+
+def share_out(sequences: list[TrainingSequence], world: World) -> list[TrainingSequence]:
+    """This rank's share of the sequences of all ranks: each computes about as many tokens.
+
+    Collective; every rank finds the same shares.
+    """
+    if world.size == 1:
+        return sequences
+    everything = world.gather(sequences)
+    prompts = [sequence.prompt_ids for sequence in everything]
+    lengths = [len(sequence.response_ids) for sequence in everything]
+    shares = plan_shares(prompts, lengths, num_ranks=world.size)
+    return [everything[index] for index in shares[world.rank]]
+
+
+def plan_shares(
+    prompts: Sequence[Ids], lengths: Sequence[int], *, num_ranks: int
+) -> list[list[int]]:
+    """Indices of the sequences of each rank, such that the largest load is small.
+
+    Groups go whole, in halves, quarters and so on, the largest part first, to the rank that then
+    has least; the best of these plans counts. A rank computes a prompt once.
+    """
+    groups = _by_prompt(prompts)
+    most = max(map(len, groups.values()), default=1)
+    plans = []
+    for power in range(most.bit_length()):
+        parts = [
+            (prompt, members[first :: min(2**power, len(members))])
+            for prompt, members in groups.items()
+            for first in range(min(2**power, len(members)))
+        ]
+        sizes = [sum(lengths[index] for index in part) for _, part in parts]
+        loads, shares = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
+        there: list[set[Ids]] = [set() for _ in range(num_ranks)]
+        for place in sorted(range(len(parts)), key=lambda i: -len(parts[i][0]) - sizes[i]):
+            (prompt, part), size = parts[place], sizes[place]
+            after = [
+                load + size + len(prompt) * (prompt not in known)
+                for load, known in zip(loads, there, strict=True)
+            ]
+            rank = after.index(min(after))
+            loads[rank] = after[rank]
+            there[rank].add(prompt)
+            shares[rank] += part
+        plans.append((max(loads), power, shares))
+    return min(plans)[2]
+
+
+def _by_prompt(prompts: Sequence[Ids]) -> dict[Ids, list[int]]:
+    groups: dict[Ids, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    return groups
+
+
+def _parts(
+    prompt_length: int, members: Sequence[int], lengths: Sequence[int], budget: int
+) -> list[list[int]]:
+    """A group in as few parts as fit into the budget, each with a copy of the prompt."""
+    longest = prompt_length + max(lengths[index] for index in members)
+    if longest > budget:
+        raise ValueError(
+            f"a sequence of {longest} tokens exceeds the microbatch budget of {budget}; raise "
+            "optim.tokens_per_microbatch"
+        )
+    places = _first_fit([lengths[index] for index in members], budget - prompt_length)
+    return [[members[place] for place in sorted(part)] for part in places]
+
+
+def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Bins of the sizes, the largest first."""
     bins: list[list[int]] = []
     loads: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > budget:
-            raise ValueError(
-                f"a sequence of {length} tokens exceeds the microbatch budget of {budget}; raise "
-                "optim.tokens_per_microbatch"
-            )
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         for place, load in enumerate(loads):
-            if load + length <= budget:
+            if load + sizes[index] <= budget:
                 bins[place].append(index)
-                loads[place] += length
+                loads[place] += sizes[index]
                 break
         else:
             bins.append([index])
-            loads.append(length)
-    _split_fullest(bins, agree(max(len(bins), 1)))
+            loads.append(sizes[index])
     return bins
 
 
@@ -72,8 +159,9 @@ class Packer:
 
     def bins(self, sequences: Sequence[TrainingSequence]) -> list[list[int]]:
         """`plan_bins` of these sequences. Collective."""
-        lengths = [sequence.num_tokens for sequence in sequences]
-        return plan_bins(lengths, budget=self.budget, agree=self.agree)
+        prompts = [sequence.prompt_ids for sequence in sequences]
+        lengths = [len(sequence.response_ids) for sequence in sequences]
+        return plan_bins(prompts, lengths, budget=self.budget, agree=self.agree)
 
     def microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         """All sequences, one microbatch per bin. Collective."""
@@ -83,44 +171,42 @@ class Packer:
     def pack(self, sequences: Sequence[TrainingSequence]) -> Microbatch:
         """Join the sequences of one bin.
 
-        Row p predicts token p + 1, so a completion that follows n prompt tokens is read from rows
-        n - 1 to its last token but one, and its score from the row of its last token, the EOS.
-        An empty bin becomes one token without rows: the forward that keeps ranks in step.
+        Row p predicts the next token, so a completion is read from the row of the prompt's last
+        token to that of its own last token but one, and its score from the row of its last token,
+        the EOS. An empty bin becomes one token without rows: the forward that keeps ranks in step.
 
-        Example: prompt (7, 8), completion (5, 2), finished, score token 9: input (7, 8, 5, 2),
-        rows (1, 2, 3), labels (5, 2, 9).
+        Example: prompt (7, 8), completions (5, 2), finished, and (6, 4), truncated; score token 9:
+        input (7, 8, 5, 2, 6), rows (1, 2, 1, 4, 3), labels (5, 2, 6, 4, 9).
         """
-        input_ids: list[int] = []
-        policy_rows: list[int] = []
-        score_rows: list[int] = []
-        for sequence in sequences:
-            first = len(input_ids) + len(sequence.prompt_ids) - 1
-            policy_rows.extend(range(first, first + len(sequence.completion_ids)))
-            if sequence.has_score_row:
-                score_rows.append(first + len(sequence.completion_ids))
-            input_ids.extend(sequence.prompt_ids)
-            input_ids.extend(sequence.completion_ids)
-        lengths = tuple(sequence.num_tokens for sequence in sequences)
+        tokens = _Tokens()
+        places = [tokens.add(sequence) for sequence in sequences]
         if not sequences:
-            input_ids, lengths = [self.score_token_id], (1,)
-        labels = [token for s in sequences for token in s.completion_ids]
+            tokens.add_segment((self.score_token_id,))
+        read = [sequence for sequence in sequences if sequence.has_policy_rows]
+        labels = [token for s in read for token in s.completion_ids]
+        policy_rows = [
+            row
+            for s, place in zip(sequences, places, strict=True)
+            if s.has_policy_rows
+            for row in place[: len(s.completion_ids)]
+        ]
+        scored = [sequence for sequence in sequences if sequence.has_score_row]
+        score_rows = [p[-1] for s, p in zip(sequences, places, strict=True) if s.has_score_row]
         labels += [self.score_token_id] * len(score_rows)
         temperature = [self.temperature] * len(policy_rows) + [1.0] * len(score_rows)
-        scored = [sequence for sequence in sequences if sequence.has_score_row]
         return Microbatch(
-            input_ids=self._ids(input_ids),
-            position_ids=self._ids([position for n in lengths for position in range(n)]),
-            lengths=lengths,
+            input_ids=self._ids(tokens.ids),
+            position_ids=self._ids(tokens.positions),
+            segments=tuple(tokens.segments),
             rows=self._ids(policy_rows + score_rows),
             labels=self._ids(labels),
             temperature=self._floats(temperature),
             policy=PolicyRows(
-                sequence_ids=self._ids(
-                    [i for i, s in enumerate(sequences) for _ in s.completion_ids]
-                ),
-                rollout_logprobs=self._floats([x for s in sequences for x in s.rollout_logprobs]),
-                advantages=self._floats([s.advantage for s in sequences for _ in s.completion_ids]),
-                weights=self._floats([s.token_weight for s in sequences for _ in s.completion_ids]),
+                sequence_ids=self._ids([i for i, s in enumerate(read) for _ in s.completion_ids]),
+                rollout_logprobs=self._floats([x for s in read for x in s.rollout_logprobs]),
+                advantages=self._floats([s.advantage for s in read for _ in s.completion_ids]),
+                weights=self._floats([s.token_weight for s in read for _ in s.completion_ids]),
+                is_probe=self._ids([s.is_probe for s in read for _ in s.completion_ids]).bool(),
             ),
             score=ScoreRows(
                 rewards=self._floats([s.reward for s in scored]),
@@ -133,3 +219,33 @@ class Packer:
 
     def _floats(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """The tokens of a microbatch as they are laid down."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    starts: dict[Ids, int] = field(default_factory=dict)  # of the prompts that are there
+
+    def add(self, sequence: TrainingSequence) -> list[int]:
+        """Lay a sequence down; returns the places of its prompt's last token and its response."""
+        prompt, response = sequence.prompt_ids, sequence.response_ids
+        start = self.starts.get(prompt)
+        if start is None:
+            start = self.starts[prompt] = len(self.ids)
+            self.add_segment(prompt + response)
+            first = start + len(prompt)
+        else:
+            first = len(self.ids)
+            if response:
+                self.add_segment(response, prefix_start=start, prefix_length=len(prompt))
+        return [start + len(prompt) - 1, *range(first, first + len(response))]
+
+    def add_segment(self, ids: Ids, prefix_start: int = 0, prefix_length: int = 0) -> None:
+        """Lay down tokens that continue a prefix."""
+        self.ids += ids
+        self.positions += range(prefix_length, prefix_length + len(ids))
+        self.segments.append(Segment(len(ids), prefix_start, prefix_length))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,10 +49,9 @@ Head = Callable[[Tensor, Tensor], Output]  # (hidden_states [N, D], weight [V, D
 class Policy(nn.Module):
     """A causal LM read through a head function."""
 
-    def __init__(self, hf: PreTrainedModel, *, attention: str, compute_dtype: torch.dtype) -> None:
+    def __init__(self, hf: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.hf = hf
-        self.attention = attention
         self.compute_dtype = compute_dtype
 
     def forward(self, batch: Microbatch, head: Head[Output]) -> Output:
@@ -60,9 +61,10 @@ class Policy(nn.Module):
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            **attention_kwargs(self.attention, batch.lengths, device),
+            **attention_kwargs(batch.segments, device),
         ).last_hidden_state[0]
-        return head(hidden_states[batch.rows], self.hf.lm_head.weight)
+        # Rows repeat; an embedding's backward adds them up in a fixed order.
+        return head(embedding(batch.rows, hidden_states), self.hf.lm_head.weight)
 
     def release(self) -> None:
         """Give the root's gathered parameters back after a forward without a backward."""
@@ -139,11 +141,14 @@ def build_policy(config: ModelConfig, world: World) -> Policy:
 
     The other ranks allocate but never touch a full copy, so host memory holds one.
     """
+    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError(
+            'model.attention = "flash_attention_2" needs flash-attn; pip install '
+            "'laser-fast[flash]', or set \"varlen\", which comes with torch"
+        )
     hf, full_state = _load_on_main(config, world)
     buffers = dict(hf.named_buffers())
-    policy = Policy(
-        hf, attention=config.attention, compute_dtype=compute_dtype(config, world.device)
-    ).train()
+    policy = Policy(hf, compute_dtype=compute_dtype(config, world.device)).train()
     if config.liger:
         _apply_liger(hf)
     if config.gradient_checkpointing:

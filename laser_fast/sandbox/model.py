@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
+from laser_fast.records import Segment
 from laser_fast.sandbox import task
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[list[int], int]]) -> Ten
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         use_cache=False,
-        **attention_kwargs("sdpa", lengths, input_ids.device),
+        **attention_kwargs([Segment(n) for n in lengths], input_ids.device),
     ).last_hidden_state[0]
     logits = model.lm_head(hidden_states[is_labelled])
     return cross_entropy(logits, labels[is_labelled], reduction="sum")

@@ -22,6 +22,7 @@ from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer, peak_memory_gb
 from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
+from laser_fast.model.flops import peak_flops
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -199,6 +200,10 @@ def _run_step(trainer: Trainer, log: Log, step: int) -> None:
     metrics |= times
     metrics["memory/peak_gb"] = peak_memory_gb(trainer.world.device)
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
+    update = times["time/loss"] + times["time/step"]
+    metrics["throughput/computed_per_s"] = metrics["pack/tokens"] / update
+    if peak := peak_flops(trainer.world.device):
+        metrics["throughput/mfu"] = metrics["pack/flop"] / update / peak / trainer.world.size
     log.log_step(step, metrics)
     if trainer.world.is_main:
         count = trainer.config.log.samples_per_step

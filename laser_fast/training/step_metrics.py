@@ -1,5 +1,7 @@
 """Metrics of one step, keyed by stage; sums over all ranks, so equal on every rank."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,9 @@ from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
 from laser_fast.model.distributed import World
-from laser_fast.records import Microbatch
+from laser_fast.model.flops import training_flop
+from laser_fast.model.policy import Policy
+from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.training.objective import HeadResult
 from laser_fast.training.tables import StepTables
 
@@ -19,11 +23,32 @@ def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     return {
         "rollout/mean_length": float(tables.lengths.float().mean()),
         "rollout/truncated": float((~tables.is_finished).float().mean()),
+        "rollout/tokens": float(tables.lengths.sum()),
+        # -log pi of the sampled token estimates the entropy without bias, and without the logits.
+        "loss/entropy": -float(tables.logprobs.sum() / tables.lengths.sum()),
         "reward/mean": float(tables.rewards.sum() / num_graded),
         "reward/failed": float((~tables.is_graded).sum()),
         "advantage/zero_std_groups": float((~tables.has_spread).float().mean()),
         "advantage/mean_abs": float(advantages.abs().mean()),
     }
+
+
+def pack_metrics(
+    policy: Policy,
+    sequences: Sequence[TrainingSequence],
+    updates: Sequence[Sequence[Microbatch]],
+    world: World,
+) -> dict[str, float]:
+    """What the packed step computes, over all ranks. Collective."""
+    batches = [batch for update in updates for batch in update]
+    counts = (
+        sum(len(batch.input_ids) for batch in batches),
+        sum(not sequence.has_rows for sequence in sequences),
+        len(sequences),
+        training_flop(policy, batches),
+    )
+    tokens, left_out, total, flop = world.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+    return {"pack/tokens": tokens, "pack/left_out": left_out / total, "pack/flop": flop}
 
 
 class RowMetrics:
@@ -33,7 +58,7 @@ class RowMetrics:
         self._config = config
         self._sums = {
             key: torch.zeros((), dtype=torch.float64, device=device)
-            for key in ("tokens", "policy", "score", "disagreement", "clipped", "entropy", "kl")
+            for key in ("policy", "score", "disagreement", "probes", "clipped", "kl")
         }
         self._score_logprobs: list[Tensor] = []
         self._rewards: list[Tensor] = []
@@ -53,13 +78,13 @@ class RowMetrics:
             sequence_ids=policy.sequence_ids,
         )
         sums = self._sums
-        sums["tokens"] += len(policy)
         sums["policy"] += result.policy_loss
         sums["score"] += result.score_loss
-        sums["disagreement"] += (old - policy.rollout_logprobs).abs().sum()
-        sums["clipped"] += clipped.sum()
-        # -log pi of the sampled token estimates the entropy without bias, and without the logits.
-        sums["entropy"] -= policy.rollout_logprobs.sum()
+        gaps = (old - policy.rollout_logprobs).abs()
+        sums["disagreement"] += torch.where(policy.is_probe, gaps, 0).sum()
+        sums["probes"] += policy.is_probe.sum()
+        # Whatever else is there: some rows that train nothing are probes.
+        sums["clipped"] += (clipped & (policy.weights * policy.advantages != 0)).sum()
         if policy.ref_logprobs is not None:
             sums["kl"] += kl_penalty(logprobs, policy.ref_logprobs).sum()
         self._score_logprobs.append(score_logprobs)
@@ -67,25 +92,22 @@ class RowMetrics:
 
     def disagreement(self, world: World) -> float:
         """Mean |policy - engine| log-prob so far, in nats. Collective."""
-        pair = torch.stack([self._sums["disagreement"], self._sums["tokens"]])
-        total, tokens = world.sum(pair).tolist()
-        return total / max(tokens, 1)
+        pair = torch.stack([self._sums["disagreement"], self._sums["probes"]])
+        total, probes = world.sum(pair).tolist()
+        return total / max(probes, 1)
 
-    def finish(self, world: World, *, has_reference: bool) -> dict[str, float]:
-        """Metrics of the step over all ranks. Collective."""
+    def finish(self, world: World, *, num_tokens: float, has_reference: bool) -> dict[str, float]:
+        """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective."""
         totals = world.sum(torch.stack(list(self._sums.values()))).tolist()
         sums = dict(zip(self._sums, totals, strict=True))
-        tokens = max(sums["tokens"], 1)
         metrics = {
             "loss/policy": sums["policy"],
             "loss/score": sums["score"],
-            "loss/clip_frac": sums["clipped"] / tokens,
-            "loss/entropy": sums["entropy"] / tokens,
-            "rollout/disagreement": sums["disagreement"] / tokens,
-            "rollout/tokens": sums["tokens"],
+            "loss/clip_frac": sums["clipped"] / num_tokens,
+            "rollout/disagreement": sums["disagreement"] / max(sums["probes"], 1),
         }
         if has_reference:
-            metrics["loss/kl"] = sums["kl"] / tokens
+            metrics["loss/kl"] = sums["kl"] / num_tokens
         return metrics
 
     def score_metrics(self, world: World, tables: StepTables, score: SelfScore) -> dict[str, float]:

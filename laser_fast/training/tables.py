@@ -22,6 +22,11 @@ from laser_fast.config import Config
 from laser_fast.model.distributed import World
 from laser_fast.records import Group, TrainingSequence
 
+# One group of so many, and at least one, shows how far policy and engine disagree. They are chosen
+# by their place in the step, since those that train are not alike: their groups are the hard ones.
+# Whole groups, because each computes its prompt.
+PROBE_EVERY = 16
+
 
 @dataclass(frozen=True, slots=True)
 class StepTables:
@@ -31,6 +36,7 @@ class StepTables:
     is_graded: Tensor  # bool
     is_finished: Tensor  # bool
     lengths: Tensor  # int64, completion tokens
+    logprobs: Tensor  # float32, the sampler's, summed over the tokens
     score_logprobs: Tensor  # float32; 0 where there is none
 
     @property
@@ -53,6 +59,7 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
             reward is not None,
             completion.is_finished,
             len(completion.completion_ids),
+            sum(completion.rollout_logprobs),
             completion.score_logprob or 0.0,
         )
         for group in groups
@@ -113,15 +120,24 @@ def step_weights(tables: StepTables, config: Config) -> tuple[Tensor, Tensor]:
 def training_sequences(
     groups: Sequence[Group], world: World, tables: StepTables, advantages: Tensor, config: Config
 ) -> list[TrainingSequence]:
-    """The sequences of this rank, whose groups are its share of the rows of the tables."""
+    """The sequences of this rank, whose groups are its share of the rows of the tables.
+
+    A completion whose tokens train nothing has no policy rows, unless it is a probe.
+    """
     token_weight, score_weight = step_weights(tables, config)
     has_score_row = tables.has_score_target & (config.score.loss_coef > 0)
+    is_probe = (torch.arange(len(advantages)) % PROBE_EVERY == 0)[:, None].expand_as(advantages)
+    has_policy_rows = is_probe | (token_weight * advantages != 0)
+    if config.loss.kl_coef > 0 or config.loss.entropy_coef > 0:
+        has_policy_rows = torch.ones_like(has_policy_rows)
     return [
         TrainingSequence(
             prompt_ids=group.prompt.prompt_ids,
             completion_ids=completion.completion_ids,
             rollout_logprobs=completion.rollout_logprobs,
             has_score_row=bool(has_score_row[p, g]),
+            has_policy_rows=bool(has_policy_rows[p, g]),
+            is_probe=bool(is_probe[p, g]),
             advantage=float(advantages[p, g]),
             token_weight=float(token_weight[p, g]),
             reward=float(tables.rewards[p, g]),

@@ -20,14 +20,14 @@ from laser_fast.config import Config
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
 from laser_fast.model.logprobs import label_logprobs, with_scores
-from laser_fast.model.packing import Packer
+from laser_fast.model.packing import Packer, share_out
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rollout.engine import DisagreementError
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores
-from laser_fast.training.step_metrics import RowMetrics, table_metrics
+from laser_fast.training.step_metrics import RowMetrics, pack_metrics, table_metrics
 from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
 
 
@@ -59,7 +59,9 @@ class Trainer:
             advantages = step_advantages(tables, config, self.score if mixes else None)
         with self.stage("pack"):
             sequences = training_sequences(groups, self.world, tables, advantages, config)
-            updates = [self.packer.microbatches(part) for part in self._minibatches(sequences)]
+            parts = [share_out(part, self.world) for part in self._minibatches(sequences)]
+            updates = [self.packer.microbatches(part) for part in parts]
+            metrics = pack_metrics(self.policy, sequences, updates, self.world)
         with self.stage("loss"):
             updates = self._with_logprobs(updates)
 
@@ -84,12 +86,18 @@ class Trainer:
                 else:
                     self._backward(objective, batches, rows)
             if self.sampler.staleness == 0:  # else an update lies between, which TIS corrects
-                self._check_rollout(step, rows.disagreement(self.world))
+                is_number = bool(tables.logprobs.isfinite().all())
+                found = rows.disagreement(self.world) if is_number else float("nan")
+                self._check_rollout(step, found)
             with self.stage.only("step"):
                 grad_norms.append(self._update(step))
 
-        metrics = table_metrics(tables, advantages)
-        metrics |= rows.finish(self.world, has_reference=self.reference is not None)
+        metrics |= table_metrics(tables, advantages)
+        metrics |= rows.finish(
+            self.world,
+            num_tokens=metrics["rollout/tokens"],
+            has_reference=self.reference is not None,
+        )
         if config.score.loss_coef > 0:
             metrics |= rows.score_metrics(self.world, tables, self.score)
         metrics |= norms
@@ -101,13 +109,14 @@ class Trainer:
         return metrics, groups
 
     def _minibatches(self, sequences: list[TrainingSequence]) -> list[list[TrainingSequence]]:
-        """Local sequences by optimizer update: prompt p of the step belongs to p mod count."""
+        """Local sequences with rows by optimizer update: prompt p belongs to p mod count."""
         count = self.config.optim.minibatches
         size = self.config.rollout.group_size
         first = self.world.rank * (len(sequences) // size)
         parts: list[list[TrainingSequence]] = [[] for _ in range(count)]
         for index, sequence in enumerate(sequences):
-            parts[(first + index // size) % count].append(sequence)
+            if sequence.has_rows:
+                parts[(first + index // size) % count].append(sequence)
         return parts
 
     def _with_logprobs(self, updates: list[list[Microbatch]]) -> list[list[Microbatch]]:
@@ -144,12 +153,7 @@ class Trainer:
         policy_norm = self._grad_norm()
         policy_grads = [parameter.grad for parameter in parameters]
         self.optimizer.zero_grad(set_to_none=True)
-        score_only = [
-            replace(
-                batch, policy=replace(batch.policy, weights=torch.zeros_like(batch.policy.weights))
-            )
-            for batch in batches
-        ]
+        score_only = [batch.score_only() for batch in batches]
         self._backward(replace(objective, score_coef=self.cap.loss_coef), score_only, None)
         score_norm = self._grad_norm()
         self.cap.measure(policy_norm=policy_norm, score_norm=score_norm)

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig, ModelConfig
 from laser_fast.model.distributed import open_world
-from laser_fast.model.packing import Packer
+from laser_fast.model.packing import Packer, share_out
 from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.hf import HfEngine
@@ -36,7 +36,7 @@ PROMPTS = [
     for n in range(4)
 ]
 # On four ranks the last one gets two of these 14, the others four each.
-SEQUENCES = make_sequences(14, seed=5)
+SEQUENCES = make_sequences(14, seed=5, group_size=3)  # groups that ranks and bins split
 LARGEST = max(sequence.num_tokens for sequence in SEQUENCES)
 
 MODEL_CASES = {
@@ -67,10 +67,15 @@ def full_parameters(policy):
     return {name: full(parameter) for name, parameter in policy.hf.named_parameters()}
 
 
-def backward(policy, world, sequences, *, budget=4 * LARGEST):
-    """Gradients of the joint loss, each rank with its contiguous share of the sequences."""
+def backward(policy, world, sequences, *, budget=4 * LARGEST, is_shared_out=False):
+    """Gradients of the joint loss, each rank with its contiguous share of the sequences.
+
+    Or with the one that the trainer gives it.
+    """
     share = -(-len(sequences) // world.size)
     own = sequences[world.rank * share : (world.rank + 1) * share]
+    if is_shared_out:
+        own = share_out(own, world)
     packer = Packer(
         budget=budget,
         score_token_id=SCORE_TOKEN,
@@ -88,6 +93,7 @@ def backward(policy, world, sequences, *, budget=4 * LARGEST):
         "loss": world.sum(loss),
         "norm": full(clip_grad_norm_(policy.parameters(), float("inf"))),
         "num_batches": len(batches),
+        "num_tokens": world.gather([sum(len(batch.input_ids) for batch in batches)]),
     }
 
 
@@ -185,6 +191,7 @@ def measure(world, models, out):
     found["variants"] = {
         "small budget": measure_gradients(policy, world, SEQUENCES, budget=LARGEST),
         "reversed": measure_gradients(policy, world, SEQUENCES[::-1]),
+        "shared out": measure_gradients(policy, world, SEQUENCES, is_shared_out=True),
     }
     found["rollout"] = measure_rollout(policy, world)
     found["checkpoint"] = measure_checkpoint(

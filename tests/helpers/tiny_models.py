@@ -101,17 +101,19 @@ def make_group(name, members, rewards=()):
     return Group(prompt=prompt, completions=completions, rewards=tuple(rewards))
 
 
-def make_sequences(count=12, *, seed=0, longest=12):
-    """Random sequences of mixed lengths; two of three have a score row."""
+def make_sequences(count=12, *, seed=0, longest=12, group_size=1):
+    """Random sequences of mixed lengths; two of three have a score row, and groups one prompt."""
     rng = random.Random(seed)
-    sequences = []
+    sequences, prompt_ids = [], ()
     for index in range(count):
         length = 1 if index == 1 else rng.randint(2, longest)
         has_score_row = index % 3 != 2
         ids = [rng.randrange(6, VOCAB) for _ in range(length)]
+        if index % group_size == 0:
+            prompt_ids = tuple(rng.randrange(6, VOCAB) for _ in range(rng.randint(1, longest)))
         sequences.append(
             TrainingSequence(
-                prompt_ids=tuple(rng.randrange(6, VOCAB) for _ in range(rng.randint(1, longest))),
+                prompt_ids=prompt_ids,
                 completion_ids=(*ids[:-1], EOS if has_score_row else ids[-1]),
                 rollout_logprobs=tuple(rng.uniform(-6, -1) for _ in ids),
                 has_score_row=has_score_row,

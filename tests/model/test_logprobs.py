@@ -9,7 +9,7 @@ from laser_fast.model.logprobs import last_token_logprobs, policy_logprobs, with
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 
-SEQUENCES = [(7, 8, 9, 1), (10,), (11, 12, 13, 14, 15, 16, 1), (7, 9, 1), (20, 21, 22, 23, 1)]
+SEQUENCES = [(7, 8, 9, 1), (10,), (11, 12, 13, 14, 15, 16, 1), (7, 8, 1), (20, 21, 22, 23, 1)]
 TOKENS = [3, 2, 6, 5]
 
 
@@ -29,7 +29,8 @@ def make_packer(budget):
 
 @pytest.mark.parametrize("budget", [1, 7, 10, 64])  # one by one, in pairs, together
 def test_every_token_after_every_sequence(policy, exact, world, budget):
-    found = last_token_logprobs(policy, SEQUENCES, TOKENS, world, budget=budget)
+    pairs = [(ids[:2], ids[2:]) for ids in SEQUENCES]  # two with one prompt
+    found = last_token_logprobs(policy, pairs, TOKENS, world, budget=budget)
     for ids, row in zip(SEQUENCES, found, strict=True):
         expected = exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
         torch.testing.assert_close(row.double(), expected, atol=2e-5, rtol=0)

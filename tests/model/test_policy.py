@@ -69,8 +69,16 @@ def test_budget_and_packing_order_change_nothing(ranks):
     expected = ranks["gradients"]["qwen2-tied"]
     small = ranks["variants"]["small budget"]
     assert small["num_batches"] > expected["num_batches"]
-    for name in ("small budget", "reversed"):
+    for name in ("small budget", "reversed", "shared out"):
         assert_same_step(ranks["variants"][name], expected)
+
+
+def test_ranks_compute_about_as_many_tokens_and_no_more(two_ranks, four_ranks):
+    for ranks in (two_ranks, four_ranks):
+        as_they_come = ranks["gradients"]["qwen2-tied"]["num_tokens"]
+        shared_out = ranks["variants"]["shared out"]["num_tokens"]
+        assert max(shared_out) < max(as_they_come)
+        assert sum(shared_out) <= sum(as_they_come)
 
 
 @pytest.mark.parametrize("variant", ["gradient_checkpointing", "cpu_offload"])
@@ -195,3 +203,9 @@ def test_models_that_the_policy_cannot_train_are_refused(tmp_path, config, messa
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ConfigError, match=message):
         load_model_config(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_missing_attention_kernel_is_named_with_its_extra(world, model_folders):
+    config = ModelConfig(path=str(model_folders / "qwen2-tied"), attention="flash_attention_2")
+    with pytest.raises(ConfigError, match=r"needs flash-attn; pip install 'laser-fast\[flash\]'"):
+        build_policy(config, world)

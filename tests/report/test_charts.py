@@ -91,7 +91,8 @@ def test_only_panels_with_data_are_drawn(tmp_path):
 
 
 def test_every_panel_reads_a_documented_stage():
-    stages = {"reward", "score", "advantage", "loss", "rollout", "step", "throughput", "memory"}
+    stages = {"reward", "score", "advantage", "pack", "loss", "rollout", "step", "throughput"}
+    stages |= {"memory"}
     known = {metric.stage for metric in METRICS if metric.panel}
     assert known - {"vote"} == stages
 

@@ -47,6 +47,8 @@ def assert_close_metrics(actual, expected, *, tolerance):
     for got, want in zip(actual, expected, strict=True):
         assert got.keys() == want.keys()
         for key, value in want.items():
+            if key in ("pack/tokens", "pack/flop"):
+                continue  # copies of a prompt depend on how groups are shared out
             close = pytest.approx(value, rel=tolerance, abs=1e-6) if value is not None else None
             assert got[key] == close, (want["step"], key)
 

@@ -26,7 +26,7 @@ def two_chunks(monkeypatch):
 def policy():
     hf = make_model()
     hf.set_attn_implementation("laser_sdpa")
-    return Policy(hf, attention="sdpa", compute_dtype=torch.float32)
+    return Policy(hf, compute_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,17 @@ CPU = torch.device("cpu")
 
 
 def make_batch(members):
-    """One microbatch of (rollout log-probs, advantage, reward or None without a score row)."""
+    """One microbatch of (rollout log-probs, advantage, reward or None without a score row).
+
+    Completions of two tokens are probes.
+    """
     sequences = [
         TrainingSequence(
             prompt_ids=(7,),
             completion_ids=tuple(range(10, 10 + len(rollout))),
             rollout_logprobs=rollout,
             has_score_row=reward is not None,
+            is_probe=len(rollout) == 2,
             advantage=advantage,
             token_weight=0.1,
             reward=reward or 0.0,
@@ -60,17 +64,15 @@ SECOND_RESULT = make_result([-2.0, -4.2], policy_loss=-0.75, score_loss=0.0)
 def test_sums_over_microbatches(world):
     rows = RowMetrics(LossConfig(), CPU)
     rows.add(FIRST, FIRST_RESULT)
-    assert rows.disagreement(world) == pytest.approx((0.1 + 0.0 + 0.5) / 3)
+    assert rows.disagreement(world) == pytest.approx((0.1 + 0.0) / 2)
     rows.add(SECOND, SECOND_RESULT)
-    assert rows.disagreement(world) == pytest.approx(0.8 / 5)
-    metrics = rows.finish(world, has_reference=False)
+    assert rows.disagreement(world) == pytest.approx(0.3 / 4)
+    metrics = rows.finish(world, num_tokens=5, has_reference=False)
     assert metrics == {
         "loss/policy": pytest.approx(-0.5),
         "loss/score": pytest.approx(0.5),
         "loss/clip_frac": 0.0,
-        "loss/entropy": pytest.approx(12 / 5),
-        "rollout/disagreement": pytest.approx(0.8 / 5),
-        "rollout/tokens": 5.0,
+        "rollout/disagreement": pytest.approx(0.3 / 4),
     }
 
 
@@ -83,12 +85,12 @@ def test_clipped_share_and_kl(world):
     # Ratio e^.1 at A < 0 passes, and so does e^-.2 = 0.82.
     old, ref = torch.tensor([-2.1, -4.0]), torch.tensor([-2.0, -4.2])
     rows.add(with_logprobs(SECOND, old, ref), SECOND_RESULT)
-    metrics = rows.finish(world, has_reference=True)
+    metrics = rows.finish(world, num_tokens=5, has_reference=True)
     assert metrics["loss/clip_frac"] == pytest.approx(2 / 5)
     # One token differs by 1: k3 = e - 1 - 1.
     assert metrics["loss/kl"] == pytest.approx((math.e - 2) / 5)
     # The engine is compared with the policy that it sampled from.
-    assert metrics["rollout/disagreement"] == pytest.approx((0.5 + 0.0 + 0.0 + 0.1 + 0.0) / 5)
+    assert metrics["rollout/disagreement"] == pytest.approx((0.5 + 0.0 + 0.1 + 0.0) / 4)
 
 
 def test_scores_count_truncated_completions_as_rejected(world):
@@ -131,6 +133,9 @@ def test_metrics_of_the_tables(world):
     assert table_metrics(tables, advantages) == {
         "rollout/mean_length": pytest.approx(4.0),
         "rollout/truncated": pytest.approx(1 / 4),
+        "rollout/tokens": 16.0,
+        # Token t has the log-prob -0.1 (t + 1).
+        "loss/entropy": pytest.approx((0.3 + 0.6 + 5.5 + 0.1) / 16),
         "reward/mean": pytest.approx(1.5 / 3),
         "reward/failed": 1.0,
         "advantage/zero_std_groups": pytest.approx(1 / 2),

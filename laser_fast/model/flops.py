@@ -1,0 +1,46 @@
+"""FLOP that a training step computes, for the share of a device's peak that it reaches (MFU).
+
+    body       6 B T             B parameters of the blocks, T computed tokens
+    head       6 V D N           N rows: one GEMM forward, two backward
+    attention  12 L W sum pairs  L blocks, W width of queries; pairs of a query and a key it sees
+
+Recomputed forwards do not count, nor those that only read log-probs.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from laser_fast.model.policy import Policy
+from laser_fast.records import Microbatch
+
+# Dense bfloat16 FLOP/s in the vendor's data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
+
+
+def training_flop(policy: Policy, batches: Iterable[Microbatch]) -> float:
+    """FLOP of a forward and a backward over the microbatches."""
+    config = policy.hf.config
+    body = sum(parameter.numel() for parameter in policy.hf.model.layers.parameters())
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    flop = 0.0
+    for batch in batches:
+        pairs = sum(n * (n + 1) // 2 + n * prefix for n, _, prefix in batch.segments)
+        flop += 6 * body * len(batch.input_ids) + 12 * config.num_hidden_layers * width * pairs
+        flop += 6 * config.vocab_size * config.hidden_size * len(batch.labels)
+    return flop
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
