@@ -203,20 +203,19 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:  # scalar, [n]
     if torch.compiler.is_compiling():
         # Dynamo traces this form. Eagerly, a plain leaf lets loss_fn keep what it computed.
-        grad, loss = torch.func.grad_and_value(lambda x: _chunk_loss(op, loss_fn, x, rows))(
-            logprobs
-        )
+        # `rows` is an argument, because a closure of constants alone would pin the number of rows.
+        grad, loss = torch.func.grad_and_value(_chunk_loss)(logprobs, rows, op, loss_fn)
         return loss, grad
     leaf = logprobs.detach().requires_grad_()
     with torch.enable_grad():
-        loss = _chunk_loss(op, loss_fn, leaf, rows)
+        loss = _chunk_loss(leaf, rows, op, loss_fn)
     if not loss.requires_grad:
         return loss, torch.zeros_like(logprobs)
     (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
     return loss.detach(), grad
 
 
-def _chunk_loss(op: str, loss_fn: LossFn, logprobs: Tensor, rows: slice) -> Tensor:
+def _chunk_loss(logprobs: Tensor, rows: slice, op: str, loss_fn: LossFn) -> Tensor:
     loss = loss_fn(logprobs, rows)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -296,7 +295,7 @@ def linear_logprob_loss(
     chunks = _chunks(num_rows, head, impl, group)
     if chunks is None:
         logprobs, *_ = linear_logprob_fwd(*head, False, impl, group, grad_group)
-        return _chunk_loss(op, loss_fn, logprobs, slice(0, num_rows))
+        return _chunk_loss(logprobs, slice(0, num_rows), op, loss_fn)
     needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
     h, w = (x.detach() for x in inputs)
     head = head._replace(hidden_states=h, weight=w)
@@ -310,7 +309,7 @@ def linear_logprob_loss(
         chunk = head.rows(rows)
         if not has_gradient:
             logprobs, *_ = linear_logprob_fwd(*chunk, False, impl, group, "")
-            loss += _chunk_loss(op, loss_fn, logprobs, rows).detach()
+            loss += _chunk_loss(logprobs, rows, op, loss_fn).detach()
             continue
         chunk_buffer = None if buffer is None else buffer[: rows.stop - rows.start]
         logprobs, *parts, kept = _loss_chunk_fwd(*chunk, chunk_buffer, impl, group)

@@ -74,6 +74,7 @@ def test_opcheck(op, case, make_head):
         ("loss", "66", 2),  # one size, then any: one chunk holds them all
         ("loss", "0.0001", 3),  # and one for what is more than a chunk of 128 rows
         ("selected", "66", 2),
+        ("constant", "66", 2),
         ("logprob", "0.0001", 2),
     ],
 )
