@@ -54,8 +54,7 @@ def built(tmp_path_factory):
         else:
             shutil.copy(ROOT / name, checkout)
     [sdist] = build("sdist", checkout, folder)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked")
     [unpacked] = (folder / "unpacked").iterdir()
     build("wheel", unpacked, folder)
     return folder
