@@ -39,18 +39,19 @@ class PackedLayout:
     device: torch.device
 
     @cached_property
-    def buckets(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Queries [b, L] and keys [b, prefix + L] of like segments, as places among the T tokens.
+    def buckets(self) -> tuple[list[tuple[int, int, int]], Tensor, Tensor, Tensor]:
+        """Like segments as batches: their shapes (b, L, S), S = prefix + L, and three indices.
 
-        Lengths are within a factor of two; a short row is filled up with its own last token,
-        which no earlier token sees. The second result [T] finds each token in the concatenation
-        of all flattened queries.
+        Queries [sum b L] and keys [sum b S] are places among the T tokens, batch after batch; the
+        last index [T] finds each token among the queries. Lengths are within a factor of two; a
+        short row is filled up with its own last token, which no earlier token sees.
         """
         members: dict[tuple[int, int], list[int]] = {}
         for index, segment in enumerate(self.segments):
             like = (segment.prefix_length, (segment.length - 1).bit_length())
             members.setdefault(like, []).append(index)
-        starts, buckets, offset = self._starts(), [], 0
+        starts, offset = self._starts(), 0
+        shapes, all_queries, all_keys = [], [], []
         inverse = torch.empty(int(starts[-1]), dtype=torch.int64)
         for (prefix_length, _), indices in members.items():
             own = torch.tensor([self.segments[i].length for i in indices])[:, None]
@@ -61,8 +62,12 @@ class PackedLayout:
             place = torch.arange(queries.numel()).view_as(queries) + offset
             inverse[queries[column < own]] = place[column < own]
             offset += queries.numel()
-            buckets.append((queries.to(self.device), keys.to(self.device)))
-        return buckets, inverse.to(self.device)
+            shapes.append((len(indices), queries.shape[1], keys.shape[1]))
+            all_queries.append(queries.flatten())
+            all_keys.append(keys.flatten())
+        tables = (torch.cat(all_queries), torch.cat(all_keys), inverse)
+        queries, keys, inverse = (table.to(self.device) for table in tables)
+        return shapes, queries, keys, inverse
 
     @cached_property
     def keys(self) -> Tensor | None:
@@ -108,16 +113,20 @@ def packed_sdpa(
     """One call of torch's attention per bucket."""
     if softcap is not None:
         raise _no_softcap("sdpa")
+    shapes, queries, keys, inverse = layout.buckets
+    # One gather for all buckets: the backward of each fills a gradient of all T tokens.
+    all_q = _gather(query, queries).split([b * L for b, L, _ in shapes])
+    all_k, all_v = (
+        _gather(tensor, keys).split([b * S for b, _, S in shapes]) for tensor in (key, value)
+    )
     outputs = []
-    buckets, inverse = layout.buckets
-    for queries, keys in buckets:
-        q = _gather(query, queries).transpose(1, 2)
-        k, v = (_gather(tensor, keys).transpose(1, 2) for tensor in (key, value))
+    for (b, L, S), *rows in zip(shapes, all_q, all_k, all_v, strict=True):
+        q, k, v = (tensor.unflatten(0, (b, -1)).transpose(1, 2) for tensor in rows)
         output = scaled_dot_product_attention(
             *(q, k, v),
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
-            **_causal(q.shape[2], k.shape[2], window, layout.device),
+            **_causal(L, S, window, layout.device),
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [b * L, heads, head_dim]
     return torch.cat(outputs)[inverse][None]
@@ -188,14 +197,14 @@ def _gathered(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values as [tokens, heads, head_dim], those of prefixes repeated."""
-    if layout.keys is not None:
-        key, value = (_gather(x, layout.keys).transpose(0, 1)[None] for x in (key, value))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if layout.keys is not None:
+        k, v = (_gather(tensor, layout.keys) for tensor in (key, value))
     return q, k, v
 
 
 def _gather(tensor: Tensor, places: Tensor) -> Tensor:
-    """Tokens of [1, heads, T, head_dim] by their places [...], as [..., heads, head_dim].
+    """Tokens of [1, heads, T, head_dim] by their places [P], as [P, heads, head_dim].
 
     Places repeat. The backward of an embedding adds them up in a fixed order, and in float32 on a
     GPU; that of plain indexing does neither with several threads on a CPU, at twice the time.
