@@ -23,8 +23,7 @@ import torch
 
 from bench import runner, sass
 from bench.harness import Unavailable
-from bench.markdown import page
-from bench.provenance import ROOT, header, save
+from bench.provenance import ROOT, header
 from laser_kernels import _extension
 
 INSTRUCTIONS = {
@@ -120,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         rows, facts["failure"] = [], str(error)
     facts["built" if builds else "compiled"] = f"in {time.perf_counter() - start:.0f} s"
     cells = [[row[column] for column in COLUMNS] for row in rows]
-    text = page(facts, COLUMNS, cells)
-    print(text)
-    if args.json:
-        save(args.json, facts, rows, text)
-    return rows
+    return runner.publish(args, facts, COLUMNS, cells, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import Budget, Case, Entry, Row, Unavailable, measure, reason_of
-from bench.markdown import document
+from bench.markdown import document, page
 from bench.provenance import header, save
 from bench.providers import COMPILED
 from bench.shapes import ROWS, SHAPES, Inputs, Shape, make_input_sets
@@ -84,6 +84,21 @@ class Results:
     def _save(self, rows: list[dict]) -> None:
         if self.path:
             save(self.path, self.header, rows, document(self.header, rows))
+
+
+def publish(
+    args: argparse.Namespace,
+    facts: dict[str, str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence],
+    rows: list[dict],
+) -> list[dict]:
+    """Print one table and, with --json, write it; returns the rows."""
+    text = page(facts, columns, cells)
+    print(text)
+    if args.json:
+        save(args.json, facts, rows, text)
+    return rows
 
 
 def budget(args: argparse.Namespace) -> Budget:

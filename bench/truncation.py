@@ -16,8 +16,7 @@ import torch
 
 from bench import runner
 from bench.exact import library_logits
-from bench.markdown import page
-from bench.provenance import header, save
+from bench.provenance import header
 
 HIDDEN_SIZES = (1024, 1536, 3584, 4096)
 LOGITS = (20.0, -20.0, 30.0, 70.0)
@@ -57,11 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         for row in rows
     ]
     facts = {"op": "truncation"} | header(device)
-    text = page(facts, COLUMNS, cells)
-    print(text)
-    if args.json:
-        save(args.json, facts, rows, text)
-    return rows
+    return runner.publish(args, facts, COLUMNS, cells, rows)
 
 
 if __name__ == "__main__":
