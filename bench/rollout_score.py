@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
     """Time every way `args.rounds` times, in rotating order; yields all timings so far."""
     vocab = SHAPES[args.shape].vocabulary
     sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
-    unscored = replace(sampling, needs_score=False)
+    unscored = replace(sampling, score_at=None)
     prompts = make_prompts(
         args.completions // sampling.group_size,
         length=args.length,

@@ -11,7 +11,8 @@
     shared prompts     laser_fast.model.packing as the trainer uses it
 
 Every group has G completions; a case is the ratio of prompt to response tokens. `tokens` is the
-ratio of computed tokens, shared to repeated: what the time of the body should follow.
+ratio of computed tokens, shared to repeated: what the time of the body should follow. `flop` is
+that of the whole step's FLOP: responses attend to their prompt's keys whether it is shared or not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bench.harness import Case, Entry, Error, Run, measure
 from bench.workload import QUICKSTART, QWEN_1_5B, SCORE_TOKEN, Workload, make_model
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
+from laser_fast.model.flops import training_flop
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch, TrainingSequence
@@ -66,7 +68,7 @@ def make_sequences(
             prompt_ids=prompts[index // group_size],
             completion_ids=ids(response),
             rollout_logprobs=(-3.0,) * response,
-            has_score_row=True,
+            score_at="eos",
             advantage=1.0 if index % 2 else -1.0,
             token_weight=1 / (count * response),
             reward=float(index % 2),
@@ -113,7 +115,11 @@ def measure_case(
     model = make_model(workload, device)
     policy = Policy(model, compute_dtype=model.dtype)
     packer = Packer(
-        budget=workload.budget, score_token_id=SCORE_TOKEN, temperature=1.0, device=device
+        budget=workload.budget,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=1.0,
+        device=device,
     )
     num_groups = max(1, 2 * workload.budget // (group_size * tokens))
     sizes = (workload.sizes.vocabulary, group_size, prompt, tokens - prompt, num_groups)
@@ -123,6 +129,7 @@ def measure_case(
     computed = {
         name: sum(len(batch.input_ids) for batch in found) for name, found in batches.items()
     }
+    flop = {name: training_flop(policy, found) for name, found in batches.items()}
     entries = [
         Entry(name, partial(prepare, policy, found, batches[REPEATED]))
         for name, found in batches.items()
@@ -135,6 +142,7 @@ def measure_case(
         "prompt:response": f"{ratio[0]}:{ratio[1]}",
         "T": computed[REPEATED],
         "tokens": round(computed[SHARED] / computed[REPEATED], 3),
+        "flop": round(flop[SHARED] / flop[REPEATED], 3),
         "dtype": str(policy.hf.dtype).removeprefix("torch."),
     }
     case = Case(label, ("body", "step"), runner.select(entries, args), REPEATED, device)

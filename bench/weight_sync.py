@@ -114,6 +114,7 @@ def measure(
     packer = Packer(
         budget=CHECK_PROMPTS * CHECK_TOKENS,
         score_token_id=SCORE_TOKEN,
+        score_at="eos",
         temperature=1.0,
         device=world.device,
         agree=world.max,

@@ -74,7 +74,7 @@ def make_microbatches(workload: Workload, device: torch.device) -> list[Microbat
                 prompt_ids=ids(*workload.prompt_tokens),
                 completion_ids=completion,
                 rollout_logprobs=(-3.0,) * len(completion),
-                has_score_row=True,
+                score_at="eos",
                 advantage=1.0 - index % 3,
                 token_weight=1 / (workload.num_sequences * len(completion)),
                 reward=float(index % 2),
@@ -82,6 +82,10 @@ def make_microbatches(workload: Workload, device: torch.device) -> list[Microbat
             )
         )
     packer = Packer(
-        budget=workload.budget, score_token_id=SCORE_TOKEN, temperature=1.0, device=device
+        budget=workload.budget,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=1.0,
+        device=device,
     )
     return packer.microbatches(sequences)

@@ -16,6 +16,7 @@ with needs_train():
 
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
+from laser_fast.records import ScorePosition
 
 _Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -184,8 +185,10 @@ class ScoreConfig(_Section):
     """The reserved token z_c: unused in ordinary text, never sampled."""
     beta: float = Field(0.1, gt=0)
     """Scale of the score: r_s = beta (log pi(z_c | x, y) - ref_logprob)."""
-    ref_logprob: float | Literal["auto"] = "auto"
-    """c_ref, the untrained model's log pi(z_c | x, y); "auto" measures it on the first rollout."""
+    position: ScorePosition = "eos"
+    """Row that the score is read from: the EOS's, or the "last" before it, at no extra token."""
+    ref_logprob: float | Literal["auto", "floating"] = "auto"
+    """c_ref: "auto" is the untrained model's log pi(z_c | x, y); "floating" is refitted each step."""
     loss_coef: float = Field(0.1, ge=0)
     """alpha, weight of the score's MSE; 0 trains plain GRPO."""
     warmup_steps: int = Field(0, ge=0)
@@ -315,8 +318,9 @@ class MeasureConfig(_Section):
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Positions of the longest sequence: prompt, completion and the score token."""
-        return self.data.max_prompt_tokens + self.rollout.max_new_tokens + 1
+        """Positions of the longest sequence: prompt, completion and a score token after it."""
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        return longest + (self.score.position == "eos")
 
 
 class Config(MeasureConfig):
@@ -333,9 +337,9 @@ class Config(MeasureConfig):
 
     def _problems(self) -> Iterator[str]:
         data, rollout, reward, optim = self.data, self.rollout, self.reward, self.optim
-        if self.score.ref_logprob != "auto":
+        if isinstance(self.score.ref_logprob, float):
             self.score.check_target(self.score.ref_logprob)
-        longest = self.max_sequence_tokens - 1
+        longest = data.max_prompt_tokens + rollout.max_new_tokens
         if optim.tokens_per_microbatch < longest:
             yield (
                 f"{optim.tokens_per_microbatch = } is less than data.max_prompt_tokens + "

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+ScorePosition = Literal["eos", "last"]
+"""Whose row the score is read from: that of the EOS, or the last before, which predicts it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,14 +63,14 @@ class Sampling:
     """How completions are drawn: pure sampling from the tempered distribution.
 
     `seed` names the draw: the same engine, weights, prompts and seed give the same completions.
-    `needs_score` asks for the score log-prob of every finished completion.
+    `score_at` asks for the score log-prob of every finished completion, read there.
     """
 
     group_size: int
     temperature: float
     max_new_tokens: int
     seed: int
-    needs_score: bool = True
+    score_at: ScorePosition | None = "eos"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +81,8 @@ class Completion:
     completion is an EOS id; a truncated one ("length") has none and therefore no score.
 
     `rollout_logprobs` are the sampler's log-probs of the chosen tokens, one per id, under the
-    full distribution at the sampling temperature. `score_logprob` is log pi(z_c | x, y) read at
-    the EOS position at temperature 1; None if unfinished or not asked for.
+    full distribution at the sampling temperature. `score_logprob` is log pi(z_c | x, y) at
+    temperature 1, read where the sampling asked for it; None if unfinished or not asked for.
     """
 
     completion_ids: tuple[int, ...]
@@ -118,10 +120,11 @@ class Group:
 class TrainingSequence:
     """One completion with everything its training rows need; packing joins these.
 
-    Example: prompt (7, 8), completion (5, 2), finished: the packed input is (7, 8, 5, 2); the
-    head reads row 1 (label 5), row 2 (label 2) and row 3, the EOS row, with the score token as
-    its label. Unfinished completions have no such row, and nothing reads policy rows that would
-    train nothing.
+    Example: prompt (7, 8), completion (5, 2), finished, `score_at` "eos": the packed input is
+    (7, 8, 5, 2); the head reads row 1 (label 5), row 2 (label 2) and row 3, the EOS row, with the
+    score token as its label. With "last" the input is (7, 8, 5), and row 2 is read a second time
+    for the score. Unfinished completions have no such row, and nothing reads policy rows that
+    would train nothing.
 
     `token_weight` already holds the global denominator of the aggregation, `score_weight` the
     class weight over the global number of finished completions; 0 trains nothing.
@@ -130,7 +133,7 @@ class TrainingSequence:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
-    has_score_row: bool
+    score_at: ScorePosition | None  # None: no score row
     has_policy_rows: bool = True
     is_probe: bool = False  # its tokens measure how far policy and engine disagree
     advantage: float = 0.0
@@ -140,8 +143,8 @@ class TrainingSequence:
 
     @property
     def response_ids(self) -> tuple[int, ...]:
-        """The completion's tokens that some row has to see: the last only for the score row."""
-        return self.completion_ids if self.has_score_row else self.completion_ids[:-1]
+        """The completion's tokens that some row has to see: the EOS only for its own row."""
+        return self.completion_ids if self.score_at == "eos" else self.completion_ids[:-1]
 
     @property
     def num_tokens(self) -> int:
@@ -151,7 +154,7 @@ class TrainingSequence:
     @property
     def has_rows(self) -> bool:
         """Whether anything is read of it."""
-        return self.has_policy_rows or self.has_score_row
+        return self.has_policy_rows or self.score_at is not None
 
 
 class Segment(NamedTuple):
@@ -198,7 +201,7 @@ class PolicyRows(_Rows):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRows(_Rows):
-    """What the score's MSE needs of the N_s rows that lie at an EOS."""
+    """What the score's MSE needs of the N_s rows that it is read from."""
 
     rewards: Tensor  # [N_s] float32
     weights: Tensor  # [N_s] float32
@@ -212,8 +215,8 @@ class Microbatch:
     """Packed sequences of one forward and backward, and the head rows to read from it.
 
     Sequences with the same prompt share its tokens. `rows` selects the N = N_p + N_s of T positions
-    that carry a label: first the N_p rows that predict completion tokens, then the N_s score rows
-    (the EOS positions). Of a prompt only the last row reaches the head, once for each completion.
+    that carry a label: first the N_p rows that predict completion tokens, then the N_s score rows.
+    Of a prompt only the last row reaches the head, once for each completion.
     `labels` is the score token and `temperature` 1 on score rows.
     """
 

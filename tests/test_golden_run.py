@@ -143,6 +143,7 @@ def run(case):
         packer = Packer(
             budget=config.optim.tokens_per_microbatch,
             score_token_id=vocabulary.special.score_token_id,
+            score_at="eos",
             temperature=config.rollout.temperature,
             device=world.device,
         )

@@ -116,7 +116,9 @@ def test_sharded_terms_are_what_a_training_step_allocates():
         policy = Policy(_model(config), compute_dtype=torch.float32)
         shard(policy, ModelConfig(path="model"), world)
         optimizer = build_optimizer(policy, OptimConfig(steps=1))
-        packer = Packer(budget=32, score_token_id=9, temperature=1.0, device=world.device)
+        packer = Packer(
+            budget=32, score_token_id=9, score_at="eos", temperature=1.0, device=world.device
+        )
         batch = packer.pack(make_sequences(1))
 
         def head(hidden_states, weight):

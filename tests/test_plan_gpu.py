@@ -59,13 +59,13 @@ def _batch(device):
         prompt_ids=(3,),
         completion_ids=tuple(range(10, 10 + length)),
         rollout_logprobs=(-1.0,) * length,
-        has_score_row=True,
+        score_at="eos",
         advantage=1.0,
         token_weight=1.0 / TOKENS,
         reward=1.0,
         score_weight=1.0,
     )
-    packer = Packer(budget=TOKENS, score_token_id=9, temperature=1.0, device=device)
+    packer = Packer(budget=TOKENS, score_token_id=9, score_at="eos", temperature=1.0, device=device)
     return packer.pack([sequence] * 4)
 
 

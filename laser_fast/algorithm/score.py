@@ -7,11 +7,21 @@
 z_c is one reserved token, read at the EOS position of a finished completion; r_v is the verifier's
 reward. A correct answer's target log-prob is c_ref + 1/beta: far below 0, so that the token stays
 improbable and generation is not disturbed.
+
+z_c may also be read one row earlier, where the EOS is predicted: then it costs no token at all.
+
+c_ref is a constant, or floats (not in the paper): refitted every step such that the balanced mean
+of r_s - r_v is 0,
+
+    c   = sum_finished w (log pi(z_c | x, y) - r_v / beta) / sum_finished w
+
+so that the MSE only has to tell right from wrong. With a constant all scores first rise together
+by half of 1/beta, for 10 to 20 steps of the sandbox.
 """
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,6 +31,8 @@ from torch import Tensor
 # the target is at most -3, and the closed form of eq. 8 stops making sense when it nears 0.
 MAX_TARGET = -1.0
 WARN_TARGET = -3.0
+# Share of a step's own c in the floating reference, an average over about five steps.
+FLOAT_RATE = 0.2
 
 Logprobs = TypeVar("Logprobs", float, Tensor)
 
@@ -71,6 +83,25 @@ def class_weights(
     num_same_class = torch.where(correct, num_correct, num_finished - num_correct)
     weights = num_finished.float() / (2 * num_same_class).clamp(min=1)
     return torch.where(is_finished, weights.clamp(max=max_weight), 0.0)
+
+
+def refit_reference(
+    score: SelfScore,
+    logprobs: Tensor,  # [P, G]
+    rewards: Tensor,  # [P, G]
+    has_target: Tensor,  # [P, G] bool
+) -> SelfScore:
+    """The score with its floating c_ref moved towards that of a step's completions.
+
+    A step with one class says nothing about the balance and moves nothing. The target of a correct
+    answer stays at or below `WARN_TARGET`.
+    """
+    weights = class_weights(rewards, has_target)
+    if len(is_correct(rewards)[has_target].unique()) < 2:
+        return score
+    own = float((weights * (logprobs - rewards / score.beta)).sum() / weights.sum())
+    moved = score.ref_logprob + FLOAT_RATE * (own - score.ref_logprob)
+    return replace(score, ref_logprob=min(moved, WARN_TARGET - 1 / score.beta))
 
 
 def score_loss(

@@ -1,10 +1,10 @@
 """`laser-fast calibrate`: c_ref, the score token and beta from an untrained model's completions.
 
-    c_ref = mean log pi(z | prompt, completion, EOS)      over finished completions
+    c_ref = mean log pi(z | prompt, completion)           over finished completions
     beta >= 1 / (|c_ref| - 3)                             so that the target c_ref + 1/beta <= -3
     noise = beta std(log pi(z | ...))                     what a constant c_ref costs in score
 
-All reserved tokens are read from the same EOS rows in one packed forward; the proposal is the one
+All reserved tokens are read from the same rows in one packed forward; the proposal is the one
 with the least noise at the beta of the rule. Completions of one prompt are alike, so the standard
 error is that of prompt clusters.
 """
@@ -162,7 +162,9 @@ def _measure(
     ]
     ended = [(prompt.prompt_ids, c.completion_ids) for _, prompt, c in rows if c.is_finished]
     budget = config.optim.tokens_per_microbatch
-    found = iter(last_token_logprobs(policy, ended, token_ids, world, budget=budget).tolist())
+    score_at = config.score.position
+    read = last_token_logprobs(policy, ended, token_ids, world, score_at=score_at, budget=budget)
+    found = iter(read.tolist())
     name = vocabulary.tokenizer.convert_ids_to_tokens
     readings = [
         Reading(

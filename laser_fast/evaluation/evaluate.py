@@ -203,6 +203,7 @@ def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool)
         "seed": config.seed,
         "temperature": config.rollout.temperature,
         "score_token": vocabulary.tokenizer.convert_ids_to_tokens(token_id),
+        "score_position": config.score.position,
         "needs_score": needs_score,
         "benchmarks": {task.name: task.settings for task in tasks},
         "golds": {task.name: task.golds for task in tasks},

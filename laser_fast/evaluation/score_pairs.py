@@ -89,7 +89,9 @@ def score_pairs(
             share = -(-len(readable) // world.size)
             own = readable[world.rank * share : (world.rank + 1) * share]
             sequences = [pairs[i].ids for i in own]
-            found = last_token_logprobs(policy, sequences, [token_id], world, budget=budget)
+            found = last_token_logprobs(
+                policy, sequences, [token_id], world, score_at=config.score.position, budget=budget
+            )
             logprobs = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
             if world.is_main:
                 with open(unfinished, "a" if done else "w", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from laser_fast.log.jsonl import replace_text, to_text
 _PROTOCOL = "data.template data.prompt_suffix data.max_prompt_tokens rollout.max_new_tokens".split()
 _ROWS = ("data.eval_split", "data.prompt_field", "data.answer_field", "reward.kind")
 _SCORE_FILE = "laser_fast.json"
-_SCORE_KEYS = {"token": str, "beta": float, "ref_logprob": float}
+_SCORE_KEYS = {"token": str, "position": str, "beta": float, "ref_logprob": float}
 # Keys of the sections that measuring shares with training, which only training reads.
 _UNREAD = """
     rollout.max_disagreement rollout.resample_rounds rollout.steps_ahead
@@ -103,24 +103,29 @@ def known_ref_logprob(score: ScoreConfig, *, may_measure: bool = True) -> float 
             "--ref-logprob (`laser-fast calibrate` measures it on the base model)"
             f"{measure if may_measure else ''}"
         )
+    if score.ref_logprob == "floating":  # refused as an option, left out of a file
+        raise ConfigError("score.ref_logprob = floating: only training moves c_ref; give a number")
     if score.ref_logprob == "auto" and not may_measure:
         raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")
     return score.ref_logprob
 
 
-def write_score_settings(folder: Path, *, token: str, beta: float, ref_logprob: float) -> None:
-    """Write laser_fast.json into a model folder."""
-    score = {"token": token, "beta": float(beta), "ref_logprob": float(ref_logprob)}
-    replace_text(folder / _SCORE_FILE, to_text({"score": score}))
+def write_score_settings(folder: Path, score: ScoreConfig) -> None:
+    """Write laser_fast.json into a model folder; c_ref is a number."""
+    settings = {key: kind(getattr(score, key)) for key, kind in _SCORE_KEYS.items()}
+    replace_text(folder / _SCORE_FILE, to_text({"score": settings}))
 
 
 def read_score_settings(model: str | Path) -> dict[str, Any]:
-    """The token, beta and c_ref of a model folder; empty where it has no such file."""
+    """Token, position, beta and c_ref of a model folder; empty where it has no such file.
+
+    A file without a position is of a version that read all scores at the EOS.
+    """
     path = Path(model) / _SCORE_FILE
     if not path.is_file():
         return {}
     try:
-        score = json.loads(path.read_text(encoding="utf-8"))["score"]
+        score = {"position": "eos"} | json.loads(path.read_text(encoding="utf-8"))["score"]
         return {key: kind(score[key]) for key, kind in _SCORE_KEYS.items()}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
@@ -136,7 +141,8 @@ def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
         if own := values.get(f"data.eval_{field}"):
             values[f"data.{field}"] = own
     # A run has an engine of its own, and the c_ref that it measured is in the exported model.
-    left_out = _NOT_MEASURED.keys() | {"rollout.engine", "score.ref_logprob=auto"}
+    measured = {f"score.ref_logprob={word}" for word in ("auto", "floating")}
+    left_out = _NOT_MEASURED.keys() | measured | {"rollout.engine"}
     return {k: value for k, value in values.items() if not left_out & {k, f"{k}={value}"}}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from laser_fast.model.distributed import World
 from laser_fast.model.packing import Ids, Packer
 from laser_fast.model.policy import Policy
-from laser_fast.records import Group, Microbatch, TrainingSequence
+from laser_fast.records import Group, Microbatch, ScorePosition, TrainingSequence
 from laser_kernels import linear_logprob
 
 
@@ -37,7 +37,7 @@ def policy_logprobs(
             prompt_ids=group.prompt.prompt_ids,
             completion_ids=completion.completion_ids,
             rollout_logprobs=completion.rollout_logprobs,
-            has_score_row=completion.is_finished,
+            score_at=packer.score_at if completion.is_finished else None,
         )
         for group in groups
         for completion in group.completions
@@ -51,7 +51,7 @@ def policy_logprobs(
         scores = iter(score_rows.tolist())
         lengths = [len(sequences[index].completion_ids) for index in members]
         for index, own in zip(members, tokens.split(lengths), strict=True):
-            score = next(scores) if sequences[index].has_score_row else None
+            score = next(scores) if sequences[index].score_at else None
             results[index] = (own.tolist(), score)
     return results
 
@@ -74,9 +74,10 @@ def last_token_logprobs(
     token_ids: Sequence[int],
     world: World,
     *,
+    score_at: ScorePosition,
     budget: int,
 ) -> Tensor:
-    """Log-probs of each of C tokens after each of N sequences, [N, C] float32 on the CPU.
+    """Log-probs of each of C tokens at the end of each of N sequences, [N, C] float32 on the CPU.
 
     One row per sequence gives the first token, and the others by their logit differences:
     log pi(z) = log pi(z_0) + h . (w_z - w_{z_0}). So a scan of all reserved tokens costs one
@@ -87,6 +88,7 @@ def last_token_logprobs(
         sequences: prompts, and completions with their EOS; a prompt that repeats is computed once.
         token_ids: the C tokens.
         world: the ranks, which run as many forwards each.
+        score_at: the row that is read.
         budget: tokens of one forward, which may exceed it for a single sequence.
     """
     rows = [
@@ -94,7 +96,7 @@ def last_token_logprobs(
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
             rollout_logprobs=(),
-            has_score_row=True,
+            score_at=score_at,
             has_policy_rows=False,
         )
         for prompt_ids, completion_ids in sequences
@@ -103,6 +105,7 @@ def last_token_logprobs(
     packer = Packer(
         budget=max(budget, 1, *(len(prompt) + len(completion) for prompt, completion in sequences)),
         score_token_id=token_ids[0],
+        score_at=score_at,
         temperature=1.0,
         device=world.device,
         agree=world.max,

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import torch
 
 from laser_fast.model.distributed import World
-from laser_fast.records import Microbatch, PolicyRows, ScoreRows, Segment, TrainingSequence
+from laser_fast.records import (
+    Microbatch,
+    PolicyRows,
+    ScorePosition,
+    ScoreRows,
+    Segment,
+    TrainingSequence,
+)
 
 Ids = tuple[int, ...]
 
@@ -153,6 +160,7 @@ class Packer:
 
     budget: int
     score_token_id: int
+    score_at: ScorePosition
     temperature: float  # of sampling; score rows are read at 1
     device: torch.device
     agree: Callable[[int], int] = _alone
@@ -172,8 +180,9 @@ class Packer:
         """Join the sequences of one bin.
 
         Row p predicts the next token, so a completion is read from the row of the prompt's last
-        token to that of its own last token but one, and its score from the row of its last token,
-        the EOS. An empty bin becomes one token without rows: the forward that keeps ranks in step.
+        token to that of its own last token but one, and its score from the last row that it has:
+        that of the EOS, or the one before. An empty bin becomes one token without rows: the forward
+        that keeps ranks in step.
 
         Example: prompt (7, 8), completions (5, 2), finished, and (6, 4), truncated; score token 9:
         input (7, 8, 5, 2, 6), rows (1, 2, 1, 4, 3), labels (5, 2, 6, 4, 9).
@@ -190,8 +199,8 @@ class Packer:
             if s.has_policy_rows
             for row in place[: len(s.completion_ids)]
         ]
-        scored = [sequence for sequence in sequences if sequence.has_score_row]
-        score_rows = [p[-1] for s, p in zip(sequences, places, strict=True) if s.has_score_row]
+        scored = [sequence for sequence in sequences if sequence.score_at]
+        score_rows = [p[-1] for s, p in zip(sequences, places, strict=True) if s.score_at]
         labels += [self.score_token_id] * len(score_rows)
         temperature = [self.temperature] * len(policy_rows) + [1.0] * len(score_rows)
         return Microbatch(

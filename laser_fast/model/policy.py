@@ -198,7 +198,9 @@ def _settle_root(policy: Policy, world: World) -> None:
 
     Without it the engine's direct use of the model would make a root of every block.
     """
-    packer = Packer(budget=1, score_token_id=0, temperature=1.0, device=world.device)
+    packer = Packer(
+        budget=1, score_token_id=0, score_at="eos", temperature=1.0, device=world.device
+    )
     policy(packer.pack([]), lambda hidden_states, weight: None)
     policy.release()  # the optimizer must find the shards
 

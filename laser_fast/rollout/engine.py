@@ -123,7 +123,7 @@ def make_sampling(
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
         seed=draw_seed(config.seed, *draw),
-        needs_score=needs_score,
+        score_at=config.score.position if needs_score else None,
     )
 
 

@@ -6,14 +6,16 @@ read, each step takes, by the Gumbel-max trick,
     choice   = argmax_v  l_v / T - log E_v,   E_v ~ Exp(1),  v not banned
     logprob  = log_softmax(l / T)[choice]                    (full distribution, ban or not)
 
-and in the step after an EOS, as vLLM's logits processor does,
+and, for the score at temperature 1,
 
-    choice   = z_c
-    logprob  = log_softmax(l)[z_c]                           (the score, at temperature 1)
+    score    = log_softmax(l)[z_c]
+
+in the step that draws the EOS, or in one more that reads it, where z_c is the choice as it is with
+vLLM's logits processor.
 
 E comes from a generator of the completion's own, keyed by (seed, prompt_id, sample index): a
 completion depends on weights, prompt and seed, never on its neighbours in the batch, the world
-size or a resume. The EOS is read like any token, so the score costs one more decode step.
+size or a resume.
 """
 
 from __future__ import annotations
@@ -93,9 +95,11 @@ class HfEngine(Engine):
         eos_token_ids = torch.tensor(self.tokens.eos_token_ids, device=device)
         banned_ids = torch.tensor(self._banned_ids, device=device)
         score_token_id = self.tokens.score_token_id
-        num_steps = sampling.max_new_tokens + sampling.needs_score
+        reads_eos = sampling.score_at == "eos"
+        num_steps = sampling.max_new_tokens + reads_eos
         completion_ids = torch.zeros(len(rows), num_steps, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(rows), num_steps, device=device)
+        scores = torch.zeros_like(logprobs)
         row = torch.arange(len(rows), device=device)  # [R], the rows in the batch
         has_ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for step in range(num_steps):
@@ -105,13 +109,12 @@ class HfEngine(Engine):
             noisy[:, banned_ids] = -torch.inf
             choice = noisy.argmax(1)
             logprob = tempered.gather(1, choice[:, None])[:, 0] - tempered.logsumexp(1)
-            if sampling.needs_score:
-                score = logits[:, score_token_id] - logits.logsumexp(1)
-                logprob = torch.where(has_ended, score, logprob)
+            if sampling.score_at:
+                scores[row, step] = logits[:, score_token_id] - logits.logsumexp(1)
                 choice = choice.where(~has_ended, score_token_id)
             completion_ids[row, step], logprobs[row, step] = choice, logprob
             had_ended, has_ended = has_ended, has_ended | torch.isin(choice, eos_token_ids)
-            is_open = ~(had_ended if sampling.needs_score else has_ended)
+            is_open = ~(had_ended if reads_eos else has_ended)
             num_open = int(is_open.sum())
             if num_open == 0 or step + 1 == num_steps:
                 break
@@ -121,8 +124,10 @@ class HfEngine(Engine):
                 context.select(kept)
             context.read(choice[:, None], has_ended.new_ones(len(row), 1))
         return [
-            parse_completion(ids, values, self.tokens, sampling)
-            for ids, values in zip(completion_ids.tolist(), logprobs.tolist(), strict=True)
+            parse_completion(ids, values, row_scores, self.tokens, sampling)
+            for ids, values, row_scores in zip(
+                completion_ids.tolist(), logprobs.tolist(), scores.tolist(), strict=True
+            )
         ]
 
     def _read_prompts(self, prompts: Sequence[Prompt]) -> _Context:

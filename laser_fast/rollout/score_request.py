@@ -59,10 +59,10 @@ def request_fields(
     stops the request and nothing is forced, but z_c and the head's padding stay banned.
     """
     eos_token_ids = list(tokens.eos_token_ids)
-    forcing, stopping = (eos_token_ids, []) if sampling.needs_score else ([], eos_token_ids)
+    forcing, stopping = (eos_token_ids, []) if sampling.score_at == "eos" else ([], eos_token_ids)
     fields = {
         "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens + int(sampling.needs_score),
+        "max_tokens": sampling.max_new_tokens + (sampling.score_at == "eos"),
         "ignore_eos": True,
         "stop_token_ids": [tokens.score_token_id, *stopping],
         "logprobs": 0,
@@ -72,12 +72,17 @@ def request_fields(
 
 
 def parse_completion(
-    ids: Sequence[int], logprobs: Sequence[float], tokens: SpecialTokens, sampling: Sampling
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    score_logprobs: Sequence[float],
+    tokens: SpecialTokens,
+    sampling: Sampling,
 ) -> Completion:
-    """The completion among sampled ids, and its score if the sampling needs one.
+    """The completion among sampled ids, and its score if the sampling asks for one.
 
     Ends and lengths are found by position: the first EOS within `max_new_tokens` finishes, the id
-    after it must be the score token if there is a score, and later ones are ignored.
+    after it must be the score token if the score is read at the EOS, and later ones are ignored.
+    `score_logprobs` are those of the score token in the step that drew each id.
     """
     drawn = ids[: sampling.max_new_tokens]
     end = next((t for t, token_id in enumerate(drawn) if token_id in tokens.eos_token_ids), None)
@@ -88,13 +93,14 @@ def parse_completion(
         )
     length = len(drawn) if end is None else end + 1
     score_logprob = None
-    if end is not None and sampling.needs_score:
-        if list(ids[length : length + 1]) != [tokens.score_token_id]:
+    if end is not None and sampling.score_at:
+        row = length if sampling.score_at == "eos" else end
+        if row == length and list(ids[row : row + 1]) != [tokens.score_token_id]:
             raise ValueError(
                 f"expected the score token {tokens.score_token_id} after the EOS, got "
                 f"{list(ids[length : length + 4])}; is the logits processor {PROCESSOR} loaded?"
             )
-        score_logprob = float(logprobs[length])
+        score_logprob = float(score_logprobs[row])
     return Completion(
         completion_ids=tuple(drawn[:length]),
         rollout_logprobs=tuple(logprobs[:length]),

@@ -113,7 +113,7 @@ class VllmEngine(CopyingEngine):
         for output, asked in zip(outputs, params, strict=True):
             (drawn,) = output.outputs
             ids, logprobs = list(drawn.token_ids), drawn.logprobs.logprobs
-            completion = parse_completion(ids, logprobs, self._tokens, sampling)
+            completion = parse_completion(ids, logprobs, logprobs, self._tokens, sampling)
             if tempering := asked.extra_args.get(TEMPERING):
                 tempered = tempering.apply(completion.rollout_logprobs)
                 completion = replace(completion, rollout_logprobs=tuple(tempered))

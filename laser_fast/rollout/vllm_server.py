@@ -143,7 +143,10 @@ class VllmServerEngine(CopyingEngine):
         try:
             if len(drawn) != sampling.group_size:
                 raise ValueError(f"expected {sampling.group_size} completions, got {len(drawn)}")
-            completions = [parse_completion(*each, self._tokens, sampling) for each in drawn]
+            completions = [
+                parse_completion(ids, logprobs, logprobs, self._tokens, sampling)
+                for ids, logprobs in drawn
+            ]
         except ValueError as error:
             raise ServerError(f"prompt {prompt.prompt_id}: {error}") from None
         return Group(prompt=prompt, completions=tuple(completions))

@@ -49,5 +49,6 @@ def export(run: Path, out: Path) -> Path:
     tokenizer.save_pretrained(out)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
     if score.loss_coef > 0:
-        write_score_settings(out, token=score.token, beta=score.beta, ref_logprob=ref_logprob)
+        settings = score.model_copy(update={"ref_logprob": ref_logprob})
+        write_score_settings(out, settings)
     return checkpoint

@@ -124,6 +124,7 @@ def _build_sampler(
     packer = Packer(
         budget=config.optim.tokens_per_microbatch,
         score_token_id=vocabulary.special.score_token_id,
+        score_at=config.score.position,
         temperature=config.rollout.temperature,
         device=world.device,
         agree=world.max,
@@ -182,11 +183,13 @@ def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
     config = sampler.config.score
     if saved is not None:
         ref_logprob = saved
-    elif config.ref_logprob != "auto":
+    elif isinstance(config.ref_logprob, float):
         ref_logprob = config.ref_logprob
     elif config.loss_coef > 0 or sampler.config.data.eval:
         ref_logprob = sampler.measure_ref_logprob()
         logger.info("measured score.ref_logprob = %.3f", ref_logprob)
+        if config.ref_logprob == "floating":  # where scores that know nothing balance at 1/2
+            ref_logprob -= 0.5 / config.beta
     else:
         ref_logprob = float("nan")  # nobody reads a score
     config.check_target(ref_logprob)

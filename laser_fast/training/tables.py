@@ -135,7 +135,7 @@ def training_sequences(
             prompt_ids=group.prompt.prompt_ids,
             completion_ids=completion.completion_ids,
             rollout_logprobs=completion.rollout_logprobs,
-            has_score_row=bool(has_score_row[p, g]),
+            score_at=config.score.position if has_score_row[p, g] else None,
             has_policy_rows=bool(has_policy_rows[p, g]),
             is_probe=bool(is_probe[p, g]),
             advantage=float(advantages[p, g]),

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from laser_fast.algorithm.score import SelfScore
+from laser_fast.algorithm.score import SelfScore, refit_reference
 from laser_fast.config import Config
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
@@ -51,11 +51,16 @@ class Trainer:
         config = self.config
         groups = self.sampler.sample(step)
         mixes = mixes_scores(step, config)
+        floats = config.score.ref_logprob == "floating" and config.score.loss_coef > 0
         with self.stage("score"):
-            if mixes and config.rollout.score == "off":
+            if (mixes or floats) and config.rollout.score == "off":
                 groups = with_scores(self.policy, groups, self.packer)
         with self.stage("advantage"):
             tables = gather_tables(groups, self.world)
+            if floats:
+                self.score = refit_reference(
+                    self.score, tables.score_logprobs, tables.rewards, tables.has_score_target
+                )
             advantages = step_advantages(tables, config, self.score if mixes else None)
         with self.stage("pack"):
             sequences = training_sequences(groups, self.world, tables, advantages, config)
@@ -102,6 +107,8 @@ class Trainer:
             metrics |= rows.score_metrics(self.world, tables, self.score)
         metrics |= norms
         metrics["score/coef"] = objective.score_coef
+        if config.score.loss_coef > 0:
+            metrics["score/ref_logprob"] = self.score.ref_logprob
         metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement

@@ -13,6 +13,7 @@ from laser_fast.algorithm.score import (
     check_score_target,
     class_weights,
     is_correct,
+    refit_reference,
     score_loss,
     self_reward_score,
 )
@@ -48,6 +49,39 @@ def test_a_self_score_is_the_scale_of_its_model():
     assert score.of(-18.0) == self_reward_score(-18.0, beta=0.1, ref_logprob=-23.0)
     torch.testing.assert_close(score.of(torch.tensor([-23.0, -13.0])), torch.tensor([0.0, 1.0]))
     assert math.isnan(replace(score, ref_logprob=math.nan).of(-18.0))
+
+
+def test_a_floating_reference_balances_the_mean_score():
+    torch.manual_seed(0)
+    score = SelfScore(token_id=7, beta=0.2, ref_logprob=-30.0)
+    rewards = (torch.rand(6, 8) < 0.3).double()
+    logprobs = -20 + torch.randn(6, 8, dtype=torch.float64) + 2 * rewards
+    has_target = torch.rand(6, 8) < 0.8
+    for _ in range(100):
+        score = refit_reference(score, logprobs, rewards, has_target)
+    right, wrong = (has_target & (rewards == value) for value in (1, 0))
+    scores = score.of(logprobs)
+    assert float(scores[right].mean() + scores[wrong].mean()) == pytest.approx(1.0, abs=1e-6)
+    weights = class_weights(rewards, has_target)
+    assert float((weights * (scores - rewards)).mean()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_floating_reference_moves_by_a_fifth_and_not_for_one_class():
+    score = SelfScore(token_id=7, beta=0.2, ref_logprob=-30.0)
+    logprobs, everything = torch.tensor([[-20.0, -20.0]]), torch.tensor([[T, T]])
+    moved = refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), everything)
+    assert moved.ref_logprob == pytest.approx(-30 + 0.2 * 7.5)  # its own is -20 - 0.5 / 0.2
+    for rewards in ([[1.0, 1.0]], [[0.0, 0.0]]):
+        assert refit_reference(score, logprobs, torch.tensor(rewards), everything) == score
+    nothing = torch.tensor([[F, F]])
+    assert refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), nothing) == score
+
+
+def test_a_floating_reference_keeps_the_token_improbable():
+    score = SelfScore(token_id=7, beta=0.2, ref_logprob=-8.1)
+    logprobs, rewards = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
+    moved = refit_reference(score, logprobs, rewards, torch.tensor([[T, T]]))
+    assert moved.ref_logprob + 1 / score.beta == -3.0
 
 
 def test_score_keeps_shape_and_gradient():

@@ -34,7 +34,7 @@ class ScriptedEngine:
                         completion_ids=ids,
                         rollout_logprobs=(-1.0,) * len(ids),
                         finish_reason="stop" if finished else "length",
-                        score_logprob=logprob if sampling.needs_score else None,
+                        score_logprob=logprob if sampling.score_at else None,
                     )
                 )
                 rewards.append(None if answer == 9 else float(str(answer) == prompt.answer))
@@ -67,7 +67,11 @@ def _prompt(prompt_id: str, answer: str) -> Prompt:
 
 def _parts(needs_score: bool = True, group_size: int = 4) -> dict:
     sampling = Sampling(
-        group_size=group_size, temperature=1.0, max_new_tokens=2, seed=0, needs_score=needs_score
+        group_size=group_size,
+        temperature=1.0,
+        max_new_tokens=2,
+        seed=0,
+        score_at="eos" if needs_score else None,
     )
     return {"decode": _decode, "extract": _extract, "sampling": sampling}
 

@@ -1,8 +1,10 @@
 """Layers of a measurement's configuration, and what is refused."""
 
+import json
+
 import pytest
 
-from laser_fast.config import ConfigError
+from laser_fast.config import ConfigError, ScoreConfig
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, find_benchmark
 from laser_fast.evaluation.settings import (
     build_config,
@@ -111,15 +113,29 @@ def test_the_sandbox_brings_its_wording():
 
 
 def test_an_exported_model_knows_its_score(tmp_path):
-    write_score_settings(tmp_path, token="<z>", beta=0.15, ref_logprob=-11.5)
+    trained = ScoreConfig(token="<z>", position="last", beta=0.15, ref_logprob=-11.5)
+    write_score_settings(tmp_path, trained)
     score = build(model=str(tmp_path)).score
     assert known_ref_logprob(score) == -11.5
-    assert (score.token, score.beta, score.ref_logprob) == ("<z>", 0.15, -11.5)
-    # "auto" in a run's file means that training measured it: the exported number stands.
+    assert score == trained
+    # These words in a run's file mean that training measured it: the exported number stands.
     file = tmp_path / "run.toml"
-    file.write_text('[score]\nref_logprob = "auto"\nbeta = 0.2\n')
-    score = build(model=str(tmp_path), config=file).score
-    assert (score.beta, score.ref_logprob) == (0.2, -11.5)
+    for word in ("auto", "floating"):
+        file.write_text(f'[score]\nref_logprob = "{word}"\nbeta = 0.2\n')
+        score = build(model=str(tmp_path), config=file).score
+        assert (score.beta, score.ref_logprob) == (0.2, -11.5)
+
+
+def test_a_model_of_an_older_version_was_read_at_the_eos(tmp_path):
+    settings = {"score": {"token": "<z>", "beta": 0.15, "ref_logprob": -11.5}}
+    (tmp_path / "laser_fast.json").write_text(json.dumps(settings))
+    assert build(model=str(tmp_path)).score.position == "eos"
+
+
+def test_only_training_moves_c_ref():
+    score = build(None, "score.ref_logprob=floating").score
+    with pytest.raises(ConfigError, match="only training moves c_ref"):
+        known_ref_logprob(score)
 
 
 def test_c_ref_must_be_known_or_asked_for():
@@ -130,7 +146,7 @@ def test_c_ref_must_be_known_or_asked_for():
     for given in ("score.ref_logprob=auto", 'score.ref_logprob="auto"'):
         assert known_ref_logprob(build(None, given).score) == "auto"
     assert known_ref_logprob(build(None, "score.ref_logprob=-23.1").score) == -23.1
-    with pytest.raises(ConfigError, match="expected a number or 'auto', got 'x'"):
+    with pytest.raises(ConfigError, match="expected a number or 'auto' or 'floating', got 'x'"):
         build(None, "score.ref_logprob=x")
 
 

@@ -79,6 +79,7 @@ def backward(policy, world, sequences, *, budget=4 * LARGEST, is_shared_out=Fals
     packer = Packer(
         budget=budget,
         score_token_id=SCORE_TOKEN,
+        score_at="eos",
         temperature=TEMPERATURE,
         device=world.device,
         agree=world.max,

@@ -9,7 +9,7 @@ EXTRAS = {
     "optim": {"minibatches": 2, "tokens_per_microbatch": 80},
     "rollout": {"resample_rounds": 2, "score": "off", "temperature": 1.3, "max_num_seqs": 5},
     "reward": {"overlong": "mask"},
-    "score": {"warmup_steps": 1, "ref_logprob": "auto", "beta": 0.9},
+    "score": {"warmup_steps": 1, "ref_logprob": "floating", "beta": 0.9, "position": "last"},
     "advantage": {"scale": "none", "score_warmup_steps": 1},
 }
 PLAIN_GRPO = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}

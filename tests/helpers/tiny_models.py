@@ -116,7 +116,7 @@ def make_sequences(count=12, *, seed=0, longest=12, group_size=1):
                 prompt_ids=prompt_ids,
                 completion_ids=(*ids[:-1], EOS if has_score_row else ids[-1]),
                 rollout_logprobs=tuple(rng.uniform(-6, -1) for _ in ids),
-                has_score_row=has_score_row,
+                score_at="eos" if has_score_row else None,
                 advantage=rng.gauss(0, 1),
                 token_weight=rng.uniform(0.01, 0.03),
                 reward=float(rng.random() < 0.5),
@@ -157,7 +157,7 @@ def naive_loss(model, sequences, objective, *, temperature=1.0, old=None, ref=No
             terms = terms + config.kl_coef * (gap.exp() - 1 - gap)
         terms = terms + config.entropy_coef * (rows.exp() * rows).sum(-1)
         total = total + sequence.token_weight * terms.sum()
-        if sequence.has_score_row:
+        if sequence.score_at:
             score = objective.score.of(last[SCORE_TOKEN])
             error = sequence.score_weight * (score - sequence.reward) ** 2
             total = total + objective.score_coef * error

@@ -23,31 +23,40 @@ def exact():
     return make_model("qwen2").double()
 
 
-def make_packer(budget):
-    return Packer(budget=budget, score_token_id=4, temperature=0.5, device=torch.device("cpu"))
+def make_packer(budget, score_at):
+    device = torch.device("cpu")
+    return Packer(
+        budget=budget, score_token_id=4, score_at=score_at, temperature=0.5, device=device
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 7, 10, 64])  # one by one, in pairs, together
-def test_every_token_after_every_sequence(policy, exact, world, budget):
-    pairs = [(ids[:2], ids[2:]) for ids in SEQUENCES]  # two with one prompt
-    found = last_token_logprobs(policy, pairs, TOKENS, world, budget=budget)
-    for ids, row in zip(SEQUENCES, found, strict=True):
-        expected = exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[TOKENS]
+@pytest.mark.parametrize(("score_at", "place"), [("eos", -1), ("last", -2)])
+def test_every_token_at_the_end_of_every_sequence(policy, exact, world, budget, score_at, place):
+    given = [ids for ids in SEQUENCES if len(ids) >= -place]
+    pairs = [(ids[:2], ids[2:]) for ids in given]  # two with one prompt
+    found = last_token_logprobs(policy, pairs, TOKENS, world, score_at=score_at, budget=budget)
+    for ids, row in zip(given, found, strict=True):
+        expected = exact(torch.tensor([ids])).logits[0, place].log_softmax(-1)[TOKENS]
         torch.testing.assert_close(row.double(), expected, atol=2e-5, rtol=0)
 
 
 def test_no_sequence_at_all(policy, world):
-    assert last_token_logprobs(policy, [], TOKENS, world, budget=8).shape == (0, 4)
+    assert last_token_logprobs(policy, [], TOKENS, world, score_at="eos", budget=8).shape == (0, 4)
 
 
 @pytest.mark.parametrize("budget", [13, 64])
-def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(policy, exact, budget):
+@pytest.mark.parametrize(("score_at", "place"), [("eos", -1), ("last", -2)])
+def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(
+    policy, exact, budget, score_at, place
+):
+    packer = make_packer(budget, score_at)
     groups = [
         make_group("a", [(3, True, None), (10, False, None)]),
         make_group("b", [(1, True, None)]),
     ]
     completions = [(g.prompt, c) for g in groups for c in g.completions]
-    found = policy_logprobs(policy, groups, make_packer(budget))
+    found = policy_logprobs(policy, groups, packer)
     for (prompt, completion), (tokens, score) in zip(completions, found, strict=True):
         ids = torch.tensor(completion.completion_ids)
         logits = exact(torch.tensor([prompt.prompt_ids + completion.completion_ids])).logits[0]
@@ -56,6 +65,6 @@ def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(policy, e
         torch.testing.assert_close(torch.tensor(tokens).double(), expected, atol=5e-5, rtol=0)
         assert (score is not None) == completion.is_finished
         if score is not None:
-            assert score == pytest.approx(logits[-1].log_softmax(-1)[4].item(), abs=2e-5)
-    scored = [c for g in with_scores(policy, groups, make_packer(budget)) for c in g.completions]
+            assert score == pytest.approx(logits[place].log_softmax(-1)[4].item(), abs=2e-5)
+    scored = [c for g in with_scores(policy, groups, packer) for c in g.completions]
     assert [c.score_logprob for c in scored] == [score for _, score in found]

@@ -15,6 +15,7 @@ def make_packer(*, budget=40, temperature=0.7, agree=lambda count: count):
     return Packer(
         budget=budget,
         score_token_id=SCORE_TOKEN,
+        score_at="eos",
         temperature=temperature,
         device=torch.device("cpu"),
         agree=agree,
@@ -109,9 +110,9 @@ def test_ranks_without_sequences_get_none():
 
 def test_the_group_of_the_docstring():
     first = TrainingSequence(
-        prompt_ids=(7, 8), completion_ids=(5, 2), rollout_logprobs=(-0.5, -0.25), has_score_row=True
+        prompt_ids=(7, 8), completion_ids=(5, 2), rollout_logprobs=(-0.5, -0.25), score_at="eos"
     )
-    second = replace(first, completion_ids=(6, 4), has_score_row=False, has_policy_rows=True)
+    second = replace(first, completion_ids=(6, 4), score_at=None, has_policy_rows=True)
     batch = make_packer().pack([first, second])
     assert batch.input_ids.tolist() == [7, 8, 5, 2, 6]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2]
@@ -120,13 +121,25 @@ def test_the_group_of_the_docstring():
     assert batch.labels.tolist() == [5, 2, 6, 4, 5]
 
 
+def test_a_score_of_the_last_row_needs_no_eos():
+    first = TrainingSequence(
+        prompt_ids=(7, 8), completion_ids=(5, 2), rollout_logprobs=(-0.5, -0.25), score_at="last"
+    )
+    only_eos = replace(first, completion_ids=(2,), rollout_logprobs=(-0.5,))
+    batch = make_packer().pack([first, only_eos])
+    assert batch.input_ids.tolist() == [7, 8, 5]
+    assert batch.rows.tolist() == [1, 2, 1, 2, 1]
+    assert batch.labels.tolist() == [5, 2, 2, 5, 5]
+    assert batch.temperature[-2:].tolist() == [1.0, 1.0] and batch.temperature[0] != 1.0
+
+
 def test_rows_that_train_nothing_are_not_read():
     sequence = make_sequences(1)[0]
     unread = replace(sequence, has_policy_rows=False)
-    batch = make_packer().pack([unread, replace(unread, has_score_row=False)])
+    batch = make_packer().pack([unread, replace(unread, score_at=None)])
     assert len(batch.policy) == 0 and len(batch.score) == 1
     assert batch.rows.tolist() == [sequence.num_tokens - 1]
-    assert not replace(unread, has_score_row=False).has_rows
+    assert not replace(unread, score_at=None).has_rows
 
 
 def test_rows_and_labels_of_the_docstring():
@@ -134,15 +147,15 @@ def test_rows_and_labels_of_the_docstring():
         prompt_ids=(7, 8),
         completion_ids=(5, 2),
         rollout_logprobs=(-0.5, -0.25),
-        has_score_row=True,
+        score_at="eos",
         advantage=1.5,
         token_weight=0.1,
         reward=1.0,
         score_weight=0.3,
     )
-    batch = Packer(budget=4, score_token_id=9, temperature=0.7, device=torch.device("cpu")).pack(
-        [sequence]
-    )
+    batch = Packer(
+        budget=4, score_token_id=9, score_at="eos", temperature=0.7, device=torch.device("cpu")
+    ).pack([sequence])
     assert batch.input_ids.tolist() == [7, 8, 5, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3]
     assert batch.rows.tolist() == [1, 2, 3]
@@ -182,7 +195,7 @@ def test_unpacking_gives_the_sequences_back(group_size):
                 (batch.policy.weights, sequence.token_weight),
             ):
                 assert set(found[own].tolist()) == {torch.tensor(expected).item()}
-            if sequence.has_score_row:
+            if sequence.score_at:
                 row = batch.rows[boundary + score]
                 assert batch.input_ids[row] == EOS and batch.position_ids[row] == len(ids) - 1
                 assert batch.score.rewards[score] == sequence.reward

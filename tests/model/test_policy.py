@@ -155,10 +155,14 @@ def test_unsharded_gives_full_parameters_back_as_shards(world, model_folders):
 def test_only_labelled_rows_reach_the_head(world, model_folders):
     policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-untied")), world)
     packer = Packer(
-        budget=9 * LARGEST, score_token_id=5, temperature=1.0, device=torch.device("cpu")
+        budget=9 * LARGEST,
+        score_token_id=5,
+        score_at="eos",
+        temperature=1.0,
+        device=torch.device("cpu"),
     )
     batch = packer.pack(SEQUENCES[:3])
-    num_scored = sum(s.has_score_row for s in SEQUENCES[:3])
+    num_scored = sum(s.score_at is not None for s in SEQUENCES[:3])
     num_rows = sum(len(s.completion_ids) for s in SEQUENCES[:3]) + num_scored
     shapes = policy(batch, lambda hidden_states, weight: (hidden_states.shape, weight.shape))
     assert shapes == ((num_rows, 32), (97, 32))

@@ -77,7 +77,9 @@ def flat(groups):
     return [(group.prompt, c) for group in groups for c in group.completions]
 
 
-def check_against_full_forward(model, groups, eos_ids, *, temperature, max_new_tokens):
+def check_against_full_forward(
+    model, groups, eos_ids, *, temperature, max_new_tokens, score_row=-1
+):
     for prompt, completion in flat(groups):
         ids = prompt.prompt_ids + completion.completion_ids
         logits = full_logits(model, ids)
@@ -90,7 +92,7 @@ def check_against_full_forward(model, groups, eos_ids, *, temperature, max_new_t
         assert not set(completion.completion_ids[:-1]) & set(eos_ids)
         assert completion.is_finished == (completion.completion_ids[-1] in eos_ids)
         if completion.is_finished:
-            expected = torch.log_softmax(logits[-1], 0)[SCORE].item()
+            expected = torch.log_softmax(logits[score_row], 0)[SCORE].item()
             assert completion.score_logprob == pytest.approx(expected, abs=1e-5)
         else:
             assert len(completion.completion_ids) == max_new_tokens
@@ -108,6 +110,24 @@ def test_logprobs_and_scores_equal_a_full_forward(family):
     assert {EOS, OTHER_EOS} < last_ids  # both ends and a truncation occurred
     lengths = {len(c.completion_ids) for _, c in flat(groups) if c.is_finished}
     assert 1 in lengths and len(lengths) > 3
+
+
+def test_the_last_row_gives_a_score_without_another_step(model):
+    reads = []
+    handle = model.register_forward_hook(lambda *_: reads.append(1))
+    found = {}
+    for score_at in ("last", None):
+        settings = sampling(score_at=score_at)
+        found[score_at] = make_engine(model).generate(make_prompts(), settings), len(reads)
+        reads.clear()
+    handle.remove()
+    groups = found["last"][0]
+    check_against_full_forward(
+        model, groups, (EOS, OTHER_EOS), temperature=0.7, max_new_tokens=9, score_row=-2
+    )
+    assert found["last"][1] == found[None][1]
+    plain = [c.completion_ids for _, c in flat(found[None][0])]
+    assert [c.completion_ids for _, c in flat(groups)] == plain
 
 
 def test_pad_may_equal_eos(model):
@@ -135,7 +155,7 @@ def test_eos_in_the_last_slot_is_finished_and_scored(model):
 def test_without_scores_the_completions_are_the_same(model):
     engine = make_engine(model)
     scored = engine.generate(make_prompts(), sampling())
-    bare = engine.generate(make_prompts(), sampling(needs_score=False))
+    bare = engine.generate(make_prompts(), sampling(score_at=None))
     for (_, a), (_, b) in zip(flat(scored), flat(bare), strict=True):
         assert b.score_logprob is None
         assert (a.completion_ids, a.finish_reason) == (b.completion_ids, b.finish_reason)
@@ -225,7 +245,7 @@ def test_prompts_are_read_once_and_ended_rows_leave(model):
     groups = make_engine(model, max_num_seqs=96).generate(make_prompts(), settings)
     scored = list(reads)
     reads.clear()
-    settings = sampling(max_new_tokens=60, group_size=16, temperature=1.5, needs_score=False)
+    settings = sampling(max_new_tokens=60, group_size=16, temperature=1.5, score_at=None)
     make_engine(model, max_num_seqs=96).generate(make_prompts(), settings)
     hook.remove()
     lengths = sorted(len(c.completion_ids) for _, c in flat(groups))

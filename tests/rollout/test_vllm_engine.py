@@ -64,7 +64,7 @@ def test_completions_keep_the_protocol(engine, tiny):
 
 
 def test_score_token_and_padding_are_never_sampled(engine, tiny):
-    groups = engine.generate(make_prompts(), make_sampling(group_size=40, needs_score=False))
+    groups = engine.generate(make_prompts(), make_sampling(group_size=40, score_at=None))
     drawn = [i for _, completion in pairs(groups) for i in completion.completion_ids]
     rows = torch.cat(
         [tiny.logprobs(g.prompt.prompt_ids, c.completion_ids)[:-1] for g, c in pairs(groups)]
@@ -80,7 +80,7 @@ def test_inline_score_costs_exactly_one_token(engine, tiny):
     engine._llm.generate = lambda *args, **options: seen.append(run(*args, **options)) or seen[-1]
     try:
         scored = engine.generate(make_prompts(), make_sampling())
-        plain = engine.generate(make_prompts(), make_sampling(needs_score=False))
+        plain = engine.generate(make_prompts(), make_sampling(score_at=None))
     finally:
         engine._llm.generate = run
     with_score, without = (

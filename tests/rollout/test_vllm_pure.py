@@ -17,11 +17,10 @@ SCORE = 7
 TOKENS = SpecialTokens(score_token_id=SCORE, eos_token_ids=(2, 3), pad_token_id=2, vocab_size=10)
 
 
-def parse(ids, *, needs_score=True):
-    sampling = Sampling(
-        group_size=1, temperature=1.0, max_new_tokens=4, seed=0, needs_score=needs_score
-    )
-    return parse_completion(ids, [-float(t + 1) for t in range(len(ids))], TOKENS, sampling)
+def parse(ids, *, score_at="eos"):
+    sampling = Sampling(group_size=1, temperature=1.0, max_new_tokens=4, seed=0, score_at=score_at)
+    logprobs = [-float(t + 1) for t in range(len(ids))]
+    return parse_completion(ids, logprobs, logprobs, TOKENS, sampling)
 
 
 def test_the_score_token_is_cut_and_its_logprob_is_the_score():
@@ -45,14 +44,20 @@ def test_the_token_after_a_full_completion_is_dropped_even_if_it_is_an_eos():
     assert completion.score_logprob is None
 
 
-@pytest.mark.parametrize("needs_score", [True, False])
-def test_a_completion_that_was_cut_off_is_no_full_one(needs_score):
+@pytest.mark.parametrize("score_at", ["eos", "last", None])
+def test_a_completion_that_was_cut_off_is_no_full_one(score_at):
     with pytest.raises(ValueError, match="expected an EOS or 4 tokens, got 3 .* aborted"):
-        parse([9, 9, 9], needs_score=needs_score)
+        parse([9, 9, 9], score_at=score_at)
+
+
+def test_a_score_of_the_last_row_comes_with_the_eos():
+    completion = parse([9, 2], score_at="last")
+    assert completion.completion_ids == (9, 2)
+    assert completion.score_logprob == -2.0
 
 
 def test_without_a_score_the_eos_is_the_last_id():
-    completion = parse([9, 2], needs_score=False)
+    completion = parse([9, 2], score_at=None)
     assert completion.finish_reason == "stop"
     assert completion.score_logprob is None
 

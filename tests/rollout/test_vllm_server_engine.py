@@ -76,7 +76,7 @@ def test_the_server_samples_from_the_synced_weights(server, served, other):
             assert served.score_token not in completion.completion_ids
             assert max(completion.completion_ids) < served.vocab
     assert engine.generate(PROMPTS, SAMPLING) == groups  # the same draw, so a retry is harmless
-    plain = engine.generate(PROMPTS, replace(SAMPLING, needs_score=False))
+    plain = engine.generate(PROMPTS, replace(SAMPLING, score_at=None))
     assert [c.completion_ids for c in completions(plain)] == [
         c.completion_ids for c in completions(groups)
     ]

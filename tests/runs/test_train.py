@@ -298,7 +298,9 @@ def test_an_exported_model_is_the_trained_one(one_rank, tmp_path, capfd):
         policy = build_policy(config.model, world)
         optimizer = build_optimizer(policy, config.optim)
         load_checkpoint(latest_checkpoint(run), policy=policy, optimizer=optimizer)
-        packer = Packer(budget=999, score_token_id=0, temperature=1.0, device=world.device)
+        packer = Packer(
+            budget=999, score_token_id=0, score_at="eos", temperature=1.0, device=world.device
+        )
         engine = make_engine(policy.hf, tokenizer, unsharded=policy.unsharded)
         prompts = held_out_prompts(config.data, tokenizer).all()
         sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=30, seed=1)

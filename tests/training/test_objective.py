@@ -58,7 +58,11 @@ def make_objective(*, score_coef=0.8, **loss):
 
 def pack(sequences):
     packer = Packer(
-        budget=600, score_token_id=SCORE_TOKEN, temperature=TEMPERATURE, device=torch.device("cpu")
+        budget=600,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=TEMPERATURE,
+        device=torch.device("cpu"),
     )
     return packer.pack(sequences)
 
@@ -148,7 +152,7 @@ def test_parts_of_the_loss_and_logprobs_are_reported(policy, exact, sequences):
     for sequence in sequences:
         rows, last = naive_logprobs(exact, sequence, temperature=TEMPERATURE)
         policy_rows.append(rows.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0])
-        if sequence.has_score_row:
+        if sequence.score_at:
             score_rows.append(last[SCORE_TOKEN, None])
     expected = torch.cat([*policy_rows, *score_rows]).detach()
     torch.testing.assert_close(result.logprobs.double(), expected, rtol=1e-4, atol=1e-4)
@@ -157,7 +161,7 @@ def test_parts_of_the_loss_and_logprobs_are_reported(policy, exact, sequences):
 
 @pytest.mark.parametrize("loss", [{}, {"kind": "gspo"}, {"entropy_coef": 0.05}], ids=str)
 def test_score_rows_change_no_policy_row(policy, sequences, loss):
-    without = [replace(sequence, has_score_row=False) for sequence in sequences]
+    without = [replace(sequence, score_at=None) for sequence in sequences]
     boundary = len(pack(sequences).policy)
     [with_rows], [without_rows] = (label_logprobs(policy, [pack(s)]) for s in (sequences, without))
     assert len(with_rows) > boundary == len(without_rows)
@@ -177,7 +181,7 @@ def test_score_rows_change_no_policy_row(policy, sequences, loss):
 
 
 def test_plain_grpo_needs_no_reference_logprob(policy, sequences):
-    without = pack([replace(sequence, has_score_row=False) for sequence in sequences])
+    without = pack([replace(sequence, score_at=None) for sequence in sequences])
     unread = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=float("nan"))
     result = policy(without, joint_loss(replace(make_objective(), score=unread), without))
     assert result.score_loss == 0

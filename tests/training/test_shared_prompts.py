@@ -56,7 +56,9 @@ def make_policy(family, dtype):
 
 def make_packer(budget):
     device = torch.device("cpu")
-    return Packer(budget=budget, score_token_id=SCORE_TOKEN, temperature=0.7, device=device)
+    return Packer(
+        budget=budget, score_token_id=SCORE_TOKEN, score_at="eos", temperature=0.7, device=device
+    )
 
 
 def relative_error(actual, exact):

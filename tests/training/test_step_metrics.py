@@ -28,7 +28,7 @@ def make_batch(members):
             prompt_ids=(7,),
             completion_ids=tuple(range(10, 10 + len(rollout))),
             rollout_logprobs=rollout,
-            has_score_row=reward is not None,
+            score_at=None if reward is None else "eos",
             is_probe=len(rollout) == 2,
             advantage=advantage,
             token_weight=0.1,
@@ -37,7 +37,9 @@ def make_batch(members):
         )
         for rollout, advantage, reward in members
     ]
-    packer = Packer(budget=99, score_token_id=SCORE_TOKEN, temperature=1.0, device=CPU)
+    packer = Packer(
+        budget=99, score_token_id=SCORE_TOKEN, score_at="eos", temperature=1.0, device=CPU
+    )
     return packer.pack(sequences)
 
 

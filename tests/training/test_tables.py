@@ -156,7 +156,7 @@ def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
     assert [s.reward for s in sequences] == [1.0, 1.0, 0.0]
     # A truncated completion has no EOS to read a score at.
     is_scored = [True, False, True]
-    assert [s.has_score_row for s in sequences] == [with_score_rows and x for x in is_scored]
+    assert [s.score_at is not None for s in sequences] == [with_score_rows and x for x in is_scored]
     assert [s.token_weight for s in sequences] == token[1].tolist()
     assert [s.score_weight for s in sequences] == score[1].tolist()
     for sequence, completion in zip(sequences, GROUPS[1].completions, strict=True):
@@ -168,7 +168,7 @@ def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
 def test_a_failed_grade_has_no_score_row(tables):
     world, advantages = World(0, 4, CPU), torch.ones(4, 3)
     sequences = training_sequences(GROUPS[:1], world, tables, advantages, make_config())
-    assert [s.has_score_row for s in sequences] == [True, True, False]
+    assert [s.score_at is not None for s in sequences] == [True, True, False]
     assert sequences[2].token_weight == sequences[2].score_weight == 0
 
 
