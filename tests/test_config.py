@@ -154,7 +154,7 @@ def test_missing_keys_and_sections():
         ),
         (
             {"score__ref_logprob": "measure"},
-            "\"score.ref_logprob\": expected a number or 'auto' or 'floating', got 'measure' (c_ref: ",
+            "\"score.ref_logprob\": expected a number or 'auto' or 'floating', got 'measure' (",
         ),
         ({"optim__betas": 0.9}, '"optim.betas": expected a tuple, got 0.9 ('),
         ({"optim__betas": [0.9]}, '"optim.betas": expected one more value, got [0.9] ('),

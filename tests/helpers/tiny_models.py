@@ -127,10 +127,10 @@ def make_sequences(count=12, *, seed=0, longest=12, group_size=1):
 
 
 def naive_logprobs(model, sequence, *, temperature):
-    """Log-probs [n, V] of a completion's rows and those [V] of its last row at temperature 1."""
+    """Log-probs [n, V] of a completion's rows, and [V] of the row of its score at temperature 1."""
     logits = model(torch.tensor([sequence.prompt_ids + sequence.completion_ids])).logits[0]
     rows = logits[len(sequence.prompt_ids) - 1 : -1] / temperature
-    return rows.log_softmax(-1), logits[-1].log_softmax(-1)
+    return rows.log_softmax(-1), logits[-2 if sequence.score_at == "last" else -1].log_softmax(-1)
 
 
 def naive_loss(model, sequences, objective, *, temperature=1.0, old=None, ref=None):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import SCORE_TOKEN, make_model, make_sequences
+from tiny_models import EOS, SCORE_TOKEN, make_model, make_sequences
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
@@ -18,7 +18,25 @@ from laser_fast.training.objective import Objective, joint_loss
 from laser_kernels import reference
 
 SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
-SEQUENCES = make_sequences(17, seed=3, group_size=4)  # the last group has one
+OTHER_EOS = 4
+
+
+def mixed(sequences):
+    """Completions that end with two EOS ids in turn, with scores at both rows."""
+    is_scored = [sequence.score_at is not None for sequence in sequences]
+    return [
+        replace(
+            sequence,
+            completion_ids=(*sequence.completion_ids[:-1], (EOS, OTHER_EOS)[index % 2]),
+            score_at=("eos", "last")[index // 2 % 2],
+        )
+        if is_scored[index]
+        else sequence
+        for index, sequence in enumerate(sequences)
+    ]
+
+
+SEQUENCES = mixed(make_sequences(17, seed=3, group_size=4))  # the last group has one
 # Everything in one microbatch; groups whole; groups in parts, each with the prompt.
 BUDGETS = (999, 70, 30)
 LOSSES = [
