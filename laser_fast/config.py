@@ -188,7 +188,7 @@ class ScoreConfig(_Section):
     position: ScorePosition = "eos"
     """Row that the score is read from: the EOS's, or the "last" before it, at no extra token."""
     ref_logprob: float | Literal["auto", "floating"] = "auto"
-    """c_ref: the untrained model's log pi(z_c | x, y) for "auto"; refitted each step if "floating"."""
+    """c_ref; "auto": the untrained model's log pi(z_c | x, y); "floating": refitted each step."""
     loss_coef: float = Field(0.1, ge=0)
     """alpha, weight of the score's MSE; 0 trains plain GRPO."""
     warmup_steps: int = Field(0, ge=0)
