@@ -56,13 +56,24 @@ def policy_logprobs(
     return results
 
 
-def with_scores(policy: Policy, groups: Sequence[Group], packer: Packer) -> list[Group]:
-    """The same groups with the score log-probs of a policy forward."""
-    scores = iter(score for _, score in policy_logprobs(policy, groups, packer))
+def with_scores(
+    policy: Policy, groups: Sequence[Group], packer: Packer, world: World
+) -> list[Group]:
+    """The same groups with the score log-probs of a policy forward. Collective."""
+    pairs = [(g.prompt.prompt_ids, c) for g in groups for c in g.completions if c.is_finished]
+    ended = [(prompt_ids, completion.completion_ids) for prompt_ids, completion in pairs]
+    token_ids, score_at = [packer.score_token_id], packer.score_at
+    found = last_token_logprobs(
+        policy, ended, token_ids, world, score_at=score_at, budget=packer.budget
+    )
+    scores = iter(found[:, 0].tolist())
     return [
         replace(
             group,
-            completions=tuple(replace(c, score_logprob=next(scores)) for c in group.completions),
+            completions=tuple(
+                replace(c, score_logprob=next(scores)) if c.is_finished else c
+                for c in group.completions
+            ),
         )
         for group in groups
     ]

@@ -180,7 +180,7 @@ class Sampler:
         groups = self.engine.generate(prompts, sampling)
         self.engine.sleep()
         if is_off:
-            groups = with_scores(self.policy, groups, self.packer)
+            groups = with_scores(self.policy, groups, self.packer, self.world)
         return groups
 
     def measure_ref_logprob(self) -> float:

@@ -54,7 +54,7 @@ class Trainer:
         floats = config.score.ref_logprob == "floating" and config.score.loss_coef > 0
         with self.stage("score"):
             if (mixes or floats) and config.rollout.score == "off":
-                groups = with_scores(self.policy, groups, self.packer)
+                groups = with_scores(self.policy, groups, self.packer, self.world)
         with self.stage("advantage"):
             tables = gather_tables(groups, self.world)
             if floats:

@@ -48,7 +48,7 @@ def test_no_sequence_at_all(policy, world):
 @pytest.mark.parametrize("budget", [13, 64])
 @pytest.mark.parametrize(("score_at", "place"), [("eos", -1), ("last", -2)])
 def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(
-    policy, exact, budget, score_at, place
+    policy, exact, world, budget, score_at, place
 ):
     packer = make_packer(budget, score_at)
     groups = [
@@ -66,5 +66,6 @@ def test_tokens_are_read_at_the_sampling_temperature_and_scores_at_one(
         assert (score is not None) == completion.is_finished
         if score is not None:
             assert score == pytest.approx(logits[place].log_softmax(-1)[4].item(), abs=2e-5)
-    scored = [c for g in with_scores(policy, groups, packer) for c in g.completions]
-    assert [c.score_logprob for c in scored] == [score for _, score in found]
+    scored = [c for g in with_scores(policy, groups, packer, world) for c in g.completions]
+    scores = pytest.approx([score for _, score in found], abs=1e-5)
+    assert [c.score_logprob for c in scored] == scores
