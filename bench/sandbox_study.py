@@ -1,6 +1,7 @@
-"""LaSeR, LaSeR without advantage mixing and GRPO on the quickstart, over several seeds.
+"""Ways to train the score, against GRPO, on the sandbox's tasks over several seeds.
 
     python -m bench.sandbox_study --seeds 0 1 2 --json FILE [section.key=value ...]
+    python -m bench.sandbox_study --config sandbox_hard --methods GRPO "LaSeR, last, floating" ...
     python -m bench.sandbox_study --smoke               one step of everything
 
 Every run is `torchrun -m laser_fast train configs/quickstart.toml` with a seed of its own; the
@@ -33,13 +34,23 @@ from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.sandbox.model import STEPS, make_sandbox_model
 
-CONFIG = ROOT / "configs" / "quickstart.toml"
+CONFIGS = ROOT / "configs"
+_FLOATING, _LAST = ("score.ref_logprob=floating",), ("score.position=last",)
 METHODS = {
     "LaSeR": (),
     "LaSeR without mixing": ("advantage.score_coef=0.0",),
+    "LaSeR, floating": _FLOATING,
+    "LaSeR, last": _LAST,
+    "LaSeR, last, floating": (*_LAST, *_FLOATING),
+    "LaSeR, policy-moment": (*_LAST, *_FLOATING),
+    "LaSeR, projected": (*_LAST, *_FLOATING),
+    "LaSeR, centred": (*_LAST, *_FLOATING),
     "GRPO": ("score.loss_coef=0.0", "advantage.score_coef=0.0"),
 }
 BASELINE = "GRPO"
+DEFAULT = ("LaSeR", "LaSeR without mixing", BASELINE)
+# Those that are not in the trainer, by the last word of their name.
+VARIANTS = ("policy-moment", "projected", "centred")
 METRICS = {
     "accuracy": "accuracy",
     "f1": "F1",
@@ -84,6 +95,8 @@ def interval(values: Sequence[float | None]) -> Interval:
 
 def train_all(
     folder: Path,
+    config: Path,
+    methods: Sequence[str],
     seeds: Sequence[int],
     overrides: Sequence[str],
     *,
@@ -97,10 +110,10 @@ def train_all(
         if not (base / "model.safetensors").exists():
             print(f"seed {seed}: warm-starting the base model", flush=True)
             make_sandbox_model(base, seed=seed, steps=warm_up_steps)
-        for method, own in METHODS.items():
-            run = folder / f"{method.lower().replace(' ', '_')}_{seed}"
-            changes = [f"seed={seed}", f"output_dir={run}", f"model.path={base}", *own, *overrides]
-            train(run, changes, num_ranks=num_ranks)
+        for method in methods:
+            run = folder / f"{method.lower().replace(',', '').replace(' ', '_')}_{seed}"
+            changes = [f"seed={seed}", f"output_dir={run}", f"model.path={base}"]
+            train(run, config, method, [*changes, *overrides], num_ranks=num_ranks)
             records.append({"method": method, "seed": seed, **read_result(run)})
             after = records[-1]["after"]
             print(f"seed {seed}: {method}: " + ", ".join(
@@ -109,16 +122,21 @@ def train_all(
     return records
 
 
-def train(run: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
+def train(
+    run: Path, config: Path, method: str, overrides: Sequence[str], *, num_ranks: int
+) -> None:
     """Start one run and wait for it; a finished run of the same configuration stays as it is."""
-    folder = RunFolder(run)
+    folder, overrides = RunFolder(run), [*METHODS[method], *overrides]
     if folder.summary.exists():
-        if load_config(folder.config) == load_config(CONFIG, overrides):
+        if load_config(folder.config) == load_config(config, overrides):
             return
         sys.exit(f"{run} holds a finished run of another configuration; choose another --runs")
     shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), "-m", "laser_fast", "train", str(CONFIG)]
+    command += ["--nproc-per-node", str(num_ranks), "-m"]
+    variant = method.rpartition(" ")[2]
+    command += ["bench.score_variants", variant] if variant in VARIANTS else ["laser_fast"]
+    command += ["train", str(config)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("w") as log:
         result = subprocess.run([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
@@ -141,6 +159,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[
     `before` has one row.
     """
     runs = {(record["method"], record["seed"]): record for record in records}
+    methods = list(dict.fromkeys(method for method, _ in runs))
     seeds = sorted({seed for _, seed in runs})
 
     def values(method: str, key: str, when: str = "after") -> list[float | None]:
@@ -155,11 +174,11 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[
             "before training": {key: interval(values(BASELINE, key, "before")) for key in METRICS}
         },
         "after": {
-            method: {key: interval(values(method, key)) for key in METRICS} for method in METHODS
+            method: {key: interval(values(method, key)) for key in METRICS} for method in methods
         },
         "gain": {
             method: {key: interval(gains(method, key)) for key in METRICS}
-            for method in METHODS
+            for method in methods
             if method != BASELINE
         },
     }
@@ -172,10 +191,11 @@ def document(facts: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> 
     seeds = sorted({record["seed"] for record in records})
     seconds = {
         method: fmean(record["wall_seconds"] for record in records if record["method"] == method)
-        for method in METHODS
+        for method in summary["after"]
     }
+    *others, last = seconds
     lines = [
-        "# The sandbox task with LaSeR, LaSeR without mixing and GRPO",
+        f"# The sandbox task with {', '.join(others)} and {last}",
         "",
         *[f"- {key}: {value}" for key, value in facts.items()],
         f"- seeds: {', '.join(map(str, seeds))}",
@@ -218,6 +238,8 @@ def _number(value: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="quickstart", help="file of configs/, without .toml")
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), choices=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2, help="processes of one run")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sandbox_study")
@@ -229,14 +251,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = list(dict.fromkeys(arguments.seeds))
     if rest or len(seeds) > len(T_QUANTILES) + 1:
         parser.error(f"expected section.key=value and at most ten seeds, got {rest or seeds}")
-    load_config(CONFIG, arguments.overrides)
+    config, methods = CONFIGS / f"{arguments.config}.toml", [*arguments.methods]
+    if BASELINE not in methods:
+        parser.error(f"expected {BASELINE} among the methods, which the others are compared with")
+    load_config(config, arguments.overrides)
     facts = {"op": "sandbox_study"} | header(torch.device("cpu"))
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
-            records = train_all(Path(folder), [0], SMOKE, num_ranks=1, warm_up_steps=1)
+            where = (Path(folder), config, methods, [0], SMOKE)
+            records = train_all(*where, num_ranks=1, warm_up_steps=1)
     else:
-        folder = arguments.runs.resolve()
-        records = train_all(folder, seeds, arguments.overrides, num_ranks=arguments.ranks)
+        where = (arguments.runs.resolve(), config, methods, seeds, arguments.overrides)
+        records = train_all(*where, num_ranks=arguments.ranks)
     text = document(facts, records)
     print(text)
     if arguments.json:

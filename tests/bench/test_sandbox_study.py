@@ -38,16 +38,15 @@ def _records(study, accuracies):
             },
             "wall_seconds": 100.0 + seed,
         }
-        for method, values in zip(study.METHODS, accuracies, strict=True)
+        for method, values in zip(study.DEFAULT, accuracies, strict=True)
         for seed, accuracy in enumerate(values)
     ]
 
 
 def test_methods_are_valid_configurations(study):
-    configs = {
-        method: load_config(study.CONFIG, overrides) for method, overrides in study.METHODS.items()
-    }
-    assert configs["LaSeR"] == load_config(study.CONFIG)
+    file = study.CONFIGS / "quickstart.toml"
+    configs = {method: load_config(file, overrides) for method, overrides in study.METHODS.items()}
+    assert configs["LaSeR"] == load_config(file)
     assert configs["LaSeR without mixing"].score.loss_coef > 0
     assert configs["LaSeR without mixing"].advantage.score_coef == 0
     grpo = configs["GRPO"]
@@ -85,23 +84,23 @@ def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run was started again")
 
-    overrides = [f"output_dir={tmp_path}", "seed=3"]
-    (tmp_path / "config.toml").write_text(dump_config(load_config(study.CONFIG, overrides)))
+    file, overrides = study.CONFIGS / "quickstart.toml", [f"output_dir={tmp_path}", "seed=3"]
+    (tmp_path / "config.toml").write_text(dump_config(load_config(file, overrides)))
     (tmp_path / "summary.json").write_text('{"wall_seconds": 5.0}')
     (tmp_path / "evaluations.jsonl").write_text('{"step": 120}\n{"step": 0}\n')
     monkeypatch.setattr(study.subprocess, "run", refuse)
-    study.train(tmp_path, overrides, num_ranks=2)
+    study.train(tmp_path, file, "LaSeR", overrides, num_ranks=2)
     assert study.read_result(tmp_path) == {
         "before": {"step": 0},
         "after": {"step": 120},
         "wall_seconds": 5.0,
     }
     with pytest.raises(SystemExit, match="another configuration; choose another --runs"):
-        study.train(tmp_path, [*overrides, "optim.lr=1e-3"], num_ranks=2)
+        study.train(tmp_path, file, "LaSeR", [*overrides, "optim.lr=1e-3"], num_ranks=2)
     assert (tmp_path / "summary.json").exists()
     (tmp_path / "summary.json").unlink()  # cut off: starts again
     with pytest.raises(AssertionError):
-        study.train(tmp_path, overrides, num_ranks=2)
+        study.train(tmp_path, file, "LaSeR", overrides, num_ranks=2)
 
 
 @pytest.mark.slow
@@ -123,7 +122,7 @@ def test_smoke_trains_every_method(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", run_first_then_train_here)
     study.main(["--smoke", "--json", str(tmp_path / "study.json")])
     result = json.loads((tmp_path / "study.json").read_text())
-    assert [row["method"] for row in result["rows"]] == list(study.METHODS)
+    assert [row["method"] for row in result["rows"]] == list(study.DEFAULT)
     assert all(row["after"]["step"] == 1 for row in result["rows"])
     assert len(commands) == 3
     text = (tmp_path / "study.md").read_text()
