@@ -1,7 +1,8 @@
-"""Measure what the fused head changes in a whole optimizer step of a model with random weights.
+"""Measure what the fused head changes in a whole optimizer step.
 
     python -m bench.train_step                  Qwen2.5-1.5B's shape, 16 x 1024 tokens, on a GPU
     python -m bench.train_step --smoke          the quickstart's shape and batch, on a CPU
+    python -m bench.train_step --model FOLDER   a real model, 16 short completions, on a CPU too
 
     head    from the last hidden states to their gradient and the head's: head and loss
     step    forward, backward, gradient clipping and AdamW of all microbatches
@@ -27,7 +28,14 @@ from bench.exact import Exact
 from bench.guard import guarded
 from bench.harness import Case, Entry, Error, Run, measure
 from bench.shapes import Inputs
-from bench.workload import QUICKSTART, QWEN_1_5B, SCORE_TOKEN, make_microbatches, make_model
+from bench.workload import (
+    QUICKSTART,
+    QWEN_1_5B,
+    SCORE_TOKEN,
+    load_model,
+    make_microbatches,
+    make_model,
+)
 from laser_fast.algorithm.loss import policy_loss, tis_weights
 from laser_fast.algorithm.score import score_loss
 from laser_fast.model.attention import attention_kwargs
@@ -166,17 +174,24 @@ def prepare(
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Run the benchmark; returns the rows that it wrote."""
-    args = runner.parser(__doc__).parse_args(argv)
+    parser = runner.parser(__doc__)
+    parser.add_argument("--model", help="Hugging Face folder of a model; default: random weights")
+    args = parser.parse_args(argv)
     device = runner.device_of(args)
     workload = QWEN_1_5B if device.type == "cuda" else QUICKSTART
     results = runner.Results("train_step", args, device)
-    model, batches = make_model(workload, device), make_microbatches(workload, device)
+    if args.model:
+        workload, model = load_model(args.model, device)
+    else:
+        model = make_model(workload, device)
+    batches = make_microbatches(workload, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
     with torch.no_grad():
         hidden_states = model.model(**_model_inputs(batches[0])).last_hidden_state[0]
     label = {
         "op": "train_step",
         "shape": workload.name,
+        "V": workload.sizes.vocabulary,
         "T": sum(len(batch.input_ids) for batch in batches),
         "N": sum(len(batch.labels) for batch in batches),
         "microbatches": len(batches),

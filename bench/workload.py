@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.random_qwen2 import Sizes, random_qwen2
 from laser_fast.model.attention import IMPLEMENTATIONS
@@ -55,6 +56,32 @@ def make_model(workload: Workload, device: torch.device) -> PreTrainedModel:
             workload.sizes, tie_word_embeddings=True, attn_implementation=attention
         )
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+
+
+def load_model(folder: str, device: torch.device) -> tuple[Workload, PreTrainedModel]:
+    """A real model with a workload of its sizes: short word problems and their solutions."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=IMPLEMENTATIONS["sdpa"]
+    )
+    config = model.config
+    sizes = Sizes(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.vocab_size,
+    )
+    workload = Workload(
+        Path(folder).name,
+        sizes,
+        num_sequences=16,
+        prompt_tokens=(40, 50),
+        completion_tokens=(15, 30),
+        budget=2048,
+    )
+    return workload, model.to(device).train()
 
 
 def make_microbatches(workload: Workload, device: torch.device) -> list[Microbatch]:
