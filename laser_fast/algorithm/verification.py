@@ -3,9 +3,11 @@
     TPR   = P(r_s > 1/2 | correct),   TNR = P(r_s <= 1/2 | incorrect)
     F1    = 2 TPR TNR / (TPR + TNR), what the LaSeR paper calls F1 (arXiv 2510.14943)
     AUROC = P(r_s of a correct > r_s of an incorrect) + 1/2 P(the two are equal)
+    AUROC within problems: the mean of those of the problems that have both classes
     ECE   = sum_bins n_bin / N |mean correct - mean p|,   Brier = mean (p - correct)^2
     p     = clip(r_s, 0, 1) = r, or corrected: pc r / (pc r + (1 - pc) (1 - r))
 
+Only the AUROC within problems says what votes can gain: the other also tells hard problems apart.
 The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the
 correction puts the base rate pc of correct completions back in. Arguments are lists, arrays or CPU
 tensors [B]: scores float, probabilities in [0, 1], is_correct bool. A value that a missing class
@@ -16,6 +18,7 @@ always says "incorrect" has F1 = 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +36,7 @@ def verify(
     *,
     is_finished: Array | None = None,  # [B] bool
     base_rate: float | None = None,
+    threshold: Array | float | None = None,  # [B] or one for all
 ) -> dict[str, float]:
     """All self-verification metrics at once.
 
@@ -42,6 +46,8 @@ def verify(
         is_finished: unfinished completions count as score 0, so as predicted incorrect.
         base_rate: pc of the class-prior correction; by default that of the finished completions
             given here, which knows the answers: pass a rate measured elsewhere where that matters.
+        threshold: of the verdict, in [0, 1), chosen on other problems; adds `tpr_calibrated`,
+            `tnr_calibrated` and `f1_calibrated`, beside those at 1/2.
 
     Returns:
         `tpr`, `tnr`, `f1`, `verification_accuracy` (of the verdict, not of the completions), `ece`
@@ -69,6 +75,10 @@ def verify(
             f"ece{suffix}": calibration_error(p, correct),
             f"brier{suffix}": brier_score(p, correct),
         }
+    if threshold is not None:
+        tpr, tnr = class_rates(r_s, correct, threshold=threshold)
+        values |= {"tpr_calibrated": tpr, "tnr_calibrated": tnr}
+        values["f1_calibrated"] = harmonic_mean(tpr, tnr)
     return values
 
 
@@ -89,16 +99,43 @@ def finished_rate(is_correct: Array, is_finished: Array) -> float:
     return 0.0 if math.isnan(rate) else rate
 
 
-def class_rates(scores: Array, is_correct: Array) -> tuple[float, float]:
-    """TPR and TNR of the verdict score > 1/2; each is nan if its class is absent."""
+def class_rates(
+    scores: Array, is_correct: Array, *, threshold: Array | float = THRESHOLD
+) -> tuple[float, float]:
+    """TPR and TNR of the verdict score > threshold; each is nan if its class is absent."""
     r_s, correct = _check("class_rates", scores, is_correct)
-    verdict = r_s > THRESHOLD
+    verdict = r_s > torch.as_tensor(threshold, dtype=torch.float64)
     return _mean(verdict, correct), _mean(~verdict, ~correct)
 
 
 def harmonic_mean(tpr: float, tnr: float) -> float:
     """The paper's F1, 2 TPR TNR / (TPR + TNR): 0 if either rate is 0, nan if either is nan."""
     return 2 * tpr * tnr / (tpr + tnr) if tpr + tnr != 0 else 0.0
+
+
+def best_threshold(scores: Array, is_correct: Array) -> float:
+    """The threshold in [0, 1) with the highest F1 of the verdict score > threshold.
+
+    Thresholds between two neighbouring scores, clipped to [0, 1], give the same verdicts: the
+    middle stands for them. Of several with the highest F1 the one nearest to 1/2 is taken, the
+    lower of two, whatever the order of the samples; 1/2 where there is nothing to choose by.
+    """
+    r_s, correct = _check("best_threshold", scores, is_correct)
+    values, value_of = r_s.clamp(0.0, 1.0).unique(return_inverse=True)
+    right, wrong = (torch.bincount(value_of, of.double()).cumsum(0) for of in (correct, ~correct))
+    if len(values) < 2 or not right[-1] or not wrong[-1]:
+        return THRESHOLD
+    tpr, tnr = 1 - right[:-1] / right[-1], wrong[:-1] / wrong[-1]
+    f1 = (2 * tpr * tnr / (tpr + tnr)).nan_to_num()
+    best = ((values[1:] + values[:-1]) / 2)[f1 == f1.max()].tolist()
+    return min(best, key=lambda t: (abs(t - THRESHOLD), t))
+
+
+def auroc_within(problems: Iterable[tuple[Array, Array]]) -> float:
+    """Mean AUROC of (scores, is_correct) per problem with both classes; nan without any."""
+    found = [auroc(*problem) for problem in problems]
+    known = [value for value in found if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def auroc(scores: Array, is_correct: Array) -> float:

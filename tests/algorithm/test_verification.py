@@ -11,6 +11,8 @@ from sklearn.metrics import accuracy_score, brier_score_loss, recall_score, roc_
 
 from laser_fast.algorithm.verification import (
     auroc,
+    auroc_within,
+    best_threshold,
     brier_score,
     calibration_error,
     class_rates,
@@ -203,3 +205,54 @@ assert verify([0.9, 0.2, 0.6], [True, False, False])["auroc"] == 1.0
 assert vote_at_k([0, 0, 1], [False, False, True], 3) == 0.0
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_threshold_is_better_than_the_best(seed):
+    rng = np.random.default_rng(seed)
+    correct = rng.random(60) < 0.7
+    scores = (0.3 * correct + rng.normal(0.5, 0.3, 60)).round(1)
+    threshold = best_threshold(scores, correct)
+    order = rng.permutation(60)
+    assert best_threshold(scores[order], correct[order]) == threshold
+
+    def f1(t):
+        return harmonic_mean(*class_rates(scores.clip(0, 1), correct, threshold=t))
+
+    rivals = {t: f1(t) for t in np.linspace(0, 0.999, 1000)}
+    assert 0 <= threshold < 1 and f1(threshold) == pytest.approx(max(rivals.values()))
+    # Of those as good none lies nearer to 1/2, but for the place within a gap of .1.
+    nearest = min(abs(t - 0.5) for t, value in rivals.items() if value >= f1(threshold) - 1e-12)
+    assert abs(threshold - 0.5) <= nearest + 0.05 + 1e-9
+
+
+def test_best_threshold_by_hand():
+    assert best_threshold([0.1, 0.6, 0.8, 0.9], [False, False, True, True]) == pytest.approx(0.7)
+    # 1/4 and 3/4 are as good as each other: the lower one.
+    assert best_threshold([0.0, 0.5, 0.5, 1.0], [False, True, False, True]) == 0.25
+    # Scores beyond [0, 1] are clipped, so that no threshold lies there.
+    assert best_threshold([-3.0, 7.0], [False, True]) == 0.5
+    for scores, correct in (([0.2, 0.3], [True, True]), ([0.2, 0.2], [True, False]), ([], [])):
+        assert best_threshold(scores, np.array(correct, bool)) == 0.5
+
+
+def test_a_threshold_of_its_own_for_every_completion():
+    scores, correct = [0.6, 0.6, 0.6, 0.2, 1.4], [True, True, False, False, True]
+    found = verify(
+        scores,
+        correct,
+        is_finished=[True, True, True, True, False],
+        threshold=[0.5, 0.7, 0.7, 0.1, 0],
+    )
+    # The unfinished one has score 0, which is not above 0.
+    assert (found["tpr_calibrated"], found["tnr_calibrated"]) == (pytest.approx(1 / 3), 0.5)
+    assert found["f1_calibrated"] == pytest.approx(0.4) and found["tpr"] == pytest.approx(2 / 3)
+    assert "f1_calibrated" not in verify(scores, correct)
+
+
+def test_auroc_within_problems_compares_nothing_across_them():
+    easy, hard = ([0.9, 0.8], [True, True]), ([0.1, 0.3, 0.2], [True, False, False])
+    assert auroc(easy[0] + hard[0], easy[1] + hard[1]) == pytest.approx(4 / 6)
+    assert auroc_within([easy, hard]) == 0.0
+    assert auroc_within([hard, ([0.2, 0.1], [True, False])]) == 0.5
+    assert math.isnan(auroc_within([easy])) and math.isnan(auroc_within([]))

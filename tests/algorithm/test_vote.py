@@ -1,6 +1,7 @@
 """Plain and weighted votes against hand tables; estimates at k against brute force over subsets."""
 
 import inspect
+import math
 import random
 from fractions import Fraction
 from itertools import combinations
@@ -9,7 +10,10 @@ from statistics import fmean
 import pytest
 
 from laser_fast.algorithm.vote import (
+    MARGIN,
     MAX_SUBSETS,
+    Calibrated,
+    PosteriorVote,
     answer_classes,
     best_at_k,
     majority_vote,
@@ -238,3 +242,85 @@ def test_k_is_between_one_and_the_samples(k):
     ):
         with pytest.raises(ValueError, match=f"expected 1 <= k <= 2 samples, got k = {k}"):
             estimate()
+
+
+def test_evidence_is_the_log_odds_of_the_corrected_score():
+    calibrated = Calibrated(base_rate=0.8, num_wrong=3.0)
+    p = 0.8 * 0.6 / (0.8 * 0.6 + 0.2 * 0.4)
+    assert calibrated.evidence(0.6) == pytest.approx(math.log(3 * p / (1 - p)))
+    # No score counts for more than the margin, and no base rate for all.
+    assert calibrated.evidence(1.7) == calibrated.evidence(1 - MARGIN)
+    assert calibrated.evidence(-0.4) == calibrated.evidence(MARGIN)
+    assert all(math.isfinite(Calibrated(base_rate=rate).evidence(0.5)) for rate in (0.0, 1.0))
+
+
+def test_the_posterior_after_one_sample_is_the_corrected_score():
+    for num_wrong in (1.0, 4.0, 1e6):
+        vote = PosteriorVote(Calibrated(base_rate=0.8, num_wrong=num_wrong))
+        assert (vote.winner, vote.confidence) == (None, 0.0)
+        vote.add("a", 0.6)
+        assert vote.confidence == pytest.approx(0.8 * 0.6 / (0.8 * 0.6 + 0.2 * 0.4))
+
+
+def test_posterior_by_enumeration():
+    """Bayes' rule over the m + 1 answers, from the likelihood of each."""
+    samples = [("a", 0.7), ("b", 0.8), (None, 0.9), ("a", 0.4), ("c", None), ("b", 0.1)]
+    m, answers = 4, ["a", "b", "c", "d", "e"]
+    vote = PosteriorVote(Calibrated(num_wrong=m))
+    for answer, score in samples:
+        vote.add(answer, score)
+    known = [(a, p) for a, p in samples if a is not None and p is not None]
+    likelihood = {
+        truth: math.prod(p if a == truth else (1 - p) / m for a, p in known) for truth in answers
+    }
+    winner = max(likelihood, key=likelihood.__getitem__)
+    assert vote.winner == winner
+    assert vote.confidence == pytest.approx(likelihood[winner] / sum(likelihood.values()))
+
+
+def test_equal_answers_vote_together_and_many_votes_do_not_overflow():
+    vote = PosteriorVote(equal=lambda first, second: float(first) == float(second))
+    for answer in ("0.5", "0.50", "2"):
+        vote.add(answer, 0.8)
+    assert vote.winner == "0.5" and list(vote.votes) == ["0.5", "2"]
+    for score, confidence in ((0.99, 1.0), (0.0, 0.0)):
+        vote = PosteriorVote(Calibrated(base_rate=0.5))
+        for _ in range(1000):
+            vote.add("a", score)
+        assert vote.confidence == pytest.approx(confidence)
+
+
+def _simulate(num_problems, n, m, seed=0):
+    """Problems of n samples with known posteriors, and errors spread over m other answers."""
+    rng = random.Random(seed)
+    for _ in range(num_problems):
+        p = [rng.choice([0.06, 0.2, 0.4, 0.6, 0.9]) for _ in range(n)]
+        yield [0 if rng.random() < own else rng.randint(1, m) for own in p], p
+
+
+def test_with_known_posteriors_the_posterior_vote_is_the_best_rule():
+    n, m = 5, 3
+    rules = {
+        "majority": lambda p: 1.0,
+        "clipped sum": lambda p: p,
+        "log-odds alone": Calibrated().evidence,
+        "too many wrong": Calibrated(num_wrong=50.0).evidence,
+        "posterior": Calibrated(num_wrong=m).evidence,
+    }
+    right, best, confidence = dict.fromkeys(rules, 0.0), 0.0, 0.0
+    problems = list(_simulate(4000, n, m))
+    for answers, p in problems:
+        correct = [answer == 0 for answer in answers]
+        for name, rule in rules.items():
+            right[name] += vote_at_k(answers, correct, n, weights=[rule(x) for x in p])
+        best += best_at_k(p, [True] * n, correct, n)
+        vote = PosteriorVote(Calibrated(num_wrong=m))
+        for sample in zip(answers, p, strict=True):
+            vote.add(*sample)
+        confidence += vote.confidence
+    right["best of"] = best
+    own = right.pop("posterior")
+    # By at least two standard errors of a paired difference of a few per cent of the problems.
+    assert own > max(right.values()) + 30, (own, right)
+    # What it states is what comes true, within three standard errors.
+    assert confidence == pytest.approx(own, abs=3 * (0.25 * len(problems)) ** 0.5)
