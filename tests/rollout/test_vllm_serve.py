@@ -1,7 +1,14 @@
 """A deployed model scores its answers for any OpenAI client: real `vllm serve`, real `openai`."""
 
+import asyncio
+import time
+import urllib.request
+
 import pytest
 
+from laser_fast.algorithm.score import SelfScore
+from laser_fast.algorithm.vote import Calibrated
+from laser_fast.rollout.adaptive import adaptive_vote, adaptive_vote_async, chat_sampler
 from laser_fast.rollout.score_request import score_request
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -88,3 +95,52 @@ def test_a_request_that_would_get_no_score_is_told_what_to_change(client, served
     del fields["ignore_eos"]
     with pytest.raises(openai.BadRequestError, match="ignore_eos = true and stop_token_ids"):
         client.completions.create(model="tiny", prompt=PROMPT, logprobs=0, extra_body=fields)
+
+
+def test_an_adaptive_vote_stops_and_leaves_the_server_idle(server, served):
+    """Requests in flight are cancelled for real: soon nothing runs, though each may take long."""
+    openai = pytest.importorskip("openai")
+    score = SelfScore(token_id=served.score_token, beta=0.2, ref_logprob=-8.0)
+    options = {"threshold": 0.9, "max_samples": 24, "calibrated": Calibrated(num_wrong=9.0)}
+    drawn = []
+
+    async def vote():
+        async with openai.AsyncOpenAI(base_url=f"{server[0]}/v1", api_key="unused") as client:
+            one = chat_sampler(
+                client,
+                score,
+                lambda text: text[:1] or None,
+                model="tiny",
+                messages=[{"role": "user", "content": PROMPT}],
+                max_tokens=100,
+            )
+
+            async def sample():
+                drawn.append(await one())
+                return drawn[-1]
+
+            return await adaptive_vote_async(sample, in_flight=6, **options)
+
+    found = asyncio.run(vote())
+    deadline = time.monotonic() + 20
+    while (running := num_running(server[0])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running == 0
+    # The samples that came back, one by one, are the same vote, or it stopped between two of them.
+    assert found.num_samples == len(drawn) <= 24 and found.answer is not None
+    read = iter(drawn)
+    one_by_one = adaptive_vote(lambda: next(read), **options | {"max_samples": len(drawn)})
+    assert one_by_one.num_samples <= found.num_samples
+    if one_by_one.num_samples == found.num_samples:
+        assert one_by_one == found
+    scores = [value for _, value in drawn if value is not None]
+    assert scores and all(-2 < value < 2 for value in scores)
+
+
+def num_running(url):
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    counts = [float(line.split()[-1]) for line in lines if line.split("{")[0] in names]
+    assert counts
+    return sum(counts)
