@@ -15,6 +15,7 @@ runs them beside the trainer's own methods.
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,9 +100,9 @@ class ApartTrainer(Trainer):
         self.join(parameters, kept)
         return norms
 
+    @abstractmethod
     def join(self, parameters: Sequence[Tensor], policy_grads: Sequence[Tensor]) -> None:
         """Leave the joint gradient in the parameters, which hold the score term's."""
-        raise NotImplementedError
 
 
 class PolicyMoment(ApartTrainer):

@@ -217,15 +217,15 @@ def rescore(
     beta: Beta = None,
     ref_logprob: RefLogprob = None,
     reward: Annotated[str | None, Option(help="Grade again with this reward kind.")] = None,
+    store: Annotated[Path | None, Option(help="Model folder that gets the threshold.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Compute an evaluation again from its samples, without a model."""
     from laser_fast.evaluation.rescore import rescore_evaluation
 
     report = _report_options(k, base_rate)
-    folder = rescore_evaluation(
-        source, out, report, beta=beta, ref_logprob=ref_logprob, reward=reward, overwrite=overwrite
-    )
+    scores: dict[str, Any] = {"beta": beta, "ref_logprob": ref_logprob, "reward": reward}
+    folder = rescore_evaluation(source, out, report, **scores, store=store, overwrite=overwrite)
     _show(folder)
 
 

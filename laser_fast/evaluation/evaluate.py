@@ -19,7 +19,7 @@ from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark, Graders, answer_of, check_golds
 from laser_fast.evaluation.folder import EvalFolder
 from laser_fast.evaluation.rescore import finish_evaluation
-from laser_fast.evaluation.settings import known_ref_logprob
+from laser_fast.evaluation.settings import known_ref_logprob, read_calibrated
 from laser_fast.evaluation.statistics import ReportOptions
 from laser_fast.log.samples import to_records
 from laser_fast.model.distributed import World, check_world, open_world
@@ -192,9 +192,9 @@ def _check(benchmarks: Sequence[Benchmark], k: int) -> None:
 
 
 def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool) -> dict[str, Any]:
-    """Everything that decides the samples; also golds and score, which may change."""
+    """What decides the samples; also golds, score and calibration, which may change."""
     config, token_id = tasks[0].config, vocabulary.special.score_token_id
-    score = config.score.model_dump(include={"token", "beta", "ref_logprob"})
+    score = config.score.model_dump(include={"token", "position", "beta", "ref_logprob"})
     return {
         "model": config.model.path,
         "weights": _weights(config.model.path),
@@ -208,6 +208,7 @@ def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool)
         "benchmarks": {task.name: task.settings for task in tasks},
         "golds": {task.name: task.golds for task in tasks},
         "score": score if needs_score else None,
+        "calibrated": read_calibrated(config.model.path, score),
     }
 
 

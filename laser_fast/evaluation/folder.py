@@ -108,7 +108,7 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     """Refuse to mix samples of two evaluations."""
     # Benchmarks last: a seed or a length, say, changes their entries too.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "benchmarks", key)):
-        if key not in ("score", "golds") and before.get(key) != now.get(key):
+        if key not in ("score", "golds", "calibrated") and before.get(key) != now.get(key):
             was, wanted = (json.dumps(settings.get(key)) for settings in (before, now))
             raise ConfigError(
                 f"{path} was begun with another {key}: {was:.120} against {wanted:.120}; choose "

@@ -5,14 +5,16 @@ from samples that exist.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from laser_fast.algorithm.vote import Calibrated
 from laser_fast.config import RewardConfig, ScoreConfig, mean_ref_logprob
 from laser_fast.config_errors import ConfigError, apply_override
 from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.settings import store_calibrated
 from laser_fast.evaluation.statistics import ReportOptions, average, build_report
 from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
@@ -45,8 +47,12 @@ def finish_evaluation(folder: EvalFolder, options: ReportOptions, graders: Grade
     reports: dict[str, Any] = {}
     draws, same = [], graders.same_answer
     for name, records in samples.items():
-        report, drawn = build_report(records, name=name, same_answer=same, options=options)
-        known = settings["benchmarks"][name]
+        known, reading = settings["benchmarks"][name], options
+        stored = settings.get("calibrated")
+        if stored and stored["by"] != name:  # these problems did not choose it
+            read_by = Calibrated(**{key: stored[key] for key in asdict(Calibrated())})
+            reading = replace(options, calibrated=read_by)
+        report, drawn = build_report(records, name=name, same_answer=same, options=reading)
         known = {key: known[key] for key in ("source", "reward", "num_dropped") if key in known}
         reports[name] = {**known, **settings["golds"].get(name, {}), **report}
         draws.append(drawn)
@@ -65,17 +71,21 @@ def rescore_evaluation(
     beta: float | None = None,
     ref_logprob: str | None = None,
     reward: str | None = None,
+    store: Path | None = None,
     overwrite: bool = False,
 ) -> EvalFolder:
     """Write a second evaluation folder `out` from the samples of a first, or one samples.jsonl.
 
-    None keeps the beta, the c_ref (a number or "auto") and the rewards of the samples. A
+    None keeps the beta, the c_ref (a number or "auto") and the rewards of the samples. `store` is
+    the folder of the model, whose laser_fast.json gets what all problems say of its scores. A
     ConfigError names what does not fit, or says that the output is taken.
     """
     paths = [source] if source.is_file() else sorted(source.glob("*/samples.jsonl"))
     if not paths:
         raise ConfigError(f"{source}: expected the folder of an evaluation or its samples.jsonl")
     root = paths[0].resolve().parent.parent
+    if store is not None and len(paths) != 1:
+        raise ConfigError(f"--store: name the samples.jsonl of one benchmark of {source}")
     if out.resolve() == root:
         raise ConfigError(f"{out} is where the samples come from; name a new folder")
     samples = {path.resolve().parent.name: _read(path, report) for path in paths}
@@ -94,6 +104,8 @@ def rescore_evaluation(
         "golds": begun.get("golds", {}) if reward is None else {},
         "score": _choose_score(begun.get("score") or {}, beta, ref_logprob),
     }
+    if store is not None or beta is not None or ref_logprob is not None:
+        settings["calibrated"] = None  # to be measured, or of other scores
     folder.prepare(settings, overwrite=overwrite)
     rewards = RewardConfig(kind=reward or "math")
     with Graders(rewards) as graders:
@@ -101,7 +113,14 @@ def rescore_evaluation(
             if reward is not None:
                 records = _regrade(records, reward, graders.of(rewards))
             write_samples(folder.samples(name), records)
-        return finish_evaluation(folder, report, graders)
+        finish_evaluation(folder, report, graders)
+    if store is not None:
+        (name,), content = samples, folder.read_report()
+        found = content["benchmarks"][name]["calibrated"]
+        if not found or "score" not in content:
+            raise ConfigError(f"--store: {source} has no scores of known beta and c_ref")
+        store_calibrated(store, content["score"], Calibrated(**found), name)
+    return folder
 
 
 def _read(path: Path, options: ReportOptions) -> list[SampleRecord]:

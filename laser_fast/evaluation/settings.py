@@ -6,7 +6,9 @@
     options of the command line, which are section.key=value overrides as well
 
 laser_fast.json lies beside a model's weights and holds the score that it was trained to give: a
-score means something only with the token, beta and c_ref of its training.
+score means something only with the token, beta and c_ref of its training. `rescore --store` adds
+how that score is read: `calibrated`, a `Calibrated` and `by`, the name of the benchmark that chose
+it, whose problems are therefore never read by it.
 """
 
 import json
@@ -15,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from laser_fast.algorithm.vote import Calibrated
 from laser_fast.config import Config, MeasureConfig, ScoreConfig, all_keys
 from laser_fast.config_errors import ConfigError, apply_override, read_toml
 from laser_fast.evaluation.benchmarks import Benchmark
-from laser_fast.log.jsonl import replace_text, to_text
+from laser_fast.log.jsonl import read_json, replace_text, to_text
 
 # What a configuration file may change of a benchmark, and what belongs to its rows.
 _PROTOCOL = "data.template data.prompt_suffix data.max_prompt_tokens rollout.max_new_tokens".split()
@@ -132,6 +135,35 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
             f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
             "remove it and give the three yourself"
         ) from None
+
+
+def store_calibrated(
+    model: Path, score: Mapping[str, Any], calibrated: Calibrated, by: str
+) -> None:
+    """Add what benchmark `by` said of the scores that `score` made to a model's laser_fast.json."""
+    known = read_score_settings(model)
+    if not _is_same(known, score):
+        raise ConfigError(f"{model}: its {_SCORE_FILE} says {known}, these scores have {score}")
+    content = {"score": known, "calibrated": {**asdict(calibrated), "by": by}}
+    replace_text(model / _SCORE_FILE, to_text(content))
+
+
+def read_calibrated(model: str | Path, score: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of a `Calibrated` and `by`; None without any, or where `score` is another."""
+    path = Path(model) / _SCORE_FILE
+    if not _is_same(read_score_settings(model), score) or "calibrated" not in read_json(path):
+        return None
+    kinds = dict.fromkeys(asdict(Calibrated()), float) | {"by": str}
+    try:
+        return {key: kind(read_json(path)["calibrated"][key]) for key, kind in kinds.items()}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f'{path}: expected {", ".join(kinds)} under "calibrated"') from None
+
+
+def _is_same(known: Mapping[str, Any], score: Mapping[str, Any]) -> bool:
+    """Whether two scores have one scale, so that a threshold of one is a threshold of the other."""
+    score = {"position": "eos", **score}  # as in a file of an older version
+    return all(known.get(key) == score[key] for key in ("position", "beta", "ref_logprob"))
 
 
 def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:

@@ -4,21 +4,29 @@ A report is plain JSON. `metrics` maps a name to {value, low, high}:
 
     accuracy, truncated, mean_length                           over completions
     pass@k, majority@k, weighted_majority@k, best_of@k         over problems (algorithm.vote)
-    weighted_gain@k, best_gain@k                               minus majority@k, paired
+    posterior_majority@k                                       the same
+    weighted_gain@k, posterior_gain@k, best_gain@k             minus majority@k, paired
+    best_over_mean@k                                           best_of@k minus accuracy, paired
     tpr, tnr, f1, verification_accuracy, auroc, ece, brier,
     mean_correct, mean_incorrect                               of the score (algorithm.verification)
     tpr_corrected, ..., ece_corrected, brier_corrected         after the class-prior correction
+    tpr_calibrated, tnr_calibrated, f1_calibrated              at a threshold from other problems
     auroc_within                                               mean over problems with both classes
+    samples_RULE, area_RULE                                    votes that stop (evaluation.stopping)
 
 Votes can use `auroc_within`, while `auroc` also tells easy problems from hard ones. None stands for
 what is undefined. Completions of one problem are alike, so the bootstrap draws whole problems, P of
 P with replacement, and pools their completions. Every statistic sees the same draws, so differences
 and means of statistics have intervals too. The ECE of a resample is biased upwards, and more so
 with fewer completions: the interval of `ece` may lie above its value.
+
+Threshold, base rate and number of wrong answers, by which verdicts and posteriors read a score,
+never come from the problem that they read: they are those stored with the model, or each half of
+the problems, every second one, takes the other half's. The bootstrap keeps them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -27,7 +35,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from laser_fast.algorithm.verification import auroc, finished_rate, readings, reliability, verify
-from laser_fast.algorithm.vote import answer_classes, best_at_k, pass_at_k, powers_of_two, vote_at_k
+from laser_fast.algorithm.vote import (
+    Calibrated,
+    answer_classes,
+    best_at_k,
+    pass_at_k,
+    powers_of_two,
+    vote_at_k,
+)
+from laser_fast.evaluation.stopping import Classes, calibrate_votes, compare, replay, stops
 from laser_fast.log.jsonl import plain_value
 from laser_fast.log.metrics import RUN, VOTES, shown_at
 from laser_fast.log.samples import SampleRecord, group_by_prompt
@@ -41,6 +57,7 @@ LEVEL = 0.95
 # Scores of a model that never trained them spread by .01-.02: as vote weights they are noise, and
 # those below 0 would silence their votes.
 MIN_SCORE_STD = 0.1
+_CURVE = ("stop", "samples", "accuracy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +66,12 @@ class ReportOptions:
 
     `ks` defaults to 1, 2, 4, ... and the number of samples. `base_rate` is the pc of the
     class-prior correction, by default that of the benchmark's own finished samples, which knows
-    the answers.
+    the answers. `calibrated` was measured on other problems.
     """
 
     ks: tuple[int, ...] | None = None
     base_rate: float | None = None
+    calibrated: Calibrated | None = None
     num_resamples: int = NUM_RESAMPLES
 
 
@@ -68,11 +86,12 @@ def build_report(
 
     Completions whose grading failed are counted and left out; a problem with fewer than k graded
     ones enters the k column with those it has. When the clipped scores of all finished completions
-    spread by no more than `MIN_SCORE_STD`, they say nothing yet: `uses_scores` is False and
-    `weighted_majority` is the plain one. Equal strings are one answer, others if `same_answer` says
-    so. `name` names the resamples, so that benchmarks of one size are drawn independently and
-    their mean has its own interval. Records that do not fit together, or a k above the samples of
-    a problem, raise ValueError.
+    spread by no more than `MIN_SCORE_STD`, they say nothing yet: `uses_scores` is False, and the
+    weighted and the posterior majority are the plain one. Equal strings are one answer, others if
+    `same_answer` says so. Without `options.num_resamples` no votes are replayed that stop. `name`
+    names the resamples, so that benchmarks of one size are drawn independently and their mean has
+    its own interval. Records that do not fit together, or a k above the samples of a problem, raise
+    ValueError.
     """
     problems = group_by_prompt(records)
     num_samples = len(problems[0])
@@ -88,9 +107,24 @@ def build_report(
     pooled = np.array([correct, ~finished, [r.num_tokens for r in graded]], np.float64)  # [3, N]
     scores = np.array([record.score for record in graded], np.float64)  # nan where not scored
     std = float(scores[finished].clip(0.0, 1.0).std()) if finished.any() else np.nan
-    has_scores, base_rate = _has_scores(records), options.base_rate
+    has_scores = _has_scores(records)
     uses_scores = has_scores and std > MIN_SCORE_STD
-    rows = [_problem_values(b, ks, same_answer, has_scores, uses_scores) for b in ballots]
+    classes = [answer_classes([record.answer for record in b], same_answer) for b in ballots]
+    halves = [calibrate_votes(ballots[i::2], classes[i::2]) for i in (1, 0)]
+    readers = [options.calibrated or halves[i % 2] for i in range(len(ballots))]
+    thresholds = np.array([r.threshold for r, b in zip(readers, ballots, strict=True) for _ in b])
+    base_rate = options.base_rate
+    if base_rate is not None:
+        readers = [replace(reader, base_rate=base_rate) for reader in readers]
+    elif options.calibrated is not None:
+        base_rate = options.calibrated.base_rate
+    votes = list(zip(ballots, classes, readers, strict=True))
+    rows = [_problem_values(*vote, ks, has_scores, uses_scores) for vote in votes]
+    replayed = [
+        replay(ballot, numbers, reader if uses_scores else None, num_samples)
+        for ballot, numbers, reader in (votes if options.num_resamples else ())
+    ]
+    curves = {rule: np.array([one[rule] for one in replayed]) for rule in (replayed or [{}])[0]}
     table = np.array([list(row.values()) for row in rows])  # [P, S]
     is_known, table = np.isfinite(table), np.nan_to_num(table)
 
@@ -101,7 +135,10 @@ def build_report(
         names = [*rows[0], "accuracy", "truncated", "mean_length"]
         values = dict(zip(names, [*means.tolist(), *pooled[:, at].mean(1).tolist()], strict=True))
         if has_scores:
-            values |= verify(scores[at], correct[at], is_finished=finished[at], base_rate=base_rate)
+            read = {"is_finished": finished[at], "threshold": thresholds[at]}
+            values |= verify(scores[at], correct[at], base_rate=base_rate, **read)
+        if curves:
+            values |= compare({rule: of[problems].mean(0) for rule, of in curves.items()})
         return values
 
     values, draws = {}, {}
@@ -123,8 +160,14 @@ def build_report(
         "uses_scores": uses_scores,
         "score_std": std,
         "base_rate": finished_rate(correct, finished) if base_rate is None else base_rate,
+        "calibrated": asdict(calibrate_votes(ballots, classes)) if has_scores else None,
+        "calibrated_by": "the other half" if options.calibrated is None else "the model's file",
         "interval": LEVEL,
         "metrics": _entries(values, draws),
+        "stopping": {
+            rule: dict(zip(_CURVE, (stops(rule, num_samples), *of.mean(0).tolist()), strict=True))
+            for rule, of in curves.items()
+        },
         "reliability": {name.lstrip("_") or "raw": _bins(p, correct) for name, p in stated.items()},
     }
     return plain_value(report), draws
@@ -189,32 +232,42 @@ def interval(draws: NDArray[np.float64], *, level: float = LEVEL) -> NDArray[np.
 
 def _problem_values(
     ballot: Sequence[SampleRecord],
+    classes: Classes,
+    reader: Calibrated,
     ks: Sequence[int],
-    same_answer: SameAnswer | None,
     has_scores: bool,
     uses_scores: bool,
 ) -> dict[str, float]:
     """What one problem contributes to the means over problems."""
-    classes = answer_classes([record.answer for record in ballot], same_answer)
     correct = [record.is_correct for record in ballot]
     finished = [record.is_finished for record in ballot]
     scores = [record.score or 0.0 for record in ballot]
-    weights = [min(max(score, 0.0), 1.0) for score in scores] if uses_scores else None
+    weights = evidence = None
+    judged = classes
+    if uses_scores:
+        weights = [min(max(score, 0.0), 1.0) for score in scores]
+        evidence = [reader.evidence(score) for score in scores]
+        # Without a score there is no evidence, not even against the answer.
+        judged = [number if done else None for number, done in zip(classes, finished, strict=True)]
     values: dict[str, float] = {}
     for k in ks:
         size = min(k, len(ballot))
         majority = vote_at_k(classes, correct, size)
-        weighted = best = np.nan
+        weighted = posterior = best = np.nan
         if has_scores:
             weighted = vote_at_k(classes, correct, size, weights=weights)
+            posterior = vote_at_k(judged, correct, size, weights=evidence)
             best = best_at_k(scores, finished, correct, size)
         values |= {
             f"pass@{k}": pass_at_k(correct, size),
             f"majority@{k}": majority,
             f"weighted_majority@{k}": weighted,
+            f"posterior_majority@{k}": posterior,
             f"best_of@{k}": best,
             f"weighted_gain@{k}": weighted - majority,
+            f"posterior_gain@{k}": posterior - majority,
             f"best_gain@{k}": best - majority,
+            f"best_over_mean@{k}": best - pass_at_k(correct, 1),
         }
     return values | {"auroc_within": auroc(scores, correct) if has_scores else np.nan}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _NUM_CANDIDATES = 8
 _MAX_NOISE = 0.05
 _CORRECTED = "_corrected"  # ends the names of numbers after the class-prior correction
+_CALIBRATED = "_calibrated"  # and at a threshold from other problems
 _SPREAD = ("n", "c_ref", "std", "std error")
 
 
@@ -104,22 +105,37 @@ def _print_metrics(report: Mapping[str, Any], console: Console) -> None:
     """Votes by k, and self-verification beside the same after the class-prior correction."""
     ks = report["ks"]
     rules = [rule for rule in VOTES if any(_cell(report, f"{rule.name}@{k}")[1:] for k in ks)]
-    rows = [(k, *(_cell(report, f"{rule.name}@{k}") for rule in rules)) for k in ks if rules]
-    _print_table(console, ("k", *(rule.label for rule in rules)), rows)
+    for some in (rules[:2], rules[2:]):  # those with scores for themselves
+        rows = [(k, *(_cell(report, f"{rule.name}@{k}") for rule in some)) for k in ks if some]
+        _print_table(console, ("k", *(rule.label for rule in some)), rows)
+    gap = f"best_over_mean@{ks[-1]}"
+    if (report["metrics"].get(gap, {}).get("high") or 0.0) < -1e-9:  # rounding at k = 1
+        text = f"warning: best of {ks[-1]} by score is {_cell(report, gap)} off the mean accuracy: "
+        _say(console, text + "it picks worse than chance", style="yellow")
+    rows = [
+        (metric.label, cell)
+        for metric in shown_at(BENCHMARK)
+        if metric.stage == "stop" and (cell := _cell(report, metric.name))[1:]
+    ]
+    _print_table(console, ("votes that stop early", "to reach the vote of all"), rows)
     rows = [
         (metric.label, cell, _cell(report, metric.name + _CORRECTED))
         for metric in shown_at(BENCHMARK)
-        if metric.stage == "score" and _CORRECTED not in metric.name
+        if metric.stage == "score" and not metric.name.endswith((_CORRECTED, _CALIBRATED))
         if (cell := _cell(report, metric.name))[1:]  # a number
     ]
     if rows and report.get("uses_scores"):
-        gain = _cell(report, f"weighted_gain@{ks[-1]}")
-        _say(console, f"weighted minus plain majority at k = {ks[-1]}: {gain}")
+        gains = [f"{x} {_cell(report, f'{x}_gain@{ks[-1]}')}" for x in ("weighted", "posterior")]
+        _say(console, f"minus plain majority at k = {ks[-1]}: {', '.join(gains)}")
     elif rows and "score_std" in report:
         spread = "-" if report["score_std"] is None else f"{report['score_std']:.3f}"
         _say(console, f"the scores spread by {spread} only: they do not weight votes yet")
     rate = f"at base rate {report['base_rate']:.3f}" if "base_rate" in report else "prior corrected"
     _print_table(console, ("self-verification", "score", rate), rows)
+    if (cell := _cell(report, "f1_calibrated"))[1:]:
+        rates = [f"{x.upper()} {_cell(report, x + _CALIBRATED)}" for x in ("tpr", "tnr")]
+        by = report.get("calibrated_by", "other problems")
+        _say(console, f"at the threshold of {by}: F1 {cell}, {', '.join(rates)}")
 
 
 def _say(console: Console, text: str, **options: Any) -> None:

@@ -152,6 +152,9 @@ def evaluation_diagrams(
         return []
     votes = partial(draw_votes, report=report, limits=limits)
     diagrams: list[Diagram] = [("share of problems answered correctly", votes)]
+    if report.get("stopping"):
+        draw = partial(draw_stopping, report=report)
+        diagrams.append(("share right against samples, stopping early", draw))
     if report["reliability"]:
         draw = partial(draw_reliability, report=report)
         diagrams.append(("reliability: share correct by stated probability", draw))
@@ -166,8 +169,9 @@ def draw_votes(axes: Axes, *, report: Record, limits: Limits) -> None:
     for metric in VOTES:
         entries = {k: report["metrics"].get(f"{metric.name}@{k}", {}) for k in report["ks"]}
         known = {k: entry for k, entry in entries.items() if number(entry.get("value")) is not None}
-        # Scores that do not vote yet leave the weighted rule equal to the plain one.
-        if not known or (metric.name == "weighted_majority" and not report["uses_scores"]):
+        # Scores that do not vote yet leave the rules that weight by them equal to the plain one.
+        is_idle = metric.name.endswith("_majority") and not report["uses_scores"]
+        if not known or is_idle:
             continue
         ks, color, parts = list(known), metric.color, ("low", "value", "high")
         low, value, high = np.array([[e[p] for p in parts] for e in known.values()], np.float64).T
@@ -178,6 +182,16 @@ def draw_votes(axes: Axes, *, report: Record, limits: Limits) -> None:
     _style(axes, "completions per problem, k")
     axes.set_xticks(report["ks"], [str(k) for k in report["ks"]])
     axes.set_ylim(*limits)
+
+
+def draw_stopping(axes: Axes, *, report: Record) -> None:
+    """Accuracy of votes that stop early against the samples that they take."""
+    for metric in (metric for metric in METRICS if metric.name.startswith("samples_")):
+        if curve := report["stopping"].get(metric.name.removeprefix("samples_")):
+            needed = number(report["metrics"][metric.name]["value"])
+            label = f"{metric.label}: {'-' if needed is None else format(needed, '.2f')}"
+            axes.plot(curve["samples"], curve["accuracy"], ".-", color=metric.color, label=label)
+    _style(axes, "mean samples per problem; named: what reaches the vote of all")
 
 
 def draw_reliability(axes: Axes, *, report: Record) -> None:

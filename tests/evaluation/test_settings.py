@@ -4,12 +4,15 @@ import json
 
 import pytest
 
+from laser_fast.algorithm.vote import Calibrated
 from laser_fast.config import ConfigError, ScoreConfig
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, find_benchmark
 from laser_fast.evaluation.settings import (
     build_config,
     known_ref_logprob,
+    read_calibrated,
     read_score_settings,
+    store_calibrated,
     write_score_settings,
 )
 
@@ -155,6 +158,30 @@ def test_a_broken_score_file_is_refused(tmp_path, text):
     (tmp_path / "laser_fast.json").write_text(text)
     with pytest.raises(ConfigError, match="expected a score with token, beta and ref_logprob"):
         read_score_settings(tmp_path)
+
+
+def test_how_a_score_is_read_stands_beside_it(tmp_path):
+    found = Calibrated(threshold=0.6, base_rate=0.7, num_wrong=3.5)
+    score = {"token": None, "position": "last", "beta": 0.15, "ref_logprob": -11.5}
+    assert read_calibrated(tmp_path, score) is None
+    with pytest.raises(ConfigError, match="its laser_fast.json says {}, these scores have {'token"):
+        store_calibrated(tmp_path, score, found, "train")
+    own = ScoreConfig(token="<z>", position="last", beta=0.15, ref_logprob=-11.5)
+    write_score_settings(tmp_path, own)
+    assert read_calibrated(tmp_path, score) is None
+    store_calibrated(tmp_path, score, found, "train")
+    known = {"threshold": 0.6, "base_rate": 0.7, "num_wrong": 3.5}
+    assert read_calibrated(tmp_path, score) == known | {"by": "train"}
+    assert read_score_settings(tmp_path) == score | {"token": "<z>"}
+    moved = score | {"ref_logprob": -11.0}
+    for other in (moved, score | {"position": "eos"}, {"beta": 0.15, "ref_logprob": -11.5}):
+        assert read_calibrated(tmp_path, other) is None
+    with pytest.raises(ConfigError, match="its laser_fast.json says"):
+        store_calibrated(tmp_path, moved, found, "train")
+    file = tmp_path / "laser_fast.json"
+    file.write_text(file.read_text().replace("base_rate", "rate"))
+    with pytest.raises(ConfigError, match='threshold, base_rate, num_wrong, by under "calibrated"'):
+        read_calibrated(tmp_path, score)
 
 
 def test_run_folders_unknown_keys_and_values_in_place_of_sections(tmp_path):

@@ -63,6 +63,27 @@ def test_without_scores_only_votes_are_shown(make_record):
     assert "weighted" not in text and "self-verification" not in text
 
 
+def test_a_best_score_below_the_mean_is_a_warning(make_record):
+    def shown(best):
+        """Of each problem's four completions three are right; `best` says what the fourth has."""
+        records = [
+            make_record(
+                f"p{p}", i, reward=float(i > 0), answer=str(i > 0), score=0.8 if i else best
+            )
+            for p in range(30)
+            for i in range(4)
+        ]
+        report, _ = build_report(records, options=ReportOptions(num_resamples=20))
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_report({"benchmarks": {"one": report}}, console)
+        return console.export_text()
+
+    assert "warning: best of 4 by score is -.750 (-.750, -.750) off the mean accuracy" in shown(0.9)
+    text = shown(0.2)
+    assert "warning" not in text and "at the threshold of the other half: F1 1.00" in text
+    assert "posterior maj@k" in text and "samples, stopping by posterior" in text
+
+
 def _calibration(*logprobs):
     rows = [
         Reading(

@@ -29,6 +29,7 @@ from laser_fast.report.charts import (
     draw_reliability,
     draw_scores,
     draw_stages,
+    draw_stopping,
     draw_votes,
     evaluation_diagrams,
     figure,
@@ -245,6 +246,23 @@ def test_votes_have_bands_and_leave_out_what_does_not_vote():
     assert len(axes.lines) == 1
 
 
+def test_votes_that_stop_early_name_what_they_need():
+    curves = {
+        "posterior": {"stop": [0.0, None], "samples": [1.0, 4.0], "accuracy": [0.5, 0.75]},
+        "fixed": {"stop": [0, 4], "samples": [1.0, 4.0], "accuracy": [0.5, 0.7]},
+    }
+    needed = {"samples_posterior": {"value": 2.5}, "samples_fixed": {"value": None}}
+    report = {"stopping": curves, "metrics": needed}
+    axes = _drawn(("stopping", partial(draw_stopping, report=report)))
+    labels = {metric.name: metric.label for metric in METRICS}
+    assert _legend(axes) == [
+        f"{labels['samples_posterior']}: 2.50",
+        f"{labels['samples_fixed']}: -",
+    ]
+    drawn = [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
+    assert drawn == [[(1.0, 0.5), (4.0, 0.75)], [(1.0, 0.5), (4.0, 0.7)]]
+
+
 def test_reliability_marks_grow_with_their_share():
     bins = [
         {"count": 30, "confidence": 0.2, "accuracy": 0.1},
@@ -269,9 +287,9 @@ def test_evaluation_as_png(tmp_path):
     ]
     for folder in folders:
         write_evaluation_plots(folder)
-    three, alone = (_size(folder / "two" / "plots.png") for folder in folders)
+    four, two = (_size(folder / "two" / "plots.png") for folder in folders)
     assert (folders[0] / "one" / "plots.png").is_file()
-    assert three == (3 * alone[0], alone[1]) == (1425, 360)
+    assert four == (2 * two[0], two[1]) == (1900, 360)
 
 
 def test_diagrams_of_an_evaluation():

@@ -247,8 +247,8 @@ def test_evaluations_below_a_run_and_named_ones(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
-    # Three figures each of: chains in both, powers in one.
-    assert len(page.charts) == 9 + 3 * 3
+    # Four figures each of: chains in both, powers in one.
+    assert len(page.charts) == 9 + 3 * 4
     answers, scores = page.tables[1:3]
     assert answers[0] == ["correct answers", "evals/final", str(other)]
     report = json.loads((run / "evals" / "final" / "report.json").read_text())
@@ -292,7 +292,8 @@ def test_evaluation_without_scores_has_only_votes(tmp_path):
     run = make_run(tmp_path / "run")
     make_evaluation(run / "eval", {"chains": 0.7}, is_scored=False)
     page = Page(write_report(run).read_text())
-    assert page.charts[9:] == ["share of problems answered correctly"]
+    votes = ["share of problems answered correctly", "share right against samples, stopping early"]
+    assert page.charts[9:] == votes
     assert [table[0][0] for table in page.tables] == ["after step", "correct answers", "step"]
 
 
