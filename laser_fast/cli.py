@@ -38,6 +38,8 @@ ModelName = Annotated[str, Argument(help="Hugging Face id or folder.")]
 RunFile = Annotated[Path, Argument(help="TOML file of the run.")]
 RunDir = Annotated[Path, Argument(help="Folder of a run.")]
 Overrides = Annotated[list[str] | None, Argument(help="section.key=value, over those of the file.")]
+Resume = Annotated[bool, Option("--resume", help="Continue the run in output_dir.")]
+PrintConfig = Annotated[bool, Option("--print-config", help="Only show it resolved.")]
 Evaluations = Annotated[list[Path] | None, Option("--eval", help="Evaluation not below a run.")]
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
 Token = Annotated[str | None, Option(help="The score token.")]
@@ -58,8 +60,8 @@ Benchmarks = Annotated[list[str] | None, Option("--benchmark", "-b", help=_NAMES
 def train(
     config: RunFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, Option("--resume", help="Continue the run in output_dir.")] = False,
-    print_config: Annotated[bool, Option("--print-config", help="Only show it resolved.")] = False,
+    resume: Resume = False,
+    print_config: PrintConfig = False,
 ) -> None:
     """Train as configured; start it under torchrun to use several devices."""
     resolved = load_config(config, overrides or [])
@@ -81,6 +83,26 @@ def train_run(config: Config, *, resume: bool = False) -> None:
         check_start(resolved, world, resume=resume)
         write_sandbox(config, world)
         run_training(resolved, world=world, resume=resume, on_end=_draw_run)
+
+
+@app.command()
+def sft(
+    config: RunFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train on given responses, before `train`; start it under torchrun to use several devices."""
+    from laser_fast.config_sft import SftConfig
+    from laser_fast.model.distributed import open_world
+    from laser_fast.training.sft import sft as run_sft
+
+    resolved = SftConfig.load(config, overrides or [])
+    if print_config:
+        typer.echo(dump_config(resolved), nl=False)
+        return
+    with open_world() as world:
+        run_sft(resolved, world=world, resume=resume, on_end=_draw_run)
 
 
 def _draw_run(folder: Path) -> None:

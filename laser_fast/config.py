@@ -6,47 +6,24 @@ Every key is documented once, here, and read somewhere; a wrong file is refused 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 from laser_fast import needs_train
 
 with needs_train():
     import tomli_w
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import Field
 
 from laser_fast.algorithm.score import check_score_target
-from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
+from laser_fast.config_errors import ConfigError
+from laser_fast.config_section import Section, section_keys
 from laser_fast.records import ScorePosition
 
 _Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @classmethod
-    def parse(cls, data: dict[str, Any], *, source: str) -> Self:
-        """Validate a nested dict; `source` opens the error message."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, all_keys(cls))}") from None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for problem in self._problems():
-            raise ValueError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
-        """What is wrong with keys that are right by themselves."""
-        yield from ()
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What is trained and how it is laid out on the devices."""
 
     path: str
@@ -67,11 +44,9 @@ class ModelConfig(_Section):
     """HSDP: number of groups that each hold a full copy; one per node keeps gathers inside it."""
 
 
-class PromptConfig(_Section):
-    """How the rows of a data set become prompts: what measuring and training both read."""
+class WordingConfig(Section):
+    """How the rows of a data set become prompts."""
 
-    eval_split: str = "test"
-    """Split of a hub data set with held-out prompts."""
     prompt_field: str = "problem"
     """Field that holds the question."""
     answer_field: str = "answer"
@@ -89,6 +64,13 @@ class PromptConfig(_Section):
                 f"data.template = {self.template!r} has no place for the question; put {{prompt}} "
                 'into it, or set it to "chat"'
             )
+
+
+class PromptConfig(WordingConfig):
+    """The prompts that measuring and training with rewards both read."""
+
+    eval_split: str = "test"
+    """Split of a hub data set with held-out prompts."""
 
 
 class DataConfig(PromptConfig):
@@ -114,7 +96,7 @@ class DataConfig(PromptConfig):
     """Steps between evaluations; 0: only before the first and after the last step."""
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """How completions are sampled."""
 
     engine: Literal["hf", "vllm", "vllm_server"] = "hf"
@@ -161,7 +143,7 @@ class RolloutConfig(_Section):
             yield f'{rollout.tensor_parallel = } splits only the engine "vllm", {but}; set it to 1'
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """How completions are graded."""
 
     kind: str = "math"
@@ -178,7 +160,7 @@ class RewardConfig(_Section):
     """Tokens before the limit over which the soft penalty falls from 0 to -1."""
 
 
-class ScoreConfig(_Section):
+class ScoreConfig(Section):
     """The last-token self-score and its loss term."""
 
     token: str = "<|vision_start|>"
@@ -218,7 +200,7 @@ def mean_ref_logprob(logprobs: Iterable[float | None]) -> float:
     return fmean(found)
 
 
-class AdvantageConfig(_Section):
+class AdvantageConfig(Section):
     """From rewards and scores to advantages."""
 
     scale: Literal["std", "none"] = "std"
@@ -231,7 +213,7 @@ class AdvantageConfig(_Section):
     """Steps after `score.warmup_steps` before scores join the advantage."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The policy loss."""
 
     kind: Literal["grpo", "gspo", "cispo"] = "grpo"
@@ -252,18 +234,18 @@ class LossConfig(_Section):
     """Weight of the entropy bonus; above 0 the head recomputes its logits in the backward."""
 
 
-class ForwardConfig(_Section):
+class ForwardConfig(Section):
     """The budget of the policy's forwards."""
 
     tokens_per_microbatch: int = Field(16384, ge=1)
     """Token budget of one forward and backward; changes memory and speed, never results."""
 
 
-class OptimConfig(ForwardConfig):
+class UpdateConfig(ForwardConfig):
     """Updates and their budget."""
 
     steps: int = Field(ge=1)
-    """Training steps: one rollout and its updates each."""
+    """Training steps."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -278,11 +260,21 @@ class OptimConfig(ForwardConfig):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip of the global gradient norm."""
+
+    def _problems(self) -> Iterator[str]:
+        optim = self
+        if optim.warmup_steps > optim.steps:
+            yield f"{optim.warmup_steps = } exceeds {optim.steps = }; lower it or train for longer"
+
+
+class OptimConfig(UpdateConfig):
+    """Updates of a training with rewards: a step is one rollout and its updates."""
+
     minibatches: int = Field(1, ge=1)
     """Optimizer updates per step; above 1, old log-probs are recomputed once."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the run is saved."""
 
     every: int = Field(50, ge=0)
@@ -291,11 +283,9 @@ class CheckpointConfig(_Section):
     """Newest checkpoints to keep."""
 
 
-class LogConfig(_Section):
+class DashboardConfig(Section):
     """What is written besides metrics.jsonl."""
 
-    samples_per_step: int = Field(2, ge=0)
-    """Completions per step written to samples.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str = ""
@@ -304,7 +294,14 @@ class LogConfig(_Section):
     """Trackio project; empty: off. Needs the extra [trackio]."""
 
 
-class MeasureConfig(_Section):
+class LogConfig(DashboardConfig):
+    """What a training with rewards writes besides."""
+
+    samples_per_step: int = Field(2, ge=0)
+    """Completions per step written to samples.jsonl."""
+
+
+class MeasureConfig(Section):
     """What sampling and scoring a model reads; a training run has all of it, and more."""
 
     seed: int = Field(0, ge=0)
@@ -370,33 +367,18 @@ class Config(MeasureConfig):
             )
         if optim.minibatches > data.prompts_per_step:
             yield f"{optim.minibatches = } exceeds {data.prompts_per_step = }; lower it"
-        if optim.warmup_steps > optim.steps:
-            yield f"{optim.warmup_steps = } exceeds {optim.steps = }; lower it or train for longer"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides and validate.
-
-    Override values are TOML, or strings where they do not parse as TOML. A ConfigError names the
-    key, the nearest valid name and what to do.
-    """
-    data = read_toml(path)
-    for override in overrides:
-        apply_override(data, override)
-    return Config.parse(data, source=str(path))
+    """Read the configuration of a run, see `Section.load`."""
+    return Config.load(path, overrides)
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as TOML; `load_config` of it gives the same configuration."""
+def dump_config(config: Section) -> str:
+    """The resolved configuration as TOML; loaded again, it gives the same configuration."""
     return tomli_w.dumps(config.model_dump())
 
 
-def all_keys(kind: type[_Section] = Config) -> dict[str, str]:
+def all_keys(kind: type[Section] = Config) -> dict[str, str]:
     """Every dotted key with its documentation, in the order of the file."""
-    keys: dict[str, str] = {}
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            keys |= {f"{name}.{key}": text for key, text in all_keys(field.annotation).items()}
-        else:
-            keys[name] = field.description or ""
-    return keys
+    return section_keys(kind)

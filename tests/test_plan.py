@@ -25,7 +25,7 @@ from laser_fast.plan import (
     count_parameters,
     verdict,
 )
-from laser_fast.training.run import build_optimizer
+from laser_fast.training.update import build_optimizer
 from laser_kernels import _dispatch, linear_logprob_loss
 
 QWEN_7B = {

@@ -27,7 +27,7 @@ import datasets
 import numpy as np
 import torch
 
-from laser_fast.config import ConfigError, DataConfig, PromptConfig
+from laser_fast.config import ConfigError, DataConfig, WordingConfig
 from laser_fast.data.rows import RowSource, answer_text, open_rows, question_text
 from laser_fast.records import Prompt
 
@@ -61,7 +61,7 @@ class PromptSource:
 
     def __init__(
         self,
-        config: PromptConfig,
+        config: WordingConfig,
         tokenizer: Tokenizer,
         rows: RowSource,
         *,
@@ -82,9 +82,22 @@ class PromptSource:
                 f"(the shortest has {num_tokens.min()} tokens)"
             )
         self._rows = self._rows[: limit or None]
-        self.num_prompts = len(self._rows)
         # A step may straddle two epochs.
         self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    @property
+    def num_prompts(self) -> int:
+        """How many rows are left."""
+        return len(self._rows)
+
+    def drop_answers(self, are_long: Callable[[list[str]], list[bool]]) -> None:
+        """Leave out the rows whose answers are too long, and count them as dropped."""
+        answers = self._table.data.column("answer").to_pylist()
+        answers = [answers[row] for row in self._rows]
+        parts = range(0, len(answers), _BATCH)
+        is_long = [long for i in parts for long in are_long(answers[i : i + _BATCH])]
+        self._rows = self._rows[~np.array(is_long)]
+        self.num_dropped += sum(is_long)
 
     def prompts(
         self, step: int, *, attempt: int = 0, rounds: int = 0, rank: int = 0, world_size: int = 1
@@ -140,7 +153,7 @@ def held_out_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSource:
     return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 
-def _load(config: PromptConfig, tokenizer: Tokenizer, rows: RowSource) -> datasets.Dataset:
+def _load(config: WordingConfig, tokenizer: Tokenizer, rows: RowSource) -> datasets.Dataset:
     """The worded and tokenized rows of a data set, over-long ones included."""
     if config.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(
@@ -162,7 +175,7 @@ def _load(config: PromptConfig, tokenizer: Tokenizer, rows: RowSource) -> datase
 
 
 def _tokenize(
-    source: RowSource, config: PromptConfig, tokenizer: Tokenizer
+    source: RowSource, config: WordingConfig, tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
     """Yield one record of `_FEATURES` per row."""
     question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
@@ -189,7 +202,7 @@ def _tokenize(
         raise ConfigError(f"{source.name}: the data set has no rows")
 
 
-def wording(config: PromptConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
+def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
     """Return the function from a question to the text that the model reads."""
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
@@ -200,7 +213,7 @@ def wording(config: PromptConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
     )
 
 
-def _fingerprint(source: RowSource, config: PromptConfig, tokenizer: Tokenizer) -> str:
+def _fingerprint(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
     chat_template = tokenizer.chat_template if config.template == "chat" else None

@@ -105,6 +105,7 @@ METRICS = (
     Metric("score/brier_corrected", "Brier, prior corrected", RUN),
     Metric("loss/policy", "policy", STEP, _LOSS, BLUE, "loss", "+.4f"),
     Metric("loss/score", "score", STEP, _LOSS, ORANGE, "loss", "+.4f"),
+    Metric("loss/response", "of a given response", STEP, _LOSS, GREEN, "nats", ".4f"),
     Metric("step/grad_norm", "all parameters", STEP, _NORM, BLUE, "grad", ".2f"),
     Metric("loss/grad_norm", "policy term", STEP, _NORM, GREEN),
     Metric("score/grad_norm", "score term", STEP, _NORM, ORANGE),

@@ -3,9 +3,12 @@
 import importlib.util
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from laser_fast.config import Config, ConfigError, all_keys, load_config
+from laser_fast.config import Config, ConfigError, all_keys
+from laser_fast.config_sft import SftConfig
+
+AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 
 _FREE_SECTIONS = ("log.", "checkpoint.")
 _FREE_KEYS = frozenset((
@@ -35,7 +38,7 @@ class RunFolder:
         return tuple(path for name, path in vars(self).items() if name != "path")
 
 
-def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
+def open_run_folder(config: AnyConfig, *, resume: bool) -> RunFolder:
     """Check, before any model is loaded, that the run can write where and what it wants to.
 
     Reads only, so every rank may call it; rank 0's `RunLog` writes config.toml later, when a
@@ -60,7 +63,7 @@ def open_run_folder(config: Config, *, resume: bool) -> RunFolder:
     return folder
 
 
-def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
+def moved_config(config: AnyConfig, folder: Path, *, recorded: str = "") -> AnyConfig:
     """A configuration of a run that lies in `folder` now, and lay in `recorded` or its output_dir.
 
     Model and data below the old folder have moved with it; a hub id that looks so has not.
@@ -74,38 +77,40 @@ def moved_config(config: Config, folder: Path, *, recorded: str = "") -> Config:
         return str(path) if path.exists() else text
 
     model = model.model_copy(update={"path": moved(model.path)})
-    data = data.model_copy(update={"train": moved(data.train), "eval": moved(data.eval)})
+    sources = {key: getattr(data, key) for key in ("train", "eval") if hasattr(data, key)}
+    data = data.model_copy(update={key: moved(name) for key, name in sources.items()})
     return config.model_copy(update={"output_dir": str(folder), "model": model, "data": data})
 
 
-def resumed_config(config: Config) -> Config:
+def resumed_config(config: AnyConfig) -> AnyConfig:
     """What to resume with, where `config` may still name files of the folder before it moved."""
     folder = RunFolder(Path(config.output_dir))
-    return moved_config(config, folder.path, recorded=load_config(folder.config).output_dir)
+    return moved_config(config, folder.path, recorded=type(config).load(folder.config).output_dir)
 
 
-def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def config_differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
     """The keys, with old and new value, that forbid continuing a run of `old` with `new`.
 
     A resumed run must repeat the undisturbed one, so only keys that leave its numbers alone may
     change: where it writes, `optim.steps` (a decaying schedule then decays towards the new end),
     and what costs memory or time. The summary compares before with after on the same data.
     """
-    free = _FREE_KEYS | {key for key in all_keys() if key.startswith(_FREE_SECTIONS)}
-    if new.rollout.steps_ahead:
+    known = all_keys(type(new))
+    free = _FREE_KEYS | {key for key in known if key.startswith(_FREE_SECTIONS)}
+    if isinstance(new, Config) and new.rollout.steps_ahead:
         free -= {"checkpoint.every"}  # the step after a checkpoint is on-policy
-    keys = [key for key in all_keys() if key not in free]
+    keys = [key for key in known if key not in free]
     values = zip(keys, attrgetter(*keys)(old), attrgetter(*keys)(new), strict=True)
     return {key: (before, now) for key, before, now in values if before != now}
 
 
-def _check_resume(folder: RunFolder, config: Config) -> None:
+def _check_resume(folder: RunFolder, config: AnyConfig) -> None:
     if not folder.config.is_file():
         raise ConfigError(
             f"output_dir {folder.path} holds no run to resume ({folder.config.name} is missing); "
             "leave --resume out to start one, or point output_dir to the run"
         )
-    recorded = moved_config(load_config(folder.config), folder.path)
+    recorded = moved_config(type(config).load(folder.config), folder.path)
     if changed := config_differences(recorded, resumed_config(config)):
         listed = [f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items()]
         raise ConfigError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.config import Config, ConfigError, dump_config
+from laser_fast.config_sft import SftConfig
 from laser_fast.log import jsonl, samples
 from laser_fast.log.console import StepConsole, evaluation_line, print_summary, summarize_run
 from laser_fast.log.run_folder import RunFolder
@@ -40,7 +41,9 @@ class Log(ExitStack):
 class RunLog(Log):
     """The log of rank 0; every line is on disk when its call returns."""
 
-    def __init__(self, output_dir: str | Path, config: Config, *, resume_step: int | None = None):
+    def __init__(
+        self, output_dir: str | Path, config: Config | SftConfig, *, resume_step: int | None = None
+    ):
         """Write config.toml and open the files in a folder that `open_run_folder` has checked.
 
         A resumed run goes on at `resume_step`; what the interrupted one logged from there on is
@@ -127,7 +130,7 @@ class RunLog(Log):
 
         return send
 
-    def _open_hosted(self, package: str, config: Config, last_step: int) -> Send:
+    def _open_hosted(self, package: str, config: Config | SftConfig, last_step: int) -> Send:
         """A run of Weights & Biases or of Trackio, which has the same interface."""
         # The id is kept in the run folder so that a resumed run finds it.
         folder = self.folder.path

@@ -19,6 +19,7 @@ from laser_fast.config_errors import ConfigError
 
 if TYPE_CHECKING:
     from laser_fast.config import MeasureConfig
+    from laser_fast.config_sft import SftConfig
 
 Item = TypeVar("Item")
 
@@ -113,10 +114,11 @@ def _is_busy_in_gloo(thread: Path) -> bool:
     return name == "pt_gloo_runloop" and state.split()[0] != "S"
 
 
-def check_world(config: MeasureConfig, size: int) -> None:
+def check_world(config: MeasureConfig | SftConfig, size: int) -> None:
     """Refuse a number of ranks over which engines, replicas or a step's prompts do not divide."""
+    rollout = getattr(config, "rollout", None)  # a supervised phase has none
     for key, parts in (
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+        ("rollout.tensor_parallel", rollout.tensor_parallel if rollout else 1),
         ("model.replicas", config.model.replicas),
     ):
         if size % parts:

@@ -46,9 +46,8 @@ def load_vocabulary(
     cannot serve.
     """
     tokenizer = load_tokenizer(path)
-    # Ids beyond the head, as of tokens that were added later, cannot be sampled.
-    vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size)
-    eos_token_ids = _eos_token_ids(path, tokenizer, model_config, vocab_size)
+    vocab_size = _vocab_size(tokenizer, model_config)
+    eos_token_ids = find_eos_token_ids(path, tokenizer, model_config)
     if score_token is None:
         reserved = reserved_tokens(tokenizer, eos_token_ids, num_rows=model_config.vocab_size)
         if not reserved:
@@ -84,14 +83,20 @@ def load_vocabulary(
     return Vocabulary(tokenizer, special)
 
 
-def _eos_token_ids(
-    path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, vocab_size: int
+def _vocab_size(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> int:
+    """Ids beyond the head, as of tokens that were added later, cannot be sampled."""
+    return min(max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size)
+
+
+def find_eos_token_ids(
+    path: str, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
 ) -> tuple[int, ...]:
     """Every id that the model, its generation defaults or its tokenizer call an end.
 
     Some tokenizer classes bring an EOS of their own, which may be beyond the model's head.
     """
     found: list[int] = []
+    vocab_size = _vocab_size(tokenizer, model_config)
     try:
         default = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional

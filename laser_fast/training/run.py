@@ -10,19 +10,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch.optim import AdamW
-
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import Config, OptimConfig, dump_config
+from laser_fast.config import Config, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
 from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
-from laser_fast.log.timer import StageTimer, peak_memory_gb
+from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
-from laser_fast.model.flops import peak_flops
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -33,7 +30,9 @@ from laser_fast.rollout.vllm import import_vllm
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
+from laser_fast.training.step_metrics import update_speed
 from laser_fast.training.trainer import Trainer
+from laser_fast.training.update import build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +170,6 @@ def _build_trainer(
     return trainer, first_step
 
 
-def build_optimizer(policy: Policy, config: OptimConfig) -> AdamW:
-    """AdamW over the sharded float32 masters."""
-    return AdamW(
-        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
-
-
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
     """The score with c_ref from the checkpoint, the configuration, or a measurement. Collective."""
     config = sampler.config.score
@@ -201,12 +193,8 @@ def _run_step(trainer: Trainer, log: Log, step: int) -> None:
     metrics, groups = trainer.step(step)
     times = trainer.stage.pop()
     metrics |= times
-    metrics["memory/peak_gb"] = peak_memory_gb(trainer.world.device)
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
-    update = times["time/loss"] + times["time/step"]
-    metrics["throughput/computed_per_s"] = metrics["pack/tokens"] / update
-    if peak := peak_flops(trainer.world.device):
-        metrics["throughput/mfu"] = metrics["pack/flop"] / update / peak / trainer.world.size
+    metrics |= update_speed(metrics, trainer.world)
     log.log_step(step, metrics)
     if trainer.world.is_main:
         count = trainer.config.log.samples_per_step

@@ -19,7 +19,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from laser_fast.config import Config, OptimConfig
+    from laser_fast.config import Config, UpdateConfig
 
 # One step in eight runs its forward and backward twice: 12% of the loss stage.
 MEASURE_EVERY = 8
@@ -27,7 +27,7 @@ MEASURE_EVERY = 8
 DECAY = 0.5
 
 
-def learning_rate(step: int, config: OptimConfig) -> float:
+def learning_rate(step: int, config: UpdateConfig) -> float:
     """Learning rate of step 0, 1, ...: linear warm-up to the peak, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

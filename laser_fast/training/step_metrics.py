@@ -1,6 +1,6 @@
 """Metrics of one step, keyed by stage; sums over all ranks, so equal on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from laser_fast.algorithm.loss import is_clipped, kl_penalty
 from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
+from laser_fast.log.timer import peak_memory_gb
 from laser_fast.model.distributed import World
-from laser_fast.model.flops import training_flop
+from laser_fast.model.flops import peak_flops, training_flop
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.training.objective import HeadResult
@@ -49,6 +50,18 @@ def pack_metrics(
     )
     tokens, left_out, total, flop = world.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
     return {"pack/tokens": tokens, "pack/left_out": left_out / total, "pack/flop": flop}
+
+
+def update_speed(metrics: Mapping[str, float], world: World) -> dict[str, float]:
+    """Speed and memory of the update, from the times of a finished step and `pack_metrics`."""
+    seconds = metrics["time/loss"] + metrics["time/step"]
+    found = {
+        "memory/peak_gb": peak_memory_gb(world.device),
+        "throughput/computed_per_s": metrics["pack/tokens"] / seconds,
+    }
+    if peak := peak_flops(world.device):
+        found["throughput/mfu"] = metrics["pack/flop"] / seconds / peak / world.size
+    return found
 
 
 class RowMetrics:

@@ -9,10 +9,7 @@ step to step; laser_fast/training/run.py builds it, evaluates and saves.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from laser_fast.algorithm.score import SelfScore, refit_reference
@@ -29,6 +26,7 @@ from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores
 from laser_fast.training.step_metrics import RowMetrics, pack_metrics, table_metrics
 from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
+from laser_fast.training.update import apply_gradients, gradient_norm
 
 
 @dataclass(kw_only=True)
@@ -79,8 +77,6 @@ class Trainer:
         measures = objective.score_coef > 0 and self.cap.is_due(score_step)
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
         rows = RowMetrics(config.loss, self.world.device)
         grad_norms: list[float] = []
         for batches in updates:
@@ -95,7 +91,11 @@ class Trainer:
                 found = rows.disagreement(self.world) if is_number else float("nan")
                 self._check_rollout(step, found)
             with self.stage.only("step"):
-                grad_norms.append(self._update(step))
+                max_norm = config.optim.max_grad_norm
+                norm = apply_gradients(
+                    self.policy, self.optimizer, lr=lr, max_norm=max_norm, step=step
+                )
+                grad_norms.append(norm)
 
         metrics |= table_metrics(tables, advantages)
         metrics |= rows.finish(
@@ -157,39 +157,18 @@ class Trainer:
         """
         parameters = list(self.policy.parameters())
         self._backward(replace(objective, score_coef=0.0), batches, rows)
-        policy_norm = self._grad_norm()
+        policy_norm = gradient_norm(self.policy)
         policy_grads = [parameter.grad for parameter in parameters]
         self.optimizer.zero_grad(set_to_none=True)
         score_only = [batch.score_only() for batch in batches]
         self._backward(replace(objective, score_coef=self.cap.loss_coef), score_only, None)
-        score_norm = self._grad_norm()
+        score_norm = gradient_norm(self.policy)
         self.cap.measure(policy_norm=policy_norm, score_norm=score_norm)
         share = self.cap.coef() / self.cap.loss_coef
         for parameter, grad in zip(parameters, policy_grads, strict=True):
             assert parameter.grad is not None and grad is not None
             parameter.grad.mul_(share).add_(grad)
         return {"loss/grad_norm": policy_norm, "score/grad_norm": share * score_norm}
-
-    def _grad_norm(self) -> float:
-        """Norm of the accumulated gradients over all parameters. Collective."""
-        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = get_total_norm(grads)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def _update(self, step: int) -> float:
-        """Clip and apply the accumulated gradients; returns their norm before clipping."""
-        norm = self._grad_norm()
-        if not norm < float("inf"):
-            raise RuntimeError(
-                f"step {step}: the gradient norm is {norm}; the run stops before the update, and "
-                "the last checkpoint is intact"
-            )
-        clip_grads_with_norm_(
-            self.policy.parameters(), self.config.optim.max_grad_norm, torch.tensor(norm)
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _check_rollout(self, step: int, disagreement: float) -> None:
         """Refuse to train on tokens that the engine sampled from other weights."""

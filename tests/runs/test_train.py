@@ -27,7 +27,7 @@ from laser_fast.rollout.hf import HfEngine
 from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from laser_fast.training.export import export
-from laser_fast.training.run import build_optimizer
+from laser_fast.training.update import build_optimizer
 
 
 def read_lines(path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import make_config
 
-from laser_fast.training.run import build_optimizer
 from laser_fast.training.schedule import learning_rate
+from laser_fast.training.update import build_optimizer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What the sections of every configuration share: strict, frozen, documented field by field."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from laser_fast import needs_train
+
+with needs_train():
+    from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
+
+
+class Section(BaseModel):
+    """A part of a configuration, or a whole one."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, source: str) -> Self:
+        """Validate a nested dict; `source` opens the error message."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {explain(error, section_keys(cls))}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a TOML file, apply `section.key=value` overrides and validate.
+
+        Override values are TOML, or strings where they do not parse as TOML. A ConfigError names
+        the key, the nearest valid name and what to do.
+        """
+        data = read_toml(path)
+        for override in overrides:
+            apply_override(data, override)
+        return cls.parse(data, source=str(path))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with keys that are right by themselves."""
+        yield from ()
+
+
+def section_keys(kind: type[Section]) -> dict[str, str]:
+    """Every dotted key with its documentation, in the order of the file."""
+    keys: dict[str, str] = {}
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= {f"{name}.{key}": text for key, text in section_keys(field.annotation).items()}
+        else:
+            keys[name] = field.description or ""
+    return keys

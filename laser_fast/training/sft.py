@@ -1,0 +1,220 @@
+"""A supervised phase on (prompt, response) rows, as before a training with rewards.
+
+    L = -1/N sum_i log pi(y_i | x, y_<i)        over the N tokens of all responses of a step
+
+A response's last token is its EOS. N is a global count, so neither ranks nor packing change L. The
+rows come in the order of (seed, step), as the prompts of a run do.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from laser_fast.config import ConfigError, dump_config
+from laser_fast.config_sft import SftConfig
+from laser_fast.data.prompts import PromptSource
+from laser_fast.data.rows import open_rows
+from laser_fast.log.run_folder import open_run_folder, resumed_config
+from laser_fast.log.run_log import Log, RunLog
+from laser_fast.log.timer import StageTimer
+from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
+from laser_fast.model.packing import Ids, Packer, plan_shares
+from laser_fast.model.policy import Policy, build_policy, load_model_config
+from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
+from laser_fast.records import Microbatch, TrainingSequence
+from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from laser_fast.training.export import write_model
+from laser_fast.training.schedule import is_due, learning_rate
+from laser_fast.training.step_metrics import pack_metrics, update_speed
+from laser_fast.training.update import apply_gradients, build_optimizer
+from laser_kernels import linear_logprob_loss
+
+logger = logging.getLogger(__name__)
+
+
+def supervised_sequences(rows: Sequence[tuple[Ids, Ids]], world: World) -> list[TrainingSequence]:
+    """This rank's share of a step's rows, given whole to every rank, weighted for the mean.
+
+    A row is the ids of a prompt and of its response, whatever this ends with.
+    """
+    weight = 1 / sum(len(response) for _, response in rows)
+    prompts, lengths = [prompt for prompt, _ in rows], [len(response) for _, response in rows]
+    share = plan_shares(prompts, lengths, num_ranks=world.size)[world.rank]
+    return [
+        TrainingSequence(
+            prompt_ids=rows[index][0],
+            completion_ids=rows[index][1],
+            rollout_logprobs=(0.0,) * lengths[index],
+            has_score_row=False,
+            token_weight=weight,
+        )
+        for index in share
+    ]
+
+
+def supervised_loss(policy: Policy, batch: Microbatch) -> Tensor:
+    """The part of L, scalar float32, that the sequences of a microbatch add."""
+
+    def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
+        def loss_fn(logprobs: Tensor, rows: slice) -> Tensor:
+            return -(batch.policy.weights[rows] * logprobs).sum()
+
+        return linear_logprob_loss(hidden_states, weight, batch.labels, loss_fn)
+
+    return policy(batch, head)
+
+
+@dataclass(kw_only=True)
+class SftTrainer:
+    """The parts of a supervised phase that a step needs."""
+
+    config: SftConfig
+    world: World
+    stage: StageTimer
+    encode: Callable[[list[str]], list[Ids]]  # responses with their EOS
+    rows: PromptSource
+    packer: Packer
+    policy: Policy
+    optimizer: Optimizer
+
+    def step(self, step: int) -> dict[str, float]:
+        """Run step 0, 1, ... and return its metrics over all ranks."""
+        with self.stage("pack"):
+            prompts = self.rows.prompts(step)
+            responses = self.encode([prompt.answer for prompt in prompts])
+            pairs = [(p.prompt_ids, ids) for p, ids in zip(prompts, responses, strict=True)]
+            sequences = supervised_sequences(pairs, self.world)
+            batches = self.packer.microbatches(sequences)
+            metrics = pack_metrics(self.policy, sequences, [batches], self.world)
+        loss = torch.zeros((), device=self.world.device)
+        with self.stage("loss"):
+            for batch in batches:
+                part = supervised_loss(self.policy, batch)
+                # FSDP2 averages gradients over ranks, but the denominator is already global.
+                (part * self.world.size).backward()
+                loss += part.detach()
+        with self.stage.only("step"):
+            metrics["step/lr"] = learning_rate(step, self.config.optim)
+            metrics["step/grad_norm"] = apply_gradients(
+                self.policy,
+                self.optimizer,
+                lr=metrics["step/lr"],
+                max_norm=self.config.optim.max_grad_norm,
+                step=step,
+            )
+        metrics["loss/response"] = float(self.world.sum(loss))
+        metrics |= self.stage.pop()
+        return metrics | update_speed(metrics, self.world)
+
+
+def sft(
+    config: SftConfig,
+    *,
+    world: World,
+    resume: bool = False,
+    on_end: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Train as configured, or `resume`, and write OUTPUT_DIR/model. Collective; see `run.train`."""
+    started, checkpoint = time.monotonic(), None
+    folder = open_run_folder(config, resume=resume).path
+    check_world(config, world.size)
+    if resume:
+        config, checkpoint = resumed_config(config), latest_checkpoint(folder)
+    world.barrier()  # every rank has seen the folder as it was
+    with ExitStack() as stack:
+        check_stop = stack.enter_context(stop_at_sigterm(world))
+        trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))
+        completed = 0
+        if checkpoint:
+            state = load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
+            completed = state["step"]
+            logger.info("resumed from %s", checkpoint)
+        log = Log()
+        if world.is_main:
+            log = RunLog(folder, config, resume_step=completed if resume else None)
+            stack.callback(on_end, folder)
+        stack.enter_context(log)
+        try:
+            while completed < config.optim.steps:
+                log.log_step(completed, trainer.step(completed))
+                completed += 1
+                if is_due(completed, config.checkpoint.every) or completed == config.optim.steps:
+                    _save(trainer, completed)
+        except StopRun:
+            path = _save(trainer, completed)
+            logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
+            return
+        write_model(trainer.policy, config.model, folder / "model", world)
+        log.finish(wall_seconds=time.monotonic() - started)
+
+
+def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTrainer:
+    """Check every input, then load the model."""
+    model_config, data = load_model_config(config.model), config.data
+    if config.max_sequence_tokens > model_config.max_position_embeddings:
+        raise ConfigError(
+            "data.max_prompt_tokens + data.max_response_tokens = "
+            f"{config.max_sequence_tokens} exceeds the {model_config.max_position_embeddings} "
+            "positions of the model; lower one of them"
+        )
+    tokenizer = load_tokenizer(config.model.path)
+    ends = find_eos_token_ids(config.model.path, tokenizer, model_config)
+    # Of several ends, the one that the tokenizer, and so its chat template, writes.
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+
+    def encode(responses: list[str]) -> list[Ids]:
+        found = tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
+        return [(*ids, eos) for ids in found]
+
+    source = open_rows(data.train, split=data.train_split)
+    rows = PromptSource(
+        data, tokenizer, source, name="train", seed=config.seed, per_step=data.rows_per_step
+    )
+    limit = data.max_response_tokens
+    rows.drop_answers(lambda responses: [len(ids) > limit for ids in encode(responses)])
+    if rows.num_prompts == 0:
+        raise ConfigError(
+            f"{data.train}: no row is left, all responses are longer than "
+            f"data.max_response_tokens = {limit}; raise it"
+        )
+    if rows.num_dropped:
+        logger.info("dropped %d rows with over-long prompts or responses", rows.num_dropped)
+    packer = Packer(
+        budget=config.optim.tokens_per_microbatch,
+        score_token_id=eos,  # no row has this label; a rank without rows computes it
+        temperature=1.0,
+        device=world.device,
+        agree=world.max,
+    )
+    policy = build_policy(config.model, world)
+    return SftTrainer(
+        config=config,
+        world=world,
+        stage=stage,
+        encode=encode,
+        rows=rows,
+        packer=packer,
+        policy=policy,
+        optimizer=build_optimizer(policy, config.optim),
+    )
+
+
+def _save(trainer: SftTrainer, completed: int) -> Path:
+    config = trainer.config
+    return save_checkpoint(
+        Path(config.output_dir),
+        completed,
+        policy=trainer.policy,
+        optimizer=trainer.optimizer,
+        trainer_state={},
+        config_toml=dump_config(config),
+        keep=config.checkpoint.keep,
+        world=trainer.world,
+    )

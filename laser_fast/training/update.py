@@ -1,0 +1,41 @@
+"""The optimizer's update from accumulated gradients, the same in every kind of training."""
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW, Optimizer
+
+from laser_fast.config import UpdateConfig
+from laser_fast.model.policy import Policy
+
+
+def build_optimizer(policy: Policy, config: UpdateConfig) -> AdamW:
+    """AdamW over the sharded float32 masters."""
+    return AdamW(
+        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+
+
+def gradient_norm(policy: Policy) -> float:
+    """Norm of the accumulated gradients over all parameters. Collective."""
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = get_total_norm(grads)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def apply_gradients(
+    policy: Policy, optimizer: Optimizer, *, lr: float, max_norm: float, step: int
+) -> float:
+    """Clip the accumulated gradients, apply and clear them; returns their norm before clipping."""
+    norm = gradient_norm(policy)
+    if not norm < float("inf"):
+        raise RuntimeError(
+            f"step {step}: the gradient norm is {norm}; the run stops before the update, and "
+            "the last checkpoint is intact"
+        )
+    clip_grads_with_norm_(policy.parameters(), max_norm, torch.tensor(norm))
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
