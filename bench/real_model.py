@@ -1,6 +1,6 @@
 """LaSeR and GRPO on a real language model, SmolLM2-135M-Instruct, over several seeds.
 
-    python -m bench.real_model prepare             the package's file as a Hugging Face folder, tasks
+    python -m bench.real_model prepare             the package's model as a folder, and the tasks
     python -m bench.real_model sft                 a short supervised phase, the start of all runs
     python -m bench.real_model train METHOD SEED   one run of one method, see METHODS
     python -m bench.real_model evaluate METHOD SEED    held-out problems and GSM8K, more samples

@@ -20,9 +20,10 @@ THINGS = "apples books coins marbles pens stamps stickers shells".split()
 ANSWER_ONLY = 0.25
 
 Step = tuple[int, str, int]  # left operand, operation, right operand
+Problem = tuple[str, list[Step]]
 
 
-def problems(key: str, *, held_out: bool) -> Iterator[tuple[str, list[Step]]]:
+def problems(key: str, *, held_out: bool) -> Iterator[Problem]:
     """Yield problems of one class without end, each with the steps of its solution."""
     rng = random.Random(f"word problems/{key}")
     while True:
@@ -69,7 +70,7 @@ def _apply(left: int, operation: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operation]
 
 
-def _buy_and_give(rng: random.Random, name: str, other: str, thing: str) -> tuple[str, list[Step]]:
+def _buy_and_give(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     a, b = rng.randint(12, 60), rng.randint(12, 60)
     c = rng.randint(5, a + b - 5)
     return (
@@ -79,9 +80,7 @@ def _buy_and_give(rng: random.Random, name: str, other: str, thing: str) -> tupl
     )
 
 
-def _boxes_and_more(
-    rng: random.Random, name: str, other: str, thing: str
-) -> tuple[str, list[Step]]:
+def _boxes_and_more(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     a, b, c = rng.randint(3, 9), rng.randint(4, 12), rng.randint(5, 40)
     return (
         f"{name} has {a} boxes with {b} {thing} in each, and {other} brings {c} more {thing}. "
@@ -90,9 +89,7 @@ def _boxes_and_more(
     )
 
 
-def _boxes_and_less(
-    rng: random.Random, name: str, other: str, thing: str
-) -> tuple[str, list[Step]]:
+def _boxes_and_less(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     a, b = rng.randint(3, 9), rng.randint(4, 12)
     c = rng.randint(3, a * b - 2)
     return (
@@ -102,7 +99,7 @@ def _boxes_and_less(
     )
 
 
-def _two_prices(rng: random.Random, name: str, other: str, thing: str) -> tuple[str, list[Step]]:
+def _two_prices(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     a, b, c, d = (rng.randint(2, 9) for _ in range(4))
     return (
         f"{name} buys {a} {thing} for {b} dollars each and {c} cards for {d} dollars each. "
@@ -111,7 +108,7 @@ def _two_prices(rng: random.Random, name: str, other: str, thing: str) -> tuple[
     )
 
 
-def _times_as_many(rng: random.Random, name: str, other: str, thing: str) -> tuple[str, list[Step]]:
+def _times_as_many(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     a, b, c = rng.randint(4, 20), rng.randint(3, 15), rng.randint(2, 5)
     return (
         f"{name} has {a} {thing} and finds {b} more. {other} has {c} times as many {thing} as "
@@ -120,7 +117,7 @@ def _times_as_many(rng: random.Random, name: str, other: str, thing: str) -> tup
     )
 
 
-def _shared_out(rng: random.Random, name: str, other: str, thing: str) -> tuple[str, list[Step]]:
+def _shared_out(rng: random.Random, name: str, other: str, thing: str) -> Problem:
     bags, each = rng.randint(3, 9), rng.randint(4, 12)
     total = bags * each
     a = rng.randint(2, total - 2)
