@@ -245,7 +245,7 @@ class UpdateConfig(ForwardConfig):
     """Updates and their budget."""
 
     steps: int = Field(ge=1)
-    """Training steps."""
+    """Training steps, each with its updates."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -1,4 +1,9 @@
-"""What the small runs of tests/runs look like."""
+"""What the small runs of tests/runs look like, and how they are read."""
+
+import json
+import sys
+
+import pytest
 
 STEPS = 4
 GROUPS, GROUP_SIZE = 6, 4
@@ -13,3 +18,36 @@ EXTRAS = {
     "advantage": {"scale": "none", "score_warmup_steps": 1},
 }
 PLAIN_GRPO = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
+
+
+def run_cli(monkeypatch, capsys, *arguments):
+    """Exit code and standard error of the command line in this process."""
+    from laser_fast import cli
+
+    monkeypatch.setattr(sys, "argv", ["laser-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code, capsys.readouterr().err
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_metrics(run):
+    """The metrics of every step but those that a clock or the host's memory gives."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "throughput/"))}
+        for line in read_lines(run / "metrics.jsonl")
+    ]
+
+
+def assert_close_metrics(actual, expected, *, tolerance):
+    assert len(actual) == len(expected)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            if key in ("pack/tokens", "pack/flop"):
+                continue  # copies of a prompt depend on how groups are shared out
+            close = pytest.approx(value, rel=tolerance, abs=1e-6) if value is not None else None
+            assert got[key] == close, (want["step"], key)

@@ -2,7 +2,7 @@
 
     python train_ranks.py CONFIG.toml ...
 
-A run that is refused prints why.
+A run that is refused prints why; a file sft.toml is of a supervised phase.
 """
 
 import sys
@@ -23,10 +23,17 @@ def main():
     import laser_fast.training.run  # noqa: F401
     from laser_fast.cli import train_run
     from laser_fast.config import ConfigError, load_config
+    from laser_fast.config_sft import SftConfig
+    from laser_fast.model.distributed import open_world
+    from laser_fast.training.sft import sft
 
     def run(path):
         try:
-            train_run(load_config(path))
+            if path.endswith("sft.toml"):
+                with open_world() as world:
+                    sft(SftConfig.load(path), world=world)
+            else:
+                train_run(load_config(path))
         except ConfigError as error:
             print(f"refused: {error}")
 

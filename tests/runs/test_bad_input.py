@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small_runs import run_cli
 
 from laser_fast import cli
 from laser_fast.config import load_config
@@ -14,14 +15,6 @@ from laser_fast.rollout import server_http
 from laser_fast.rollout.engine import DisagreementError
 from laser_fast.rollout.server_http import ServerError
 from laser_fast.training import run as training_run
-
-
-def run_cli(monkeypatch, capsys, *arguments):
-    """Exit code and standard error of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["laser-fast", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code, capsys.readouterr().err
 
 
 def write_rows(name, text):

@@ -10,7 +10,15 @@ import time
 
 import pytest
 import torch
-from small_runs import GROUP_SIZE, GROUPS, PLAIN_GRPO, STEPS
+from small_runs import (
+    GROUP_SIZE,
+    GROUPS,
+    PLAIN_GRPO,
+    STEPS,
+    assert_close_metrics,
+    read_lines,
+    read_metrics,
+)
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,29 +36,6 @@ from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from laser_fast.training.export import export
 from laser_fast.training.update import build_optimizer
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_metrics(run):
-    """The metrics of every step but those that a clock or the host's memory gives."""
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "throughput/"))}
-        for line in read_lines(run / "metrics.jsonl")
-    ]
-
-
-def assert_close_metrics(actual, expected, *, tolerance):
-    assert len(actual) == len(expected)
-    for got, want in zip(actual, expected, strict=True):
-        assert got.keys() == want.keys()
-        for key, value in want.items():
-            if key in ("pack/tokens", "pack/flop"):
-                continue  # copies of a prompt depend on how groups are shared out
-            close = pytest.approx(value, rel=tolerance, abs=1e-6) if value is not None else None
-            assert got[key] == close, (want["step"], key)
 
 
 @pytest.mark.parametrize("name", ["plain", "extras"])
