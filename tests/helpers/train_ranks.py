@@ -2,7 +2,7 @@
 
     python train_ranks.py CONFIG.toml ...
 
-A run that is refused prints why; a file sft.toml is of a supervised phase.
+A run that is refused prints why; a file named like a supervised phase is one.
 """
 
 import sys
