@@ -248,7 +248,8 @@ def advise(plan: Plan) -> tuple[list[str], Plan]:
 
 def _tune(plan: Plan) -> Plan:
     """Move values in turn, each as little as possible, until as many phases fit as can."""
-    rollout, longest = plan.config.rollout, plan.config.max_sequence_tokens - 1
+    rollout = plan.config.rollout
+    longest = plan.config.data.max_prompt_tokens + rollout.max_new_tokens
     numbers = [rollout.max_num_seqs >> n for n in range(rollout.max_num_seqs.bit_length())]
     engines = [
         {"tensor_parallel": parts, "gpu_memory_fraction": share}

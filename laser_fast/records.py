@@ -72,6 +72,11 @@ class Sampling:
     seed: int
     score_at: ScorePosition | None = "eos"
 
+    @property
+    def num_steps(self) -> int:
+        """Most decode steps of a completion: one after it if the score is read at its EOS."""
+        return self.max_new_tokens + (self.score_at == "eos")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:

@@ -293,8 +293,12 @@ def test_terms_of_the_other_engines(engine, names):
         ({"rollout": {"gpu_memory_fraction": 0.05}}, 8, 80, ["rollout.gpu_memory_fraction="]),
         ({}, 4, 24, ["model.cpu_offload=true", "rollout.", "optim."]),
         ({}, 1, 17, ["--gpus=2", "model.cpu_offload=true", "rollout.tensor_parallel=2", "optim."]),
+        (  # the smallest microbatch that a run takes, with no place for a score
+            {"rollout": {"max_new_tokens": 450}, "score": {"position": "last"}}, 1, 17,
+            ["--gpus=2", "model.cpu_offload=true", "rollout.tensor_parallel=2", "optim."],
+        ),
     ],
-)
+)  # fmt: skip
 def test_advice_makes_it_fit(sections, num_gpus, memory_gb, expected):
     config = _config(**sections)
     plan = _plan(config, num_gpus=num_gpus, memory_gb=memory_gb)

@@ -122,8 +122,9 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
 def check_lengths(config: MeasureConfig, available: int) -> None:
     """Refuse lengths that the model's `available` positions cannot hold."""
     if config.max_sequence_tokens > available:
+        score = " + 1 score position" if config.score.position == "eos" else ""
         raise ConfigError(
-            "data.max_prompt_tokens + rollout.max_new_tokens + 1 score position = "
+            f"data.max_prompt_tokens + rollout.max_new_tokens{score} = "
             f"{config.max_sequence_tokens} exceeds the {available} positions of the model; lower "
             "one of them"
         )

@@ -148,12 +148,13 @@ def groups_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> l
 
 
 def check_fits(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int) -> None:
-    """Refuse an empty prompt, and one that leaves no room for its completion and score."""
-    longest = max_model_len - sampling.max_new_tokens - 1
+    """Refuse an empty prompt, and one that leaves no room for its completion and score token."""
+    longest = max_model_len - sampling.num_steps
+    score = " and the score token" if sampling.score_at == "eos" else ""
     for prompt in prompts:
         if not 1 <= len(prompt.prompt_ids) <= longest:
             raise ValueError(
                 f"prompt {prompt.prompt_id}: expected 1 to {longest} ids, so that max_new_tokens = "
-                f"{sampling.max_new_tokens} and the score token fit into max_model_len = "
-                f"{max_model_len}; got {len(prompt.prompt_ids)}"
+                f"{sampling.max_new_tokens}{score} fit into max_model_len = {max_model_len}; got "
+                f"{len(prompt.prompt_ids)}"
             )

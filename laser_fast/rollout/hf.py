@@ -96,7 +96,7 @@ class HfEngine(Engine):
         banned_ids = torch.tensor(self._banned_ids, device=device)
         score_token_id = self.tokens.score_token_id
         reads_eos = sampling.score_at == "eos"
-        num_steps = sampling.max_new_tokens + reads_eos
+        num_steps = sampling.num_steps
         completion_ids = torch.zeros(len(rows), num_steps, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(rows), num_steps, device=device)
         scores = torch.zeros_like(logprobs)

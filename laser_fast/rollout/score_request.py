@@ -8,6 +8,11 @@ processor of laser_fast/rollout/score_processor.py forces there:
 `ignore_eos` keeps vLLM from stopping at the EOS, `stop_token_ids = [z_c]` makes it stop after
 the score. The fields below travel in `SamplingParams.extra_args`, which an OpenAI client reaches
 as `vllm_xargs`.
+
+A score of the "last" row is read in the step that draws the EOS and costs no token: vLLM's own
+`logprob_token_ids = [z_c]` (since 0.22; both runners and both OpenAI endpoints, read in 0.26 to
+0.32) returns log pi(z_c | ...) of every step beside the drawn token's, raw as that one. Of the
+processor it needs the bans alone.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laser_fast.records import Completion, Sampling, SpecialTokens
+from laser_fast.records import Completion, Sampling, ScorePosition, SpecialTokens
 
 PROCESSOR = "laser_fast.rollout.score_processor:SelfScoreProcessor"
 """What vLLM loads by `--logits-processors`, or by `logits_processors` in process."""
@@ -32,17 +37,31 @@ TEMPERING = "laser_tempering"
 """`Tempering`, in process only: collects what turns log-probs of temperature 1 into tempered."""
 
 
-def score_request(score_token_id: int) -> dict[str, Any]:
-    """Fields that make any OpenAI request to a scoring server return its own score.
+def score_request(score_token_id: int, position: ScorePosition = "eos") -> dict[str, Any]:
+    """Fields that make any OpenAI request to a vLLM server return its own score.
 
     Pass them as `extra_body`, and ask for log-probs (`logprobs=True` in chat, `logprobs=0` in
-    completions). If the finish reason is "stop", the last log-prob is log pi(z_c | x, y); allow
-    one more token than the answer may have.
+    completions). `position` is the model's, in its laser_fast.json. If the finish reason is "stop"
+    and no stop string of yours was met, log pi(z_c | x, y) is
+
+        "eos"    the last log-prob; the server needs the logits processor, and one more token than
+                 the answer may have
+        "last"   on any server, for no token, beside the EOS:
+                 `choice.logprobs.content[-1].top_logprobs[-1].logprob` in chat,
+                 `choice.logprobs.top_logprobs[-1][f"token_id:{score_token_id}"]` in completions
 
     Example:
         >>> score_request(151652)["stop_token_ids"]
         [151652]
+        >>> score_request(151652, "last")["logprob_token_ids"]
+        [151652]
     """
+    if position == "last":
+        return {
+            "logprob_token_ids": [score_token_id],
+            "return_tokens_as_token_ids": True,  # names of tokens need not be unique
+            "logit_bias": {str(score_token_id): -100.0},  # never sampled; log-probs are raw
+        }
     return {
         "ignore_eos": True,
         "stop_token_ids": [score_token_id],
@@ -55,17 +74,19 @@ def request_fields(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a request for sampled completions says: vLLM's own fields, and the processor's.
 
-    The latter are `extra_args` in process and `vllm_xargs` on a server. Without a score an EOS
-    stops the request and nothing is forced, but z_c and the head's padding stay banned.
+    The latter are `extra_args` in process and `vllm_xargs` on a server. Unless the score is read
+    after it, an EOS stops the request and nothing is forced, but z_c and the head's padding stay
+    banned.
     """
-    eos_token_ids = list(tokens.eos_token_ids)
+    eos_token_ids, is_last = list(tokens.eos_token_ids), sampling.score_at == "last"
     forcing, stopping = (eos_token_ids, []) if sampling.score_at == "eos" else ([], eos_token_ids)
     fields = {
         "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens + (sampling.score_at == "eos"),
+        "max_tokens": sampling.num_steps,
         "ignore_eos": True,
         "stop_token_ids": [tokens.score_token_id, *stopping],
-        "logprobs": 0,
+        # With both, vLLM would look for the most probable token, too.
+        **({"logprob_token_ids": [tokens.score_token_id]} if is_last else {"logprobs": 0}),
     }
     own = {EOS_TOKEN_IDS: forcing, VOCAB_SIZE: tokens.vocab_size}
     return fields, {SCORE_TOKEN_ID: tokens.score_token_id, **own}

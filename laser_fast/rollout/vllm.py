@@ -72,7 +72,7 @@ class VllmEngine(CopyingEngine):
         config: RolloutConfig,
         tokens: SpecialTokens,
         *,
-        max_model_len: int,  # longest prompt + config.max_new_tokens + 1 for the score
+        max_model_len: int,  # longest prompt + config.max_new_tokens, and 1 for a score token
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",  # of weights and cache
         enforce_eager: bool = False,  # compile nothing: starts sooner, generates more slowly
     ) -> None:
@@ -112,8 +112,11 @@ class VllmEngine(CopyingEngine):
         completions = []
         for output, asked in zip(outputs, params, strict=True):
             (drawn,) = output.outputs
-            ids, logprobs = list(drawn.token_ids), drawn.logprobs.logprobs
-            completion = parse_completion(ids, logprobs, logprobs, self._tokens, sampling)
+            # Of every step, one after the other: the drawn token's, and the score token's if asked.
+            flat, width = drawn.logprobs.logprobs, 2 if sampling.score_at == "last" else 1
+            logprobs, scores = flat[::width], flat[width - 1 :: width]
+            ids = list(drawn.token_ids)
+            completion = parse_completion(ids, logprobs, scores, self._tokens, sampling)
             if tempering := asked.extra_args.get(TEMPERING):
                 tempered = tempering.apply(completion.rollout_logprobs)
                 completion = replace(completion, rollout_logprobs=tuple(tempered))

@@ -59,7 +59,7 @@ class VllmServerEngine(CopyingEngine):
         config: RolloutConfig,
         tokens: SpecialTokens,
         *,
-        max_model_len: int,  # longest prompt + config.max_new_tokens + 1 for the score
+        max_model_len: int,  # longest prompt + config.max_new_tokens, and 1 for a score token
         timeout_s: float = 1800.0,  # for a group of completions or a piece of weights
     ) -> None:
         if config.temperature != 1.0:
@@ -138,18 +138,27 @@ class VllmServerEngine(CopyingEngine):
         fields, vllm_xargs = request_fields(self._tokens, sampling)
         seed = completion_seed(sampling.seed, prompt.prompt_id, 0)  # vLLM adds the index
         fields |= {"n": sampling.group_size, "seed": seed, "vllm_xargs": vllm_xargs}
+        fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
         choices = sorted(self._complete(prompt.prompt_ids, **fields), key=lambda c: c["index"])
-        drawn = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        drawn = [self._drawn(choice, sampling) for choice in choices]
         try:
             if len(drawn) != sampling.group_size:
                 raise ValueError(f"expected {sampling.group_size} completions, got {len(drawn)}")
-            completions = [
-                parse_completion(ids, logprobs, logprobs, self._tokens, sampling)
-                for ids, logprobs in drawn
-            ]
+            completions = [parse_completion(*each, self._tokens, sampling) for each in drawn]
         except ValueError as error:
             raise ServerError(f"prompt {prompt.prompt_id}: {error}") from None
         return Group(prompt=prompt, completions=tuple(completions))
+
+    def _drawn(
+        self, choice: dict[str, Any], sampling: Sampling
+    ) -> tuple[list[int], list[float], list[float]]:
+        """Ids of a choice, their log-probs, and those of the score token."""
+        found = choice["logprobs"]
+        logprobs = scores = found["token_logprobs"]
+        if sampling.score_at == "last":
+            name = f"token_id:{self._tokens.score_token_id}"
+            scores = [at[name] for at in found["top_logprobs"]]
+        return choice["token_ids"], logprobs, scores
 
     def _read(self, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> list[float]:
         (choice,) = self._complete(
@@ -178,8 +187,8 @@ class VllmServerEngine(CopyingEngine):
                 f'"vllm_server" supports 0.{OLDEST[1]} to 0.{NEWEST[1]}'
             )
         if model["max_model_len"] < needed:
-            fault = f"has max_model_len {model['max_model_len']}, but the longest prompt, "
-            fault += f"completion and score token need {needed}"
+            fault = f"has max_model_len {model['max_model_len']}, but the longest prompt with its "
+            fault += f"completion and score needs {needed}"
             raise self._unfit(f"--max-model-len {needed}", fault)
         try:
             self._http.get("/weight_info")

@@ -190,8 +190,11 @@ def test_the_world_must_divide(sections, size, message):
 def test_lengths_must_fit_the_model():
     config = make_config()
     check_lengths(config, config.max_sequence_tokens)
-    with pytest.raises(ConfigError, match="= 35 exceeds the 34 positions of the model"):
+    with pytest.raises(ConfigError, match=r"\+ 1 score position = 35 exceeds the 34 positions"):
         check_lengths(config, 34)
+    config = make_config(score={"position": "last"})
+    with pytest.raises(ConfigError, match="max_new_tokens = 34 exceeds the 33 positions"):
+        check_lengths(config, 33)
 
 
 @pytest.mark.parametrize(

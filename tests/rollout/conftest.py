@@ -89,10 +89,10 @@ class Tiny:
             for completion in group.completions
         ]
 
-    def score_logprob(self, group, completion):
-        """log pi(z_c | x, y) at the EOS row."""
+    def score_logprob(self, group, completion, position="eos"):
+        """log pi(z_c | x, y) at the EOS row, or at the last one before it."""
         rows = self.logprobs(group.prompt.prompt_ids, completion.completion_ids)
-        return rows[-1, self.score_token].item()
+        return rows[-1 if position == "eos" else -2, self.score_token].item()
 
     def engine(self, **rollout):
         from laser_fast.config import RolloutConfig

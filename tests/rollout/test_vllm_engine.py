@@ -5,8 +5,12 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from laser_fast.config import ConfigError
+from laser_fast.model.logprobs import policy_logprobs
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import Policy
 from laser_fast.records import Prompt, Sampling
 
 pytestmark = pytest.mark.vllm
@@ -32,19 +36,43 @@ def pairs(groups):
     return [(group, completion) for group in groups for completion in group.completions]
 
 
+@pytest.mark.parametrize("score_at", ["eos", "last"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-def test_logprobs_and_scores_equal_transformers(engine, tiny, temperature):
-    groups = engine.generate(make_prompts(), make_sampling(temperature=temperature))
+def test_logprobs_and_scores_equal_transformers(engine, tiny, temperature, score_at):
+    sampling = make_sampling(temperature=temperature, score_at=score_at)
+    groups = engine.generate(make_prompts(), sampling)
     expected = tiny.token_logprobs(groups, temperature)
     num_scores = 0
     for (group, completion), logprobs in zip(pairs(groups), expected, strict=True):
         assert completion.rollout_logprobs == pytest.approx(logprobs, abs=TOLERANCE)
         if completion.is_finished:
             # At temperature 1, whatever the completion was drawn at.
-            score = tiny.score_logprob(group, completion)
+            score = tiny.score_logprob(group, completion, score_at)
             assert completion.score_logprob == pytest.approx(score, abs=TOLERANCE)
             num_scores += 1
+        else:
+            assert completion.score_logprob is None
     assert num_scores > 8
+
+
+def test_a_score_of_the_last_row_is_what_the_policy_reads_there(engine, tiny):
+    hf = AutoModelForCausalLM.from_pretrained(tiny.path, attn_implementation="laser_sdpa")
+    policy = Policy(hf, compute_dtype=torch.float32)
+    packer = Packer(
+        budget=256,
+        score_token_id=tiny.score_token,
+        score_at="last",
+        temperature=0.7,
+        device=torch.device("cpu"),
+    )
+    groups = engine.generate(make_prompts(), make_sampling(temperature=0.7, score_at="last"))
+    read = policy_logprobs(policy, groups, packer)
+    for (_, completion), (tokens, score) in zip(pairs(groups), read, strict=True):
+        assert completion.rollout_logprobs == pytest.approx(tokens, abs=TOLERANCE)
+        if score is None:
+            assert completion.score_logprob is None
+        else:
+            assert completion.score_logprob == pytest.approx(score, abs=TOLERANCE)
 
 
 def test_completions_keep_the_protocol(engine, tiny):
@@ -63,8 +91,9 @@ def test_completions_keep_the_protocol(engine, tiny):
     assert {("length", None), ("stop", 2), ("stop", 3)} <= reasons
 
 
-def test_score_token_and_padding_are_never_sampled(engine, tiny):
-    groups = engine.generate(make_prompts(), make_sampling(group_size=40, score_at=None))
+@pytest.mark.parametrize("score_at", ["last", None])
+def test_score_token_and_padding_are_never_sampled(engine, tiny, score_at):
+    groups = engine.generate(make_prompts(), make_sampling(group_size=40, score_at=score_at))
     drawn = [i for _, completion in pairs(groups) for i in completion.completion_ids]
     rows = torch.cat(
         [tiny.logprobs(g.prompt.prompt_ids, c.completion_ids)[:-1] for g, c in pairs(groups)]
@@ -74,12 +103,13 @@ def test_score_token_and_padding_are_never_sampled(engine, tiny):
     assert not set(drawn) & set(banned)
 
 
-def test_inline_score_costs_exactly_one_token(engine, tiny):
+@pytest.mark.parametrize(("score_at", "extra"), [("eos", 1), ("last", 0)])
+def test_a_score_costs_one_token_after_the_eos_and_none_before(engine, tiny, score_at, extra):
     seen = []
     run = engine._llm.generate
     engine._llm.generate = lambda *args, **options: seen.append(run(*args, **options)) or seen[-1]
     try:
-        scored = engine.generate(make_prompts(), make_sampling())
+        scored = engine.generate(make_prompts(), make_sampling(score_at=score_at))
         plain = engine.generate(make_prompts(), make_sampling(score_at=None))
     finally:
         engine._llm.generate = run
@@ -88,7 +118,8 @@ def test_inline_score_costs_exactly_one_token(engine, tiny):
     )
     for (_, completion), long, short in zip(pairs(scored), with_score, without, strict=True):
         assert short == len(completion.completion_ids)
-        assert long == short + 1
+        # A completion without an EOS is not known to be one before its last step.
+        assert long == short + extra
     # Asking for the score changes nothing else.
     stripped = [dataclasses.replace(c, score_logprob=None) for _, c in pairs(scored)]
     for ours, theirs in zip(stripped, [c for _, c in pairs(plain)], strict=True):
@@ -166,17 +197,17 @@ def test_a_tempered_reading_leaves_no_trace(engine):
     assert engine.generate(make_prompts(), make_sampling()) == groups
 
 
-def test_a_prompt_that_does_not_fit_is_named(engine, tiny):
-    room = tiny.max_model_len - 32 - 1
+@pytest.mark.parametrize(("score_at", "extra"), [("eos", 1), ("last", 0)])
+def test_a_prompt_that_does_not_fit_is_named(engine, tiny, score_at, extra):
+    room = tiny.max_model_len - 32 - extra
+    sampling = make_sampling(score_at=score_at)
     fits = Prompt(prompt_id="fits", text="", prompt_ids=(9,) * room, answer="")
     long = dataclasses.replace(fits, prompt_id="long", prompt_ids=(9,) * (room + 1))
-    engine.generate([fits], make_sampling(group_size=1))
+    engine.generate([fits], sampling)
     with pytest.raises(ValueError, match=f"prompt long: expected 1 to {room} ids.*got {room + 1}"):
-        engine.generate([fits, long], make_sampling())
+        engine.generate([fits, long], sampling)
     with pytest.raises(ValueError, match="prompt empty: expected 1 to"):
-        engine.generate(
-            [dataclasses.replace(fits, prompt_id="empty", prompt_ids=())], make_sampling()
-        )
+        engine.generate([dataclasses.replace(fits, prompt_id="empty", prompt_ids=())], sampling)
 
 
 def test_a_model_that_is_too_short_is_refused_by_name(tiny):

@@ -176,17 +176,19 @@ def test_the_v2_runner_gives_the_same_numbers(tiny):
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["is_v2"] is True
     num_scores = 0
-    for temperature, completions in found["rollout"].items():
+    for temperature, score_at, completions in found["rollout"]:
         for prompt_ids, ids, logprobs, score in completions:
-            rows = tiny.logprobs(prompt_ids, ids, float(temperature))
+            rows = tiny.logprobs(prompt_ids, ids, temperature)
             expected = rows[:-1].gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
             assert logprobs == pytest.approx(expected, abs=2e-5)
             assert tiny.score_token not in ids and max(ids) < tiny.vocab
             assert (score is None) == (ids[-1] not in tiny.eos)
             if score is not None:
-                read = tiny.logprobs(prompt_ids, ids)[-1, tiny.score_token].item()
+                row = -1 if score_at == "eos" else -2
+                read = tiny.logprobs(prompt_ids, ids)[row, tiny.score_token].item()
                 assert score == pytest.approx(read, abs=2e-5)
                 num_scores += 1
-    assert num_scores >= 4
-    for given, (_, _, logprobs, _) in zip(found["given"], found["rollout"]["0.7"], strict=True):
+    assert num_scores >= 8
+    *_, (_, _, completions) = found["rollout"]
+    for given, (_, _, logprobs, _) in zip(found["given"], completions, strict=True):
         assert given == pytest.approx(logprobs, abs=2e-5)

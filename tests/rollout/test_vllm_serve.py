@@ -69,6 +69,29 @@ def test_plain_completions_too(client, served):
         assert choice.logprobs.token_logprobs[-1] == pytest.approx(expected.item(), abs=2e-5)
 
 
+def test_a_score_of_the_last_row_comes_beside_the_eos(client, served):
+    # Nothing here reaches the processor: any server answers so.
+    prompt_ids = encode(served, PROMPT)
+    fields = score_request(served.score_token, "last") | {"return_token_ids": True}
+    options = {"model": "tiny", "n": 8, "max_tokens": 40, "seed": 0, "extra_body": fields}
+    plain = client.completions.create(prompt=PROMPT, logprobs=0, **options)
+    message = {"role": "user", "content": PROMPT}
+    chat = client.chat.completions.create(messages=[message], logprobs=True, **options)
+    name = f"token_id:{served.score_token}"
+    found = [(c, c.logprobs.top_logprobs[-1][name]) for c in plain.choices]
+    found += [(c, c.logprobs.content[-1].top_logprobs[-1].logprob) for c in chat.choices]
+    assert {c.logprobs.content[-1].top_logprobs[-1].token for c in chat.choices} == {name}
+    num_scores = 0
+    for choice, score in found:
+        assert served.score_token not in choice.token_ids
+        if choice.finish_reason == "stop":
+            assert choice.token_ids[-1] == served.eos[0]
+            expected = served.logprobs(prompt_ids, choice.token_ids)[-2, served.score_token]
+            assert score == pytest.approx(expected.item(), abs=2e-5)
+            num_scores += 1
+    assert num_scores > 2
+
+
 def test_requests_that_do_not_ask_are_served_as_ever(client, served):
     options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.0}
     plain = {"repetition_penalty": 1.0, "return_token_ids": True}

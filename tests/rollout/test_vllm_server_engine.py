@@ -76,11 +76,21 @@ def test_the_server_samples_from_the_synced_weights(server, served, other):
             assert served.score_token not in completion.completion_ids
             assert max(completion.completion_ids) < served.vocab
     assert engine.generate(PROMPTS, SAMPLING) == groups  # the same draw, so a retry is harmless
-    plain = engine.generate(PROMPTS, replace(SAMPLING, score_at=None))
-    assert [c.completion_ids for c in completions(plain)] == [
-        c.completion_ids for c in completions(groups)
-    ]
+    plain, last = (
+        engine.generate(PROMPTS, replace(SAMPLING, score_at=score_at))
+        for score_at in (None, "last")
+    )
+    for other_way in (plain, last):
+        assert [c.completion_ids for c in completions(other_way)] == [
+            c.completion_ids for c in completions(groups)
+        ]
     assert {c.score_logprob for c in completions(plain)} == {None}
+    for group in last:
+        for completion in group.completions:
+            score = None
+            if completion.is_finished:
+                score = pytest.approx(served.score_logprob(group, completion, "last"), abs=2e-5)
+            assert completion.score_logprob == score
     engine.sleep()
     engine.close()
     with pytest.raises(ServerError, match="was closed"):

@@ -38,15 +38,18 @@ def main(path, score_token, eos, vocab, max_model_len):
     prompts = [
         Prompt(prompt_id=f"p{i}", text="", prompt_ids=p, answer="") for i, p in enumerate(ids)
     ]
-    found = {}
-    for temperature in (1.0, 0.7):
-        sampling = Sampling(group_size=6, temperature=temperature, max_new_tokens=10, seed=1)
+    found = []
+    for temperature, score_at in ((1.0, "eos"), (1.0, "last"), (0.7, "last"), (0.7, "eos")):
+        sampling = Sampling(
+            group_size=6, temperature=temperature, max_new_tokens=10, seed=1, score_at=score_at
+        )
         groups = engine.generate(prompts, sampling)
-        found[temperature] = [
+        completions = [
             (g.prompt.prompt_ids, c.completion_ids, c.rollout_logprobs, c.score_logprob)
             for g in groups
             for c in g.completions
         ]
+        found.append((temperature, score_at, completions))
     given = engine.token_logprobs(groups, temperature=0.7)
     is_v2 = engine._llm.llm_engine.vllm_config.use_v2_model_runner
     print(json.dumps({"is_v2": is_v2, "rollout": found, "given": given}))
