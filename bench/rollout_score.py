@@ -5,6 +5,7 @@ Ways to get log pi(z_c | x, y) for every finished completion, in one process, in
     off        only generation, the baseline; score token and padding banned, one seed each
     bare       vLLM's own sampling: nothing banned, no seeds
     inline     the score token is forced after the EOS: one more decode step
+    last       the score of the row before is read in the step that draws the EOS: no more step
     request    a second request per completion over its cached prefix
     released   the released method: every sequence again, with prompt log-probs
 
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
     """Time every way `args.rounds` times, in rotating order; yields all timings so far."""
     vocab = SHAPES[args.shape].vocabulary
     sampling = Sampling(group_size=2, temperature=1.0, max_new_tokens=args.length, seed=0)
-    unscored = replace(sampling, score_at=None)
+    unscored, last = (replace(sampling, score_at=score_at) for score_at in (None, "last"))
     prompts = make_prompts(
         args.completions // sampling.group_size,
         length=args.length,
@@ -144,6 +145,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
         "off": lambda: engine.generate(prompts, unscored),
         "bare": lambda: bare_generation(engine, prompts, sampling),
         "inline": lambda: engine.generate(prompts, sampling),
+        "last": lambda: engine.generate(prompts, last),
         "request": lambda: read_again(
             engine, engine.generate(prompts, unscored), logprob_token_ids=[SCORE_TOKEN]
         ),
@@ -156,7 +158,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Timing]]:
             flat_logprobs=True,
         ),
     }
-    check(engine.generate(prompts, sampling), args.length)
+    for scored in (sampling, last):
+        check(engine.generate(prompts, scored), args.length)
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, float] = {}
