@@ -6,8 +6,10 @@ Imports no pydantic, so that what raises a ConfigError runs on a machine without
 from __future__ import annotations
 
 import difflib
+import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,23 @@ _RENAMED = {"rollout.score=request": "rollout.score=inline"}
 
 class ConfigError(ValueError):
     """A configuration or input that cannot run; the message is one sentence for the user."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Refuse what a user brought, in one sentence that `what` opens, if its reader fails within.
+
+    For files and templates that other packages read. A broken one surfaces wherever they first
+    trip over it: as KeyError, TypeError, RecursionError, or as an error of their own.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 240, placeholder=" ...")
+        raise ConfigError(f"{what}: {reason}") from error
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

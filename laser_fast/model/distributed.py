@@ -62,6 +62,20 @@ class World:
         """Wait for every rank."""
         self.max(0)
 
+    @contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Refuse on every rank what any of them refuses within, where nothing may be collective.
+
+        A rank that went on would wait for the others in its next collective.
+        """
+        problems: list[str] = []
+        try:
+            yield
+        except ConfigError as error:
+            problems = [str(error)]
+        if found := self.gather(problems):
+            raise ConfigError(found[0])
+
 
 @contextmanager
 def open_world() -> Iterator[World]:

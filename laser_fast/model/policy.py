@@ -27,12 +27,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_errors import ConfigError, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
+from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch
 
 if TYPE_CHECKING:
@@ -102,11 +102,8 @@ class Policy(nn.Module):
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
-    try:
+    with reading(f'model.path: cannot load "{config.path}"'):
         model_config = AutoConfig.from_pretrained(config.path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f'model.path: cannot load "{config.path}": {reason}') from None
     if model_config.model_type not in SUPPORTED:
         raise ConfigError(
             f'model.path: "{config.path}" is a {model_config.model_type} model; expected one of '
@@ -115,6 +112,17 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     if getattr(model_config, "use_sliding_window", False):
         raise ConfigError(
             f'model.path: "{config.path}" uses sliding windows; set it to full attention'
+        )
+    if method := getattr(model_config, "quantization_config", None):
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ConfigError(
+            f'model.path: "{config.path}" is quantized ({name}); train the model it was made from'
+        )
+    pad, num_rows = model_config.pad_token_id, model_config.vocab_size
+    if pad is not None and not -num_rows <= pad < num_rows:
+        raise ConfigError(
+            f'model.path: pad_token_id = {pad} in the config.json of "{config.path}" is beyond '
+            f"its {num_rows} embeddings; set it to an id that is there"
         )
     return model_config
 
@@ -209,11 +217,10 @@ def _settle_root(policy: Policy, world: World) -> None:
 def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
     attention = IMPLEMENTATIONS[config.attention]
+    with world.agreement():
+        if world.is_main:
+            hf = load_weights(config.path, attention=attention)
     if world.is_main:
-        disable_progress_bar()  # one of tensors, on a screen that shows the run's own
-        hf = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=attention
-        )
         return hf, hf.state_dict()
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(

@@ -1,12 +1,16 @@
 """The tokenizer of a model and the ids that the algorithm depends on."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_errors import ConfigError, reading
 from laser_fast.records import SpecialTokens
 
 # Some tokenizers keep their reserved tokens among the ordinary added ones.
@@ -29,11 +33,8 @@ class Vocabulary:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; a ConfigError says that there is none."""
-    try:
+    with reading(f'model.path: "{path}" has no usable tokenizer'):
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f'model.path: "{path}" has no usable tokenizer: {reason}') from None
 
 
 def load_vocabulary(
@@ -74,6 +75,12 @@ def load_vocabulary(
         suggestion = f", such as {' '.join(free)}" if free else ""
         raise ConfigError(f'score.token: "{score_token}" {problem}{suggestion}')
     pad = tokenizer.pad_token_id
+    if pad is not None and pad >= model_config.vocab_size:
+        raise ConfigError(
+            f'model.path: the padding token "{tokenizer.pad_token}" of "{path}" has id {pad}, '
+            f"beyond the {model_config.vocab_size} rows of the model's head; set pad_token in its "
+            "tokenizer_config.json to a token that is there"
+        )
     special = SpecialTokens(
         score_token_id=score_token_id,
         eos_token_ids=eos_token_ids,
@@ -97,13 +104,20 @@ def find_eos_token_ids(
     """
     found: list[int] = []
     vocab_size = _vocab_size(tokenizer, model_config)
-    try:
-        default = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the file is optional
-        default = None
-    for ids in (default, model_config.eos_token_id, tokenizer.eos_token_id):
+    for source, ids in (
+        (GENERATION_CONFIG_NAME, _generation_defaults(path).get("eos_token_id")),
+        ("config.json", model_config.eos_token_id),
+        ("tokenizer", tokenizer.eos_token_id),
+    ):
         for token_id in ids if isinstance(ids, list) else [ids]:
-            if token_id is None or token_id >= model_config.vocab_size or token_id in found:
+            if token_id is None:
+                continue
+            if type(token_id) is not int or token_id < 0:
+                raise ConfigError(
+                    f'model.path: the {source} of "{path}" has the EOS id {token_id!r}; expected a '
+                    "number from 0, or a list of them"
+                )
+            if token_id >= model_config.vocab_size or token_id in found:
                 continue
             if token_id >= vocab_size:
                 raise ConfigError(
@@ -117,6 +131,18 @@ def find_eos_token_ids(
             "generation_config.json, since the score is read there"
         )
     return tuple(found)
+
+
+def _generation_defaults(path: str) -> dict[str, Any]:
+    """What generation_config.json says; the file is optional."""
+    with reading(f'model.path: cannot read the {GENERATION_CONFIG_NAME} of "{path}"'):
+        file = cached_file(
+            path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False
+        )
+        values = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"expected an object, got {type(values).__name__}")
+    return values
 
 
 def reserved_tokens(

@@ -98,16 +98,17 @@ def _build_sampler(
     config: Config, world: World, stack: ExitStack
 ) -> tuple[Sampler, Policy | None, list[Prompt]]:
     """Check every input, then load the models; also this rank's held-out prompts."""
-    model_config = load_model_config(config.model)
-    check_lengths(config, model_config.max_position_embeddings)
-    vocabulary = load_vocabulary(
-        config.model.path, score_token=config.score.token, model_config=model_config
-    )
-    prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
-    held_out: list[Prompt] = []
-    if config.data.eval:
-        source = held_out_prompts(config.data, vocabulary.tokenizer)
-        held_out = source.all()[world.rank :: world.size]
+    with world.agreement():
+        model_config = load_model_config(config.model)
+        check_lengths(config, model_config.max_position_embeddings)
+        vocabulary = load_vocabulary(
+            config.model.path, score_token=config.score.token, model_config=model_config
+        )
+        prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
+        held_out: list[Prompt] = []
+        if config.data.eval:
+            source = held_out_prompts(config.data, vocabulary.tokenizer)
+            held_out = source.all()[world.rank :: world.size]
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward))

@@ -1,5 +1,6 @@
 """Small runs on one rank and on two, made once."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,15 +84,26 @@ def one_rank(tmp_path_factory, write_config):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory, write_config):
-    """The same two runs on two ranks, packed otherwise, and one that cannot be shared out."""
+def two_ranks(tmp_path_factory, model, write_config):
+    """The same two runs on two ranks, packed otherwise, and two that are refused.
+
+    One cannot be shared out; the fault of the other's model is seen on rank 0 only.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
     from small_runs import EXTRAS
 
     folder = tmp_path_factory.mktemp("two-ranks")
+    untied = folder / "untied-model"
+    shutil.copytree(model, untied)
+    tensors = load_file(untied / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
     configs = [
         write_config(folder / "plain", optim={"tokens_per_microbatch": 120}),
         write_config(folder / "extras", **EXTRAS),
         write_config(folder / "odd", data={"prompts_per_step": 5}),
+        write_config(folder / "untied", model={"path": str(untied)}),
     ]
     command = [sys.executable, HELPERS / "train_ranks.py", *configs]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """Bad input is one sentence and exit code 2 before the first step, and nothing is overwritten."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small_runs import run_cli
 
 from laser_fast import cli
@@ -64,6 +67,131 @@ def test_bad_input_is_one_sentence(overrides, message, tmp_path, write_config, m
     assert code == 2
     [line] = re.findall("^error: .*", stderr, re.MULTILINE)
     assert stderr.endswith(line + "\n")
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The one sentence by which the command line refuses what it is given."""
+    code, stderr = run_cli(monkeypatch, capsys, *arguments)
+    assert code == 2, stderr
+    [line] = re.findall("^error: .*", stderr, re.MULTILINE)
+    assert stderr.endswith(line + "\n") and "LOAD REPORT" not in stderr
+    return line
+
+
+def weights(change):
+    """Damage to the tensors of a model, which `change` edits in place."""
+
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def values(name, **changes):
+    """Damage to a JSON file of a model; a value None removes its key."""
+
+    def damage(folder):
+        path = folder / name
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**found, **changes}))
+
+    return damage
+
+
+def text(name, content):
+    """Damage that replaces a file of a model."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name, size):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def layers(count):
+    kinds = ["full_attention"] * count
+    return values("config.json", num_hidden_layers=count, layer_types=kinds)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+STRAY = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (weights(lambda t: t.pop(UP)), rf"weights of .* lack {UP};"),
+        (weights(lambda t: t.clear()), r"lack lm_head.* and \d+ more;"),
+        (weights(lambda t: t.update({UP: t[UP][:-1].clone()})), rf"shape in {UP} \(expected \["),
+        (weights(lambda t: t.update({"more.weight": t[UP] + 0})), r"hold unexpected more\.weight"),
+        (weights(lambda t: t.update({UP + "_scale": torch.ones(1)})), r"unexpected .*up_proj.*_sc"),
+        (weights(lambda t: t[UP][3].fill_(torch.nan)), rf"are NaN or infinite in {UP};"),
+        (weights(lambda t: t[UP].view(-1)[7:8].fill_(torch.inf)), rf"are NaN or infinite in {UP};"),
+        (weights(lambda t: t.update({UP: (t[UP] * 9).to(torch.int8)})), rf"quantized.*{UP}.*I8"),
+        (
+            weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
+            r"lm_head\.weight of their own, but config\.json says tie_word_embeddings = true",
+        ),
+        (values("config.json", tie_word_embeddings=False), r"lack lm_head\.weight;"),
+        (layers(1), r"hold unexpected model\.layers\.1"),
+        (layers(3), r"lack model\.layers\.2"),
+        (values("config.json", hidden_size=64), r"wrong shape"),
+        (values("config.json", hidden_size="big"), r"cannot load .*hidden_size"),
+        (values("config.json", num_attention_heads=0), r"model\.path: "),
+        (values("config.json", vocab_size=8), r"beyond|wrong shape"),
+        (values("config.json", pad_token_id=4096), r"pad_token_id = 4096 .* beyond its \d+ embed"),
+        (values("config.json", eos_token_id="<eos>"), r"cannot load .*eos_token_id"),
+        (values("config.json", eos_token_id=-1), r"config\.json of .* EOS id -1; expected a numb"),
+        (values("config.json", quantization_config={"quant_method": "gptq"}), r"quantized \(gptq"),
+        (values("config.json", model_type=["qwen2"]), r"model\.path: cannot load"),
+        (text("config.json", b"[]"), r"model\.path: cannot load"),
+        (text("config.json", b"\xff"), r"model\.path: cannot load"),
+        (text("config.json", LFS), r"model\.path: "),
+        (cut("model.safetensors", 200_000), r"model\.safetensors is truncated or broken"),
+        (cut("model.safetensors", 3), r"model\.safetensors is truncated or broken"),
+        (cut("model.safetensors", 0), r"model\.safetensors is truncated or broken"),
+        (text("model.safetensors", LFS), r"model\.safetensors is a pointer of git-lfs"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"cannot load the weights of"),
+        (
+            lambda folder: (
+                (folder / "model.safetensors").unlink(),
+                (folder / "model.safetensors.index.json").write_text(json.dumps(STRAY)),
+            ),
+            r"cannot load the weights of .*",
+        ),
+        (
+            lambda folder: (
+                (folder / "model.safetensors").unlink(),
+                (folder / "pytorch_model.bin").write_bytes(b"no pickle"),
+            ),
+            r"cannot load the weights of .*",
+        ),
+        (text("generation_config.json", b"{oops"), r"cannot read the generation_config\.json of"),
+        (text("generation_config.json", b"[1]"), r"expected an object, got list"),
+        (text("generation_config.json", b"\xff\xfe"), r"cannot read the generation_config\.json"),
+        (values("generation_config.json", eos_token_id="<eos>"), r"the EOS id '<eos>'; expected a"),
+        (values("generation_config.json", eos_token_id=[1, -2]), r"the EOS id -2; expected a numb"),
+        (values("generation_config.json", eos_token_id=1.5), r"the EOS id 1\.5; expected a number"),
+        (values("generation_config.json", eos_token_id=True), r"the EOS id True; expected a"),
+        (text("tokenizer.json", b"{}"), r"no usable tokenizer"),
+        (text("tokenizer.json", b"{oops"), r"no usable tokenizer"),
+        (text("tokenizer.json", LFS), r"no usable tokenizer"),
+        (cut("tokenizer.json", 300), r"no usable tokenizer"),
+        (text("tokenizer_config.json", b"[]"), r"no usable tokenizer"),
+        (values("tokenizer_config.json", pad_token="<|beyond|>"), r"padding token .* beyond the"),
+    ],
+)
+def test_a_broken_model_is_one_sentence(
+    damage, message, tmp_path, model, write_config, monkeypatch, capsys
+):
+    shutil.copytree(model, tmp_path / "model")
+    damage(tmp_path / "model")
+    config = write_config(tmp_path, model={"path": str(tmp_path / "model")})
+    line = refused(monkeypatch, capsys, "train", config)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
 

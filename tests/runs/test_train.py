@@ -72,6 +72,12 @@ def test_prompts_that_cannot_be_shared_out_are_refused(two_ranks):
     assert not (two_ranks / "odd" / "run").exists()
 
 
+def test_a_fault_that_rank_0_sees_is_refused_on_every_rank(two_ranks):
+    output = (two_ranks / "stdout").read_text()
+    assert output.count("own, but config.json says tie_word_embeddings = true") == 2
+    assert not (two_ranks / "untied" / "run").exists()
+
+
 def resume_copy(run, copy, *overrides):
     """Continue a copy of a run from its checkpoint of step 2, as if it had died in step 3."""
     shutil.copytree(run, copy)
