@@ -109,14 +109,17 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
             f'model.path: "{config.path}" is a {model_config.model_type} model; expected one of '
             f"{', '.join(SUPPORTED)}"
         )
-    if getattr(model_config, "use_sliding_window", False):
+    layer_types = getattr(model_config, "layer_types", None) or ["full_attention"]
+    if getattr(model_config, "use_sliding_window", False) or {*layer_types} != {"full_attention"}:
         raise ConfigError(
             f'model.path: "{config.path}" uses sliding windows; set it to full attention'
         )
-    if method := getattr(model_config, "quantization_config", None):
-        name = method.get("quant_method") if isinstance(method, dict) else method
+    dtype = model_config.dtype
+    is_plain = dtype is None or (dtype.is_floating_point and dtype.itemsize > 1)
+    if not is_plain or getattr(model_config, "quantization_config", None) is not None:
         raise ConfigError(
-            f'model.path: "{config.path}" is quantized ({name}); train the model it was made from'
+            f'model.path: "{config.path}" is quantized, says its config.json; train the model it '
+            "was made from"
         )
     pad, num_rows = model_config.pad_token_id, model_config.vocab_size
     if pad is not None and not -num_rows <= pad < num_rows:

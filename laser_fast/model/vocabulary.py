@@ -154,7 +154,7 @@ def reserved_tokens(
     `num_rows` rows of the model's head.
     """
     taken = {*eos_token_ids, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
-    template = tokenizer.chat_template or ""
+    template = str(tokenizer.chat_template)  # of several, a dict
     return {
         token.content: token_id
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items())

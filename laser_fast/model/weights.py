@@ -18,7 +18,8 @@ from transformers.utils import logging
 from laser_fast.config_errors import ConfigError, reading
 
 _POINTER = b"version https://git-lfs"
-_STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
+# As safetensors and torch name them; the loader casts any other, such as int8, without its scale.
+_DTYPES = {"F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _NUM_NAMED = 4  # tensors that a message names
 
 
@@ -56,15 +57,26 @@ def _check_file(file: Path) -> None:
             raise ConfigError(
                 f"model.path: {file} is a pointer of git-lfs, not the file; run `git lfs pull`"
             )
-    if file.suffix != ".safetensors":
-        return
-    with reading(f"model.path: {file} is truncated or broken"), safe_open(file, "pt") as tensors:
-        dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
-    if quantized := [name for name, dtype in dtypes.items() if dtype not in _STORED_DTYPES]:
+    if file.name == "adapter_config.json":
+        raise ConfigError(f"model.path: {file} is of an adapter; merge it into its model first")
+    with reading(f"model.path: {file} is truncated or broken"):
+        dtypes = _stored_dtypes(file)
+    if quantized := [name for name, dtype in dtypes.items() if dtype not in _DTYPES]:
         raise ConfigError(
             f"model.path: {file} holds quantized weights, such as {quantized[0]} of dtype "
-            f"{dtypes[quantized[0]]}; training needs one of {', '.join(sorted(_STORED_DTYPES))}"
+            f"{dtypes[quantized[0]]}; train the model they were made from"
         )
+
+
+def _stored_dtypes(file: Path) -> dict[str, Any]:
+    """The dtypes of the tensors in a file of weights, by name."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    if file.match("pytorch_model*.bin"):
+        held = torch.load(file, map_location="meta", weights_only=True)
+        return {name: tensor.dtype for name, tensor in held.items()}
+    return {}
 
 
 def _problems(hf: PreTrainedModel, report: dict[str, set]) -> Iterator[str]:
