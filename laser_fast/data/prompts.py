@@ -1,16 +1,16 @@
 """Prompts of a step: worded, tokenized, in an order that depends only on (seed, step).
 
 The data set is an endless stream of epochs, each its own permutation drawn from (seed, epoch).
-With P = `data.prompts_per_step`, step s and attempt a of r rounds of resampling take
-
-    positions [(s (r + 1) + a) P, (s (r + 1) + a + 1) P)
-
-of that stream, and each rank a contiguous share of them. So a step's prompts do not depend on
-what came before it, on the number of ranks or on how often earlier steps resampled, and P may
-exceed the data set. Nothing has to be saved to resume.
+With P = `data.prompts_per_step`, step s takes its positions [s P, (s + 1) P), and each rank a
+contiguous share of them. Round a = 1, 2, ... of r rounds of resampling takes the positions
+[(s r + a - 1) P, (s r + a) P) of a second such stream, so that resampling, or none, skips no
+prompt of the first. A step's prompts do not depend on what came before it, on the number of ranks
+or on how often earlier steps resampled, and P may exceed the data set. Nothing has to be saved to
+resume.
 
 Wording and tokenizing happen once, into a memory-mapped Arrow file in the cache of `datasets`,
-named by a hash of everything that goes into it; ranks and later runs share it.
+named by a hash of everything that goes into it and a hash of what came out; ranks and later runs
+share it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
+from filelock import FileLock
 
 from laser_fast.config import ConfigError, DataConfig, WordingConfig
+from laser_fast.config_errors import reading
 from laser_fast.data.rows import RowSource, answer_text, open_rows, question_text
 from laser_fast.records import Prompt
 
@@ -35,14 +43,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Part of the cache's name: raise it when the same inputs give other prompts.
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 1000
-_FEATURES = datasets.Features(
-    text=datasets.Value("string"),
-    answer=datasets.Value("string"),
-    prompt_ids=datasets.List(datasets.Value("int32")),
-    num_tokens=datasets.Value("int32"),
+_SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "answer": pa.string(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "num_tokens": pa.int32(),
+    }
 )
+# The day that chat templates are told, which Llama's name where there is no clock: a run that is
+# resumed tomorrow has the prompts of today.
+_TODAY = date(2024, 7, 26)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_CHAT_FAILS = 'data.template = "chat": the tokenizer\'s chat template fails'
+_PROBE = "Is 91 a prime?"
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +66,14 @@ _log = logging.getLogger(__name__)
 class PromptSource:
     """The prompts of one data set: `num_prompts`, and `num_dropped` longer rows that are left out.
 
-    Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2. The epoch is in
-    the name because sampling noise is keyed by it: a prompt that comes again, even in the same
-    step, is answered differently.
+    Rows keep their number in the file: prompt "train-17@2" is row 17 in epoch 2, and "@spare2" that
+    of the second stream. The epoch is in the name because sampling noise is keyed by it: a prompt
+    that comes again, even in the same step, is answered differently.
 
     `name` opens every prompt_id and names the order together with `seed`. A step has `per_step`
-    prompts over all ranks. With a `limit` only the first prompts are taken. A ConfigError names
-    what is wrong with the data set, or a chat template that the tokenizer does not have.
+    prompts over all ranks. With a `limit` only the first prompts are taken. `digest` names the
+    texts, answers and tokens of all rows. A ConfigError names what is wrong with the data set, or
+    with the chat template.
     """
 
     def __init__(
@@ -71,7 +88,7 @@ class PromptSource:
         limit: int = 0,
     ) -> None:
         self._name, self._seed, self._per_step = name, seed, per_step
-        self._table = _load(config, tokenizer, rows)
+        self._table, self.digest = _load(config, tokenizer, rows)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
         self.num_dropped = len(num_tokens) - len(self._rows)
@@ -82,8 +99,8 @@ class PromptSource:
                 f"(the shortest has {num_tokens.min()} tokens)"
             )
         self._rows = self._rows[: limit or None]
-        # A step may straddle two epochs.
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+        # A step may straddle two epochs of either stream.
+        self._order = lru_cache(maxsize=4)(self._draw_order)
 
     @property
     def num_prompts(self) -> int:
@@ -110,10 +127,11 @@ class PromptSource:
         assert step >= 0 and 0 <= attempt <= rounds and 0 <= rank < world_size
         share, rest = divmod(self._per_step, world_size)
         assert rest == 0, f"{self._per_step} prompts do not divide over {world_size} ranks"
-        start = (step * (rounds + 1) + attempt) * self._per_step + rank * share
+        stream, turn = ("", step) if attempt == 0 else ("spare", step * rounds + attempt - 1)
+        start = turn * self._per_step + rank * share
         places = [divmod(i, self.num_prompts) for i in range(start, start + share)]
-        rows = [int(self._rows[self._order(epoch)[index]]) for epoch, index in places]
-        names = [f"{row}@{epoch}" for row, (epoch, _) in zip(rows, places, strict=True)]
+        rows = [int(self._rows[self._order(stream, epoch)[index]]) for epoch, index in places]
+        names = [f"{row}@{stream}{epoch}" for row, (epoch, _) in zip(rows, places, strict=True)]
         return self._fetch(rows, names)
 
     def all(self) -> list[Prompt]:
@@ -129,9 +147,9 @@ class PromptSource:
             for name, text, ids, gold in columns
         ]
 
-    def _draw_order(self, epoch: int) -> torch.Tensor:
+    def _draw_order(self, stream: str, epoch: int) -> torch.Tensor:
         """The permutation of an epoch, [num_prompts] int64."""
-        name = f"{self._seed}/{self._name}/epoch {epoch}".encode()
+        name = f"{self._seed}/{self._name}/{stream}epoch {epoch}".encode()
         digest = hashlib.blake2b(name, digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
         return torch.randperm(self.num_prompts, generator=generator)
@@ -153,37 +171,54 @@ def held_out_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSource:
     return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
 
 
-def _load(config: WordingConfig, tokenizer: Tokenizer, rows: RowSource) -> datasets.Dataset:
-    """The worded and tokenized rows of a data set, over-long ones included."""
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            'data.template = "chat", but the tokenizer has no chat template; set data.template to '
-            "a text with {prompt} in it"
-        )
+def _load(
+    config: WordingConfig, tokenizer: Tokenizer, rows: RowSource
+) -> tuple[datasets.Dataset, str]:
+    """The worded and tokenized rows of a data set, over-long ones included, and their digest."""
+    if config.template == "chat":
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                'data.template = "chat", but the tokenizer has no chat template; set data.template '
+                "to a text with {prompt} in it"
+            )
+        worded = {wording(config, tokenizer)(_PROBE) for _ in range(16)}
+        if len(worded) > 1 or _PROBE not in worded.pop():
+            raise ConfigError(
+                f"{_CHAT_FAILS}: it leaves the question out, or words it at random; set "
+                "data.template to a text with {prompt} in it"
+            )
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
-    datasets.disable_progress_bars()  # a bar for each data set, on a screen that shows the run's
-    try:
-        return datasets.Dataset.from_generator(
-            lambda: _tokenize(rows, config, tokenizer),
-            features=_FEATURES,
-            fingerprint=_fingerprint(rows, config, tokenizer),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
+    name, folder = _fingerprint(rows, config, tokenizer), Path(datasets.config.HF_DATASETS_CACHE)
+    folder = folder / "laser_fast"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        if not (found := list(folder.glob(f"{name}-*.arrow"))):
+            found = [_write(folder / name, _tokenize(rows, config, tokenizer))]
+    table = datasets.Dataset.from_file(str(found[0]))
+    if not len(table):
+        raise ConfigError(f"{rows.name}: the data set has no rows")
+    return table, found[0].stem.rpartition("-")[2]
 
 
-def _tokenize(
-    source: RowSource, config: WordingConfig, tokenizer: Tokenizer
-) -> Iterator[dict[str, Any]]:
-    """Yield one record of `_FEATURES` per row."""
+def _write(path: Path, tables: Iterator[pa.Table]) -> Path:
+    """Write tables into one Arrow file, whose name goes on with a hash of their content."""
+    digest, partial = hashlib.blake2b(digest_size=16), path.with_suffix(".partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table)
+            texts = [table["text"].to_pylist(), table["answer"].to_pylist()]
+            digest.update(json.dumps(texts).encode())
+            for numbers in (table["num_tokens"], table["prompt_ids"].combine_chunks().flatten()):
+                digest.update(numbers.to_numpy().tobytes())
+    return partial.rename(path.with_name(f"{path.name}-{digest.hexdigest()}.arrow"))
+
+
+def _tokenize(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]:
+    """Yield tables of `_SCHEMA`."""
     question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
     fields = {question: "data.prompt_field", answer: "data.answer_field"}
     rows = source.read(fields)
-    is_empty = True
     while batch := list(islice(rows, _BATCH)):
-        is_empty = False
         questions = [question_text(row, fields, question, place) for place, row in batch]
         answers = [answer_text(row, fields, answer, place) for place, row in batch]
         texts = [word(text + config.prompt_suffix) for text in questions]
@@ -194,32 +229,45 @@ def _tokenize(
             return_attention_mask=False,
             verbose=False,  # over-long prompts are counted and need no warning of their own
         )["input_ids"]
-        for (place, _), text, gold, ids in zip(batch, texts, answers, encoded, strict=True):
+        for (place, _), text, ids in zip(batch, texts, encoded, strict=True):
             if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-            yield {"text": text, "answer": gold, "prompt_ids": ids, "num_tokens": len(ids)}
-    if is_empty:
-        raise ConfigError(f"{source.name}: the data set has no rows")
+        yield pa.table([texts, answers, encoded, list(map(len, encoded))], schema=_SCHEMA)
 
 
 def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
-    """Return the function from a question to the text that the model reads."""
+    """Return the function from a question to the text that the model reads.
+
+    A chat template has no clock: where it asks for the date, it gets one that stays the same.
+    """
     if config.template != "chat":
         return lambda question: config.template.replace("{prompt}", question)
-    return lambda question: str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-    )
+    with reading(_CHAT_FAILS):
+        template = tokenizer.get_chat_template()
+        template = _CLOCK.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+        if re.search(r"strftime_now(?!\s+is\b)", template):
+            raise ValueError("it computes the format of a date, which cannot be fixed")
+
+    def word(question: str) -> str:
+        chat = [{"role": "user", "content": question}]
+        with reading(_CHAT_FAILS):
+            return str(
+                tokenizer.apply_chat_template(
+                    chat, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+
+    return word
 
 
 def _fingerprint(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
-    chat_template = tokenizer.chat_template if config.template == "chat" else None
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    parts = [_FORMAT, source.identity, *keys, chat_template, vocabulary]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    versions = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
+    parts = [_FORMAT, source.identity, *keys, *versions, str(_TODAY)]
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16)
+    with TemporaryDirectory() as folder:  # what a tokenizer saves is all that it is made of
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            digest.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()

@@ -1,9 +1,9 @@
 """Save and load the whole state of a run with torch.distributed.checkpoint.
 
 A checkpoint is a folder `checkpoints/step-000050` with one shard file per rank, `trainer.json`
-(step, reference log-prob, gradient-cap state) and the resolved `config.toml`. It is written under
-a temporary name and renamed when complete, so a folder of that name is always whole. It can be
-loaded on another number of ranks.
+(step, reference log-prob, gradient-cap state, digests of the data) and the resolved `config.toml`.
+It is written under a temporary name and renamed when complete, so a folder of that name is always
+whole. It can be loaded on another number of ranks.
 """
 
 import json
@@ -77,6 +77,11 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=True),
     )
+    return trainer_state(path)
+
+
+def trainer_state(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as such, and the step."""
     return json.loads((path / "trainer.json").read_text())
 
 

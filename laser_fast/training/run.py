@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import Config, dump_config
+from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
@@ -27,7 +27,12 @@ from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
 from laser_fast.rollout.vllm import import_vllm
-from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from laser_fast.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    trainer_state,
+)
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
 from laser_fast.training.step_metrics import update_speed
@@ -66,7 +71,7 @@ def train(
     if resume:
         config, checkpoint = resumed_config(config), latest_checkpoint(folder)
     with ExitStack() as stack:
-        sampler, reference, held_out = _build_sampler(config, world, stack)
+        sampler, reference, held_out = _build_sampler(config, world, stack, checkpoint)
         trainer, first_step = _build_trainer(sampler, reference, checkpoint)
         log = Log()
         if world.is_main:
@@ -95,7 +100,7 @@ def train(
 
 
 def _build_sampler(
-    config: Config, world: World, stack: ExitStack
+    config: Config, world: World, stack: ExitStack, checkpoint: Path | None
 ) -> tuple[Sampler, Policy | None, list[Prompt]]:
     """Check every input, then load the models; also this rank's held-out prompts."""
     with world.agreement():
@@ -105,10 +110,13 @@ def _build_sampler(
             config.model.path, score_token=config.score.token, model_config=model_config
         )
         prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
-        held_out: list[Prompt] = []
+        digests, held_out = {"data.train": prompts.digest}, list[Prompt]()
         if config.data.eval:
             source = held_out_prompts(config.data, vocabulary.tokenizer)
             held_out = source.all()[world.rank :: world.size]
+            digests["data.eval"] = source.digest
+        if checkpoint is not None:
+            _check_digests(digests, trainer_state(checkpoint).get("digests", {}))
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward))
@@ -139,8 +147,19 @@ def _build_sampler(
         grader=grader,
         policy=policy,
         packer=packer,
+        digests=digests,
     )
     return sampler, reference, held_out
+
+
+def _check_digests(digests: dict[str, str], saved: dict[str, str]) -> None:
+    """Refuse to go on with other prompts than a checkpoint's run had; older ones do not say."""
+    if changed := [key for key in digests.keys() & saved if saved[key] != digests[key]]:
+        raise ConfigError(
+            "the run cannot be resumed with other prompts: the rows, tokenizer or chat template of "
+            f"{' and '.join(sorted(changed))} have changed since its checkpoint; restore them, or "
+            "start a new run in another output_dir"
+        )
 
 
 def _build_trainer(
@@ -238,6 +257,7 @@ def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
         trainer_state={
             "ref_logprob": None if math.isnan(ref_logprob) else ref_logprob,  # JSON has no nan
             "cap": trainer.cap.state_dict(),
+            "digests": trainer.sampler.digests,
         },
         config_toml=dump_config(trainer.config),
         keep=trainer.config.checkpoint.keep,

@@ -79,6 +79,7 @@ class Sampler:
     packer: Packer
     sync_disagreement: float = 0.0  # of the last weight sync, on this rank
     staleness: int = 0  # steps between the weights that sampled the last batch and its update
+    digests: dict[str, str] = field(default_factory=dict)  # of the data, by its key
     _ahead: RolloutAhead = field(init=False)
 
     def __post_init__(self) -> None:

@@ -112,6 +112,84 @@ def test_the_cache_follows_everything_that_shapes_a_prompt(tmp_path, tokenizer):
     assert one() == ("changed", "5", bos)
 
 
+def test_the_cache_follows_special_tokens_and_a_file_that_hides_its_change(tmp_path):
+    path, tokenizer = tmp_path / "a.jsonl", make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{{ messages[0].content }}{{ pad_token }}{{ eos_token }}"
+    )
+
+    def one():
+        [prompt] = source(str(path), tokenizer, template="chat").all()
+        return prompt.text
+
+    write_jsonl(path, [{"problem": "2+3?", "answer": "5"}])
+    assert one() == "<bos>2+3?<eos>"
+    tokenizer.pad_token = "<eos>"
+    assert one() == "<bos>2+3?<eos><eos>"
+    tokenizer.bos_token = "<eos>"
+    assert one() == "<eos>2+3?<eos><eos>"
+    status = path.stat()
+    write_jsonl(path, [{"problem": "4+3?", "answer": "7"}])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert one() == "<eos>4+3?<eos><eos>"
+
+
+def test_the_digest_follows_what_a_run_trains_on_and_nothing_else(tmp_path, tokenizer):
+    rows = [{"problem": f"{i}+1=", "answer": i + 1} for i in range(2000)]
+    digest = source(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer).digest
+    moved = [{"id": i, **row} for i, row in enumerate(rows)]
+    assert source(write_jsonl(tmp_path / "b.jsonl", moved), tokenizer).digest == digest
+    changes = {
+        "a question": [*rows[:-1], {"problem": "1+1=", "answer": 2000}],
+        "an answer": [{**rows[0], "answer": 2}, *rows[1:]],
+        "the order": [*rows[:-2], rows[-1], rows[-2]],
+        "a row more": [*rows, rows[0]],
+        "a row less": rows[:-1],
+    }
+    for name, changed in changes.items():
+        assert source(write_jsonl(tmp_path / "c.jsonl", changed), tokenizer).digest != digest, name
+    other = make_tokenizer()
+    other.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert source(str(tmp_path / "a.jsonl"), other).digest != digest
+
+
+def test_a_chat_template_is_told_one_day_for_ever(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} "
+        '{{ strftime_now( "%Y-%m-%d" ) }} {{ messages[0].content }}'
+    )
+    [prompt] = source(numbered(tmp_path / "a.jsonl", 1), tokenizer, template="chat").all()
+    assert prompt.text == "26 Jul 2024 2024-07-26 0+1="
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "template fails: TemplateSyntaxError"),
+        ("{{ messages[0].nothing.more }}", "template fails: UndefinedError"),
+        ("{{ raise_exception('no user here') }}", "template fails: TemplateError: no user here"),
+        ("{{ messages[1].content }}", "template fails: UndefinedError"),
+        ("{{ 1 / 0 }}", "template fails: ZeroDivisionError"),
+        ("{{ messages.append(1) }}", "template fails: SecurityError"),
+        ("Hello!", "template fails: it leaves the question out, or words it at random"),
+        ("{{ messages[0].content }}{{ [1, 2, 3] | random }}", "or words it at random"),
+        ("{{ messages[0].content }}{{ strftime_now(x) }}", "the format of a date, which cannot"),
+        ("{% set now = strftime_now %}{{ now('%H') }}", "the format of a date, which cannot"),
+        ({"tool_use": "{{ messages[0].content }}"}, "template fails: "),
+        (5, "template fails: "),
+    ],
+)
+def test_a_broken_chat_template_is_one_sentence(tmp_path, template, message):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    path = numbered(tmp_path / "a.jsonl", 3)
+    with pytest.raises(ConfigError, match=message) as caught:
+        source(path, tokenizer, template="chat")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_second_source_reads_the_cache(tmp_path, tokenizer, cache):
     path = numbered(tmp_path / "a.jsonl", 20)
     first = source(path, tokenizer)
@@ -209,15 +287,21 @@ def test_the_world_size_changes_who_gets_a_prompt_and_nothing_else(tmp_path, tok
             assert sum(shares, []) == prompts.prompts(step, attempt=1, rounds=2)
 
 
-def test_resampling_draws_new_prompts_and_disturbs_no_other_step(tmp_path, tokenizer):
+def test_resampling_draws_from_a_stream_of_its_own(tmp_path, tokenizer):
     prompts = source(numbered(tmp_path / "a.jsonl", 24), tokenizer, prompts_per_step=4)
-    drawn = [
-        row_of(prompt)
-        for step in range(2)
-        for attempt in range(3)
+    first = [prompt for step in range(6) for prompt in prompts.prompts(step, rounds=2)]
+    assert sorted(map(row_of, first)) == list(range(24))  # none is skipped
+    assert first == [prompt for step in range(6) for prompt in prompts.prompts(step)]
+    spare = [
+        prompt
+        for step in range(3)
+        for attempt in (1, 2)
         for prompt in prompts.prompts(step, attempt=attempt, rounds=2)
     ]
-    assert sorted(drawn) == list(range(24))  # one epoch, nothing twice
+    assert sorted(map(row_of, spare)) == list(range(24))  # nothing twice
+    assert list(map(row_of, spare)) != list(map(row_of, first))
+    names = {prompt.prompt_id for prompt in first + spare}
+    assert len(names) == 48 and f"train-{row_of(spare[0])}@spare0" in names
 
 
 def test_a_step_larger_than_the_data_set_repeats_rows_under_new_names(tmp_path, tokenizer):

@@ -260,6 +260,24 @@ def test_a_run_is_not_overwritten(one_rank, arguments, message, monkeypatch, cap
     assert folder_state(one_rank / "plain") == before
 
 
+def test_a_run_is_not_resumed_with_other_prompts(
+    tmp_path, model, write_config, monkeypatch, capsys
+):
+    files = {split: shutil.copy(model / f"{split}.jsonl", tmp_path) for split in ("train", "eval")}
+    optim = {"steps": 1, "warmup_steps": 0}
+    config = write_config(tmp_path, data=files, optim=optim)
+    cli.train_run(load_config(config))
+    before = folder_state(tmp_path / "run")
+    for split, file in files.items():
+        content = open(file).read()
+        open(file, "w").write(content.replace("1", "2", 1))  # of the same length
+        line = refused(monkeypatch, capsys, "train", config, "--resume", "optim.steps=2")
+        assert f"with other prompts: the rows, tokenizer or chat template of data.{split}" in line
+        open(file, "w").write(content)
+    assert folder_state(tmp_path / "run") == before
+    cli.train_run(load_config(config, ["optim.steps=2"]), resume=True)
+
+
 def test_a_run_without_a_checkpoint_cannot_be_resumed(one_rank, tmp_path, monkeypatch, capsys):
     shutil.copy(one_rank / "plain" / "run" / "config.toml", tmp_path)
     config = one_rank / "plain" / "config.toml"
