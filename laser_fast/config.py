@@ -16,7 +16,7 @@ with needs_train():
 
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError
-from laser_fast.config_section import Section, section_keys
+from laser_fast.config_section import Section, UserPath, section_keys
 from laser_fast.records import ScorePosition
 
 _Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -26,7 +26,7 @@ _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class ModelConfig(Section):
     """What is trained and how it is laid out on the devices."""
 
-    path: str
+    path: UserPath
     """Hugging Face id or folder of a causal LM and its tokenizer; "sandbox" makes a small one."""
     attention: Literal["sdpa", "varlen", "flash_attention_2"] = "sdpa"
     """Attention over packed sequences; "varlen" is torch's own, flash needs the extra [flash]."""
@@ -76,11 +76,11 @@ class PromptConfig(WordingConfig):
 class DataConfig(PromptConfig):
     """Where a run's prompts come from."""
 
-    train: str
+    train: UserPath
     """Hugging Face data set id, a local jsonl, json, parquet or csv file, or "sandbox"."""
     train_split: str = "train"
     """Split of a hub data set."""
-    eval: str = ""
+    eval: UserPath = ""
     """Held-out prompts, given like `train`; empty: no evaluation."""
     eval_prompt_field: str = ""
     """Field of the held-out question; empty: like `prompt_field`."""
@@ -323,7 +323,7 @@ class MeasureConfig(Section):
 class Config(MeasureConfig):
     """One reproducible run."""
 
-    output_dir: str
+    output_dir: UserPath
     """The run folder; must be new, or hold the run that `--resume` continues."""
     data: DataConfig
     advantage: AdvantageConfig = AdvantageConfig()

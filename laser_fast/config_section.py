@@ -1,15 +1,19 @@
 """What the sections of every configuration share: strict, frozen, documented field by field."""
 
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from laser_fast import needs_train
 
 with needs_train():
-    from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+    from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
+
+# A path or an id, in which ~ is the user's home.
+UserPath = Annotated[str, AfterValidator(expanduser)]
 
 
 class Section(BaseModel):

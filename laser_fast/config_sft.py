@@ -14,13 +14,13 @@ from laser_fast.config import (
     UpdateConfig,
     WordingConfig,
 )
-from laser_fast.config_section import Section
+from laser_fast.config_section import Section, UserPath
 
 
 class SftDataConfig(WordingConfig):
     """Where the rows of a supervised phase come from."""
 
-    train: str
+    train: UserPath
     """Rows with prompt and response: a hub id, or a jsonl, json, parquet or csv file."""
     train_split: str = "train"
     """Split of a hub data set."""
@@ -37,7 +37,7 @@ class SftConfig(Section):
 
     seed: int = Field(0, ge=0)
     """Names the order of the rows."""
-    output_dir: str
+    output_dir: UserPath
     """The run folder, as of `Config`; the trained model is written to its folder "model"."""
     model: ModelConfig
     data: SftDataConfig

@@ -380,3 +380,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(path, monkeypatch, capsys):
 def test_parts_of_the_configuration_check_themselves():
     with pytest.raises(ValidationError, match="max_prompt_tokens"):
         DataConfig(train="t", max_prompt_tokens=0)
+
+
+def test_a_path_may_begin_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {"path": "~/model"}, {"train": "~/a.jsonl", "eval": "~/b.jsonl"}
+    sections = {"output_dir": "~/run", "model": paths[0], "data": paths[1], "optim": {"steps": 1}}
+    config = Config.parse(sections, source="test")
+    assert (config.output_dir, config.model.path) == ("/home/me/run", "/home/me/model")
+    assert (config.data.train, config.data.eval) == ("/home/me/a.jsonl", "/home/me/b.jsonl")

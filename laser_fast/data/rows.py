@@ -2,31 +2,38 @@
 
 Local files by suffix: .jsonl, .json (an array of objects, or one object a line), .csv and
 .parquet. Anything else is a data set of the Hugging Face hub, `owner/name` or
-`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. All are streamed
-but a JSON array, which is read whole.
+`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. All are streamed.
 
-Text formats are read here and not by `datasets`, whose readers guess one type per column (the CSV
-answer 007 becomes 7, NA becomes null, numbers beside texts fail) and do not tell the line of a
-broken row.
+Files, also those of a folder, are read here and not by `datasets`, whose readers guess one type per
+column (the CSV answer 007 becomes 7, NA becomes null, texts beside numbers get quotes) and do not
+tell the line of a broken row. A hub data set stored as text is read as `datasets` guesses it.
 """
+
+from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laser_fast.config import ConfigError
+from laser_fast.config_errors import reading
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Row = tuple[str, Any]  # the place, for messages; a dict of fields if the data is sound
 Fields = Mapping[str, str]  # field of the data -> the configuration key that names it
 
 _BATCH = 1000
+_WINDOW = 1 << 20  # characters of a JSON array that are read at once
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
@@ -47,18 +54,29 @@ def open_rows(name: str, *, split: str) -> RowSource:
     """Find the data set that `name` means, without reading its rows; a ConfigError if none."""
     if not name:
         raise ConfigError("the name of a data set is empty; set data.train or data.eval")
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix not in _READERS and path.is_file():
         raise ConfigError(f"{name}: expected a data file ending in one of {', '.join(_READERS)}")
     if path.suffix not in _READERS:
-        return _open_hub(name, split)
+        return _open_hub(str(path), split)
     if not path.is_file():
         raise ConfigError(f"{name}: no such data file")
-    status = path.stat()
-    # The time of the last change of anything, which nobody can set, and the file that has the name.
-    facts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    identity = (str(path.resolve()), *map(str, facts))
-    return RowSource(name, identity, partial(_READERS[path.suffix], path))
+    return _open_files(name, [path])
+
+
+def _open_files(name: str, paths: list[Path]) -> RowSource:
+    def read(fields: Fields) -> Iterator[Row]:
+        for path in paths:
+            with reading(f"{path}: not readable"):
+                yield from _READERS[path.suffix](path, fields)
+
+    identity: list[str] = []
+    for path in paths:
+        facts = path.stat()
+        # The last is the time of any change, which nobody can set back.
+        numbers = facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+        identity.extend((str(path.resolve()), *map(str, numbers)))
+    return RowSource(name, tuple(identity), read)
 
 
 def question_text(row: Any, fields: Fields, field: str, place: str) -> str:
@@ -92,13 +110,14 @@ def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:
     _check_fields(place, {field: fields[field]}, row)
     value = row[field]
     about = f'{place}: field "{field}" ({fields[field]})'
-    if value is None or value != value:  # nan is the null of a column of floats
-        raise ConfigError(f"{about} is null; fill it in or remove the row")
-    if isinstance(value, str):
-        if not value.strip():
+    for item in value if isinstance(value, list) else [value]:
+        # nan is the null of a column of floats.
+        if item is None or (isinstance(item, float) and not math.isfinite(item)):
+            raise ConfigError(f"{about} is null or not finite; fill it in or remove the row")
+        if isinstance(item, str) and not item.strip():
             raise ConfigError(f"{about} is empty; fill it in or remove the row")
         try:
-            value.encode()
+            str(item).encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
     return value, about
@@ -124,6 +143,8 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
                 raise ConfigError(f"{place}: {fault}") from None
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{place}: not valid UTF-8: {error.reason}") from None
+            except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
+                raise ConfigError(f"{place}: not readable JSON: {error}") from None
             yield place, row
 
 
@@ -134,25 +155,42 @@ def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start)
-        raise ConfigError(f"{path}: not valid UTF-8 after line {line}: {error.reason}") from None
-    decoder, line, position, end = json.JSONDecoder(), 1, 0, text.index("[") + 1
-    while gap := _BETWEEN_ITEMS.match(text, end):  # it may be empty
-        line += text.count("\n", position, gap.end())
-        position = gap.end()
-        if text.startswith("]", position):
-            return
-        try:
-            row, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-        yield f"{path}:{line}", row
+    """Yield the items of an array, or of several in a row, from a window that moves on."""
+    decoder, line, text, position, is_inside = json.JSONDecoder(), 1, "", 0, False
+    with open(path, encoding="utf-8-sig") as file:
+        while True:
+            gap = _BETWEEN_ITEMS.match(text, position)
+            assert gap  # it may be empty
+            line += text.count("\n", position, gap.end())
+            position, at, fault = gap.end(), line, "the array does not end"
+            if text.startswith("]" if is_inside else "[", position):
+                position, is_inside = position + 1, not is_inside
+                continue
+            if position < len(text) and not is_inside:
+                raise ConfigError(f"{path}:{line}: not valid JSON: expected an array or the end")
+            if position < len(text):
+                try:
+                    row, end = decoder.raw_decode(text, position)
+                except json.JSONDecodeError as error:  # or it goes on behind the window
+                    at, fault = line + text.count("\n", position, error.pos), error.msg
+                else:
+                    yield f"{path}:{line}", row
+                    line, position = line + text.count("\n", position, end), end
+                    continue
+            try:
+                more = file.read(max(_WINDOW, len(text) - position))
+            except UnicodeDecodeError as error:
+                fault = f"not valid UTF-8 after line {line}: {error.reason}"
+                raise ConfigError(f"{path}: {fault}") from None
+            text, position = text[position:] + more, 0
+            if not more and is_inside:
+                raise ConfigError(f"{path}:{at}: not valid JSON: {fault}")
+            if not more:
+                return
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # of this process; a solution may exceed 131072 characters
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -176,7 +214,7 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_fields(str(path), fields, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH, columns=list(fields))
-            yield from _number((batch.to_pylist() for batch in batches), str(path))
+            yield from _number(batches, file.schema_arrow, str(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: not a readable parquet file: {error}") from None
 
@@ -185,28 +223,43 @@ def _open_hub(name: str, split: str) -> RowSource:
     import datasets
 
     repository, _, configuration = name.partition(":")
-    try:
+    with reading(
+        f'"{name}" is no file here, and as a data set of the hub (split "{split}") it does not load'
+    ):
+        if Path(repository).is_dir():
+            builder = datasets.load_dataset_builder(repository, configuration or None)
+            paths = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
+            if paths and all(path.suffix in _READERS for path in paths):
+                return _open_files(name, paths)
         rows = datasets.load_dataset(repository, configuration or None, split=split)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f'"{name}" is no file here, and as a data set of the hub (split "{split}") it does '
-            f"not load: {reason}"
-        ) from None
 
     def read(fields: Fields) -> Iterator[Row]:
         _check_fields(name, fields, rows.column_names)
         columns = rows.select_columns(list(fields)).with_format("arrow")
-        yield from _number((table.to_pylist() for table in columns.iter(_BATCH)), name)
+        yield from _number(columns.iter(_BATCH), columns.features.arrow_schema, name)
 
     # Cache files carry the revision of the data set in their path.
     identity = (name, split, *(file["filename"] for file in rows.cache_files))
     return RowSource(name, identity, read)
 
 
-def _number(batches: Iterator[list[dict[str, Any]]], name: str) -> Iterator[Row]:
-    for number, row in enumerate(chain.from_iterable(batches)):
-        yield f"{name} row {number}", row
+def _number(batches: Iterable[Any], schema: pyarrow.Schema, name: str) -> Iterator[Row]:
+    """Yield the rows of Arrow batches; `datasets` stores columns of mixed type as JSON texts."""
+    mixed = {field.name for field in schema if "arrow.json" in str(field.type)}
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows):
+        decoded = {field: _from_json(row[field]) for field in mixed & row.keys()}
+        yield f"{name} row {number}", row | decoded
+
+
+def _from_json(value: Any) -> Any:
+    """The value that a JSON text stands for; numerals stay text, as does what is no JSON (007)."""
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    try:
+        return json.loads(value, parse_int=str, parse_float=str)
+    except (ValueError, TypeError):
+        return value
 
 
 _READERS = {

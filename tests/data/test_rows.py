@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -6,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from laser_fast.config import ConfigError
+from laser_fast.data import rows
 from laser_fast.data.rows import answer_text, open_rows, question_text
 
 
@@ -33,11 +36,56 @@ def test_every_format_gives_the_same_rows(tmp_path):
         encoding="utf-8-sig",
     )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (tmp_path / "folder").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
-    for name in ("a.jsonl", "lines.json", "array.json", "a.csv", "a.parquet", "folder"):
+    (tmp_path / "arrays.json").write_text(json.dumps(rows[:2]) + "\n" + json.dumps(rows[2:]) + "\n")
+    names = ["a.jsonl", "lines.json", "array.json", "arrays.json", "a.csv", "a.parquet"]
+    for name in list(names):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        shutil.copy(tmp_path / name, folder / f"train{Path(name).suffix}")
+        names.append(folder.name)
+    for name in names:
         expected = [(row["problem"], row["answer"]) for row in rows]
         assert read(tmp_path / name) == expected, name
+
+
+def test_columns_of_mixed_type_read_the_same_from_every_format(tmp_path):
+    answers = [5, "x", "007", [3, "4"], 2.5, '"q"', "true", 10**20]
+    expected = ["5", "x", "007", "3, 4", "2.5", '"q"', "true", "1" + 20 * "0"]
+    table = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / "folder").mkdir()
+        shutil.copy(tmp_path / name, tmp_path / "folder" / f"train.{name[2:]}")
+        for path in (tmp_path / name, tmp_path / "folder"):
+            assert [answer for _, answer in read(path)] == expected, path
+        shutil.rmtree(tmp_path / "folder")
+    # Parquet has mixed columns as JSON texts only, as `datasets` writes them.
+    texts = pa.array([json.dumps(answer) for answer in answers])
+    problems = pa.array([row["problem"] for row in table])
+    mixed = pa.ExtensionArray.from_storage(pa.json_(), texts)
+    pq.write_table(pa.table({"problem": problems, "answer": mixed}), tmp_path / "a.parquet")
+    assert [answer for _, answer in read(tmp_path / "a.parquet")] == expected
+
+
+def test_long_fields_and_arrays_beyond_the_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_WINDOW", 50)
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"problem,answer,solution\n1?,1,{long}\n{long},2,a\n")
+    assert read(tmp_path / "a.csv") == [("1?", "1"), (long, "2")]
+    found = [{"problem": "\u00e9" * i, "answer": i, "more": ["]"]} for i in range(1, 150)]
+    text = json.dumps(found[:70], indent=1, ensure_ascii=False) + json.dumps(found[70:])
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "a.json") == [(row["problem"], str(row["answer"])) for row in found]
+    (tmp_path / "a.json").write_text(text.replace('"answer": 140', '"answer" 140'))
+    with pytest.raises(ConfigError, match=f"a.json:{text.count(chr(10)) + 1}: not valid JSON"):
+        read(tmp_path / "a.json")
+
+
+def test_the_home_folder_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
+    assert read("~/a.jsonl") == [("a", "1")]
 
 
 def test_json_arrays_count_lines(tmp_path):
@@ -98,6 +146,25 @@ def test_the_identity_follows_the_content(tmp_path):
         ("a.json", '[\n{"problem": "a", "answer": 1},\n\n', "a.json:4: not valid JSON"),
         ("a.json", '[\n{"problem": "a", "answer": 1},\n{"answer": 1}]', "a.json:3: no field"),
         ("a.json", b'[{"problem": "\xff", "answer": 1}]', "a.json: not valid UTF-8"),
+        (
+            "a.json",
+            '[{"problem": "a", "answer": 1}]\nmore',
+            "a.json:2: not valid JSON: expected an",
+        ),
+        (
+            "a.json",
+            '[{"problem": "a", "answer": 1}]\n[',
+            "a.json:2: not valid JSON: the array does",
+        ),
+        ("a.json", "[" + "[" * 100_000, "a.json: not readable: RecursionError"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: not readable JSON"),
+        ("a.jsonl", "9" * 5000, "a.jsonl:1: not readable JSON"),
+        ("a.jsonl", '{"problem": "a", "answer": Infinity}', "is null or not finite"),
+        ("a.jsonl", '{"problem": "a", "answer": 1e999}', "is null or not finite"),
+        ("a.jsonl", '{"problem": "a", "answer": [1, NaN]}', "is null or not finite"),
+        ("a.jsonl", '{"problem": "a", "answer": [null]}', "is null or not finite"),
+        ("a.jsonl", '{"problem": "a", "answer": ["1", ""]}', "is empty"),
+        ("a.jsonl", r'{"problem": "a", "answer": ["\ud83d"]}', "is not valid Unicode"),
         ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 columns"),
         ("a.csv", "problem,answer\na,1\nb,2,3\n", "a.csv:3: expected 2 columns"),
         ("a.csv", 'problem,answer\na,1\n"b,2\n', "a.csv:3: not valid CSV"),
@@ -121,12 +188,12 @@ def test_a_missing_column_is_named_with_those_there(tmp_path):
     for path in (tmp_path / "a.parquet", tmp_path / "folder" / "train.parquet"):
         pq.write_table(pa.Table.from_pylist(rows[:1]), path)
         data = path if path.parent == tmp_path else path.parent
-        message = f'{data.name}: no field "problem" .*; the fields are question, answer, id'
+        message = f'{path.name}: no field "problem" .*; the fields are question, answer, id'
         with pytest.raises(ConfigError, match=message):
             read(data)
         assert read(data, question="question") == [("a", "1.5")]
         pq.write_table(pa.Table.from_pylist(rows), path)
-        with pytest.raises(ConfigError, match=f'{data.name} row 1: field "answer" .* is null'):
+        with pytest.raises(ConfigError, match=f'{path.name} row 1: field "answer" .* is null'):
             read(data, question="question")
 
 
