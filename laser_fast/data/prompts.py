@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import torch
 from filelock import FileLock
 
@@ -138,6 +139,15 @@ class PromptSource:
         """Return every prompt in the order of the file; meant for evaluation sets."""
         rows = self._rows.tolist()
         return self._fetch(rows, [str(row) for row in rows])
+
+    def check_ids(self, num_rows: int) -> None:
+        """Refuse prompts with tokens beyond the `num_rows` embeddings of the model."""
+        largest = pa.compute.max(pa.compute.list_flatten(self._table.data.column("prompt_ids")))
+        if largest.as_py() >= num_rows:
+            raise ConfigError(
+                f"the {self._name} prompts have tokens up to id {largest}, beyond the {num_rows} "
+                "embeddings of the model; its tokenizer is of another model, or has gained tokens"
+            )
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
         table = self._table[rows]

@@ -110,9 +110,11 @@ def _build_sampler(
             config.model.path, score_token=config.score.token, model_config=model_config
         )
         prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
+        prompts.check_ids(model_config.vocab_size)
         digests, held_out = {"data.train": prompts.digest}, list[Prompt]()
         if config.data.eval:
             source = held_out_prompts(config.data, vocabulary.tokenizer)
+            source.check_ids(model_config.vocab_size)
             held_out = source.all()[world.rank :: world.size]
             digests["data.eval"] = source.digest
         if checkpoint is not None:

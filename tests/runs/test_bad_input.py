@@ -107,6 +107,17 @@ def text(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def replaced(name, old, new):
+    """Damage to the text of a file of a model."""
+
+    def damage(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return damage
+
+
 def cut(name, size):
     return lambda folder: os.truncate(folder / name, size)
 
@@ -196,6 +207,10 @@ STRAY = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.
         (cut("tokenizer.json", 300), r"no usable tokenizer"),
         (text("tokenizer_config.json", b"[]"), r"no usable tokenizer"),
         (values("tokenizer_config.json", pad_token="<|beyond|>"), r"padding token .* beyond the"),
+        (
+            replaced("tokenizer.json", '"=": 22,', '"=": 99,'),
+            r"prompts have tokens up to id 99, bey",
+        ),
     ],
 )
 def test_a_broken_model_is_one_sentence(
