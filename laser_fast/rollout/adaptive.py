@@ -5,9 +5,10 @@
     sample = chat_sampler(client, score, extract, model="m", messages=messages, max_tokens=4097)
     vote = await adaptive_vote_async(sample, threshold=0.95, max_samples=16, calibrated=calibrated)
 
-The server is `vllm serve` with the score's processor. What a threshold costs in samples is in the
-report of `laser-fast eval`; token, beta, c_ref and the fields of `calibrated`, which `laser-fast
-rescore --store` measures, are in the model's laser_fast.json.
+The server is `vllm serve`, with the score's processor if the score is read at the EOS. What a
+threshold costs in samples is in the report of `laser-fast eval`; token, position, beta, c_ref and
+the fields of `calibrated`, which `laser-fast rescore --store` measures, are in the model's
+laser_fast.json.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.algorithm.vote import UNCALIBRATED, Calibrated, PosteriorVote
+from laser_fast.records import ScorePosition
 from laser_fast.rollout.score_request import score_request
 
 Answer = TypeVar("Answer")
@@ -84,7 +86,12 @@ async def adaptive_vote_async(
 
 
 def chat_sampler(
-    client: Any, score: SelfScore, extract: Callable[[str], Answer | None], **request: Any
+    client: Any,
+    score: SelfScore,
+    extract: Callable[[str], Answer | None],
+    *,
+    position: ScorePosition = "eos",
+    **request: Any,
 ) -> Callable[[], Awaitable[Sample[Answer]]]:
     """A function that samples one chat from a server that scores; truncated ones say nothing.
 
@@ -92,17 +99,22 @@ def chat_sampler(
         client: an `openai.AsyncOpenAI`, of the caller's own installation.
         score: score token, beta and c_ref of the served model.
         extract: finds the answer in the text of a completion.
-        request: `model`, `messages`, `max_tokens`, one more than the answer may have, and other
-            fields of `client.chat.completions.create`; no seed, with which all samples are one.
+        position: of the model's score, in its laser_fast.json.
+        request: `model`, `messages`, `max_tokens`, one more than the answer may have if the score
+            is read at the EOS, and other fields of `client.chat.completions.create`; no seed, with
+            which all samples are one.
     """
-    extra = {**request.pop("extra_body", {}), **score_request(score.token_id)}
+    extra = {**request.pop("extra_body", {}), **score_request(score.token_id, position)}
 
     async def sample() -> Sample[Answer]:
         create = client.chat.completions.create
         (choice,) = (await create(**request, logprobs=True, extra_body=extra)).choices
         if choice.finish_reason != "stop":
             return None, None
-        return extract(choice.message.content), score.of(choice.logprobs.content[-1].logprob)
+        found = choice.logprobs.content[-1]
+        if position == "last":
+            found = found.top_logprobs[-1]
+        return extract(choice.message.content), score.of(found.logprob)
 
     return sample
 

@@ -111,12 +111,16 @@ def test_a_cancelled_vote_cancels_its_requests():
     assert (server.started, server.cancelled) == (4, 4)
 
 
-def test_a_chat_is_asked_for_its_score():
+@pytest.mark.parametrize("position", ["eos", "last"])
+def test_a_chat_is_asked_for_its_score(position):
     asked = []
 
     async def create(**request):
         asked.append(request)
-        tokens = [SimpleNamespace(logprob=value) for value in (-0.1, -16.0)]
+        # What vLLM returns: the score token's own log-prob, or the EOS with the score token's.
+        other = [SimpleNamespace(logprob=value) for value in (-0.3, -16.0)]
+        last = SimpleNamespace(logprob=-16.0 if position == "eos" else -0.3, top_logprobs=other)
+        tokens = [SimpleNamespace(logprob=-0.1, top_logprobs=[]), last]
         choice = SimpleNamespace(
             finish_reason="stop" if len(asked) == 1 else "length",
             message=SimpleNamespace(content="so: 42"),
@@ -128,9 +132,15 @@ def test_a_chat_is_asked_for_its_score():
     score = SelfScore(token_id=7, beta=0.1, ref_logprob=-23.0)
     extra = {"return_token_ids": True}
     sample = chat_sampler(
-        client, score, lambda text: text.split()[-1], model="m", max_tokens=9, extra_body=extra
+        client,
+        score,
+        lambda text: text.split()[-1],
+        position=position,
+        model="m",
+        max_tokens=9,
+        extra_body=extra,
     )
     assert asyncio.run(sample()) == ("42", pytest.approx(0.7))
     assert asyncio.run(sample()) == (None, None)  # a truncated one
     expected = {"model": "m", "max_tokens": 9, "logprobs": True}
-    assert asked == [expected | {"extra_body": extra | score_request(7)}] * 2
+    assert asked == [expected | {"extra_body": extra | score_request(7, position)}] * 2
