@@ -17,7 +17,7 @@ from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
-from laser_fast.rewards.gsm8k import last_number
+from laser_fast.rewards.gsm8k import final_number
 
 # The released evaluation appends this to a base model's prompt, after a line break.
 PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -136,7 +136,7 @@ def answer_of(kind: str) -> Callable[[str], str | None]:
     def answer(text: str) -> str | None:
         boxed = extract_boxed(text)
         if kind == "gsm8k":
-            number = last_number(text.rpartition("####")[2] if boxed is None else boxed)
+            number = final_number(text)
             return None if number is None else str(number)
         if kind == "exact" and boxed is None:
             boxed = text.strip()

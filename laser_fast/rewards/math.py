@@ -1,13 +1,28 @@
-r"""Reward "math": math-verify on the content of the last \boxed{}.
+r"""Reward "math": the value in the last \boxed{}, by exact reading and math-verify.
 
-Who is to blame decides between 0 and None. No box, an empty box or a box that math-verify cannot
-parse is the model's mistake: 0. A gold that cannot be parsed, a comparison that raises, and (from
-the pool) a deadline or a crash say nothing about the answer: the exception leaves this file, and
-the grade becomes None. So math-verify's habit of returning False for an exception is off; its
-time limits are too: they are SIGALRM, which works in no thread and interrupts no C code.
+Both sides are brought into one notation (laser_fast/rewards/notation.py) and lose their units,
+which are compared by themselves; numbers are then compared exactly, and everything else is
+math-verify's, with decimals as fractions and without its habit of dropping what it cannot read.
+
+Who is to blame decides between 0 and None. No box, an empty box or a box that nobody can read is
+the model's mistake: 0, and so is a comparison that fails if the gold can be compared with another
+answer. Otherwise the exception leaves this file, and the grade becomes None. math-verify's habit of
+returning False for an exception is off; its time limits are too: they are SIGALRM, which works in
+no thread and interrupts no C code.
+
+Deliberately not decided, so do not build on either outcome:
+- a unit, base, currency or a.m. that only one side names (accepted: the question names it);
+- a conversion (5 km for 5000 m, 15:00 for 3:00 p.m., 42 for 52_8 with a base on both sides);
+- 1,234 in a list or point, which is also two values; a decimal comma;
+- rounding (accepted from six decimals and six digits on, if the value has no finite decimals);
+- a value twice in a list (1, 1 for 1); (1, 2) as point, open interval or list;
+- the order of the letters of a product that spells a word.
 """
 
 import logging
+import re
+from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -15,19 +30,37 @@ from typing import Any
 from laser_fast import needs_train
 
 with needs_train():
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Expr, FiniteSet, N, Rational, Union
 
 from laser_fast.rewards.boxed import extract_boxed
+from laser_fast.rewards.notation import join_thousands, plain_latex, read_number
+from laser_fast.rewards.units import agree, split_unit
 
 # Its one warning asks for the deadline that our workers have.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+# Its units are single letters, too: it would read 6m as 6.
+_DEFAULT = LatexExtractionConfig()
+_READING = replace(
+    _DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False)
+)
+_DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
+_NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
+_LEAD = re.compile(r"^(?:\\text\{[^{}]*(?:\bis|\bare|[:=])\s*\}|=|\\approx|\\sim)\s*")
+_CONDITION = re.compile(r"^\\\{ *[A-Za-z] *(?:\||\\mid|:) *(.*)\\\}$")  # {x | x > 3}
+# Digits that no rule has joined are two numbers, which math-verify would multiply.
+_LOOSE_DIGITS = re.compile(r"\d +\d")
+_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\d)")
+_WORD = re.compile(r"\\text\{[^{}]*\}|[A-Za-z() .]+")
 
 
 def reward(text: str, answer: str) -> float:
     r"""Return 1.0 if the last \boxed{} of the completion equals the gold `answer`, else 0.0.
 
     The gold may be LaTeX, a number, several values, or a solution that ends in a \boxed{}. One that
-    math-verify cannot read is a ValueError, or what math-verify itself raises.
+    holds nothing is a ValueError, or what math-verify raises.
     """
     guess = extract_boxed(text)
     if not guess:
@@ -35,17 +68,9 @@ def reward(text: str, answer: str) -> float:
     gold = extract_boxed(answer) or answer.strip()
     if guess == gold:
         return 1.0
-    gold_values = _parse(gold)
-    if not gold_values:
+    if not gold:
         raise ValueError(f"math-verify finds no answer in the gold {answer[-80:]!r}")
-    try:
-        guess_values = _parse(guess)
-    except MemoryError:
-        raise
-    except Exception:
-        # Anything may come out of a parser fed with what a model wrote; all of it means "wrong".
-        return 0.0
-    return float(_equal(gold_values, guess_values))
+    return float(_is_same(gold, guess))
 
 
 def same_answer(first: str, second: str) -> bool:
@@ -55,19 +80,95 @@ def same_answer(first: str, second: str) -> bool:
     """
     first, second = first.strip(), second.strip()
     try:
-        values = _parse(first), _parse(second)
-        return first == second or _equal(*values) or _equal(*reversed(values))
+        return first == second or _is_same(first, second) or _is_same(second, first)
     except MemoryError:
         raise
     except Exception:
-        # As above: model text on both sides, and sympy raises what it likes.
+        # Model text on both sides, and sympy raises what it likes.
+        return False
+
+
+def _is_same(gold: str, guess: str) -> bool:
+    # Commas may separate thousands or values: either reading may agree, but not a mix.
+    return any(_agree(_plain(gold, commas), _plain(guess, commas)) for commas in (True, False))
+
+
+def _plain(latex: str, commas: bool) -> str:
+    text = plain_latex(latex).replace("\n", " ").lstrip(" ,;:").rstrip(" .,;:")
+    text = _CONDITION.sub(r"\1", _LEAD.sub("", text))
+    has_point = re.search(r"[(\[]|\\\{", text) is not None
+    return join_thousands(text, commas=commas and not has_point)
+
+
+def _agree(gold: str, guess: str) -> bool:
+    """Whether two answers in plain LaTeX are the same value in units that may be the same."""
+    gold, guess = _without_name(gold, guess)
+    gold, unit = split_unit(gold, has_letters=True)
+    guess, other = split_unit(guess, has_letters=read_number(gold) is None)
+    if not agree(unit, other) or gold.count("'") != guess.count("'"):  # math-verify drops primes
+        return False
+    if _SPACE.sub("", gold) == _SPACE.sub("", guess):
+        return True
+    clocks = [_CLOCK.fullmatch(text) for text in (gold, guess)]
+    if any(clocks):
+        return all(clocks) and _times(gold) == _times(guess)
+    if r"\text" in gold + guess and _WORD.fullmatch(gold) and _WORD.fullmatch(guess):
+        return _letters(gold) == _letters(guess)
+    first, second = read_number(gold), read_number(guess)
+    if first is None or second is None:
+        return not _LOOSE_DIGITS.search(guess) and _verify(gold, guess)
+    scales = (1, 100, Fraction(1, 100)) if "percent" in unit ^ other else (1,)
+    return any(first == scale * second for scale in scales) or (
+        _is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first))
+    )
+
+
+def _times(text: str) -> list[int]:
+    return [int(part) for part in text.split(":")]
+
+
+def _without_name(gold: str, guess: str) -> tuple[str, str]:
+    """Both without the same "x =", or one without its own."""
+    first, second = _NAMED.fullmatch(gold), _NAMED.fullmatch(guess)
+    if first and second and first[1] != second[1]:
+        return gold, guess
+    return first[2] if first else gold, second[2] if second else guess
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\\text|[^a-z0-9]", "", text.casefold())
+
+
+def _verify(gold: str, guess: str) -> bool:
+    """Whether math-verify finds the same value, and finds it without rounding it away."""
+    golds = _parse(gold)
+    try:
+        guesses = _parse(guess)
+        return (
+            _equal(golds, guesses)
+            or any(_is_rounded(gold, value) for value in guesses)
+            or any(_is_rounded(guess, value) for value in golds)
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        # Anything may come out of a parser fed with what a model wrote; all of it means "wrong",
+        # unless it is the gold that cannot be compared.
+        _equal(golds, _parse("-7919"))
         return False
 
 
 @lru_cache(maxsize=4096)
 def _parse(latex: str) -> tuple[Any, ...]:
     """Return the readings of an answer: a sympy value and the text itself, if it has any."""
-    return tuple(parse(f"\\boxed{{{latex}}}", parsing_timeout=None, raise_on_error=True))
+    exact = _DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
+    exact = re.sub(r"(?<=[\d})])i(?![a-zA-Z])", " i", exact)  # it knows i only as a word
+    values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
+    for value in values[:1]:
+        if re.search(r"\bor\b|\\lor|\\vee", latex) and isinstance(value, FiniteSet):
+            if all(part.is_Relational for part in value.args):
+                values.append(Union(*(part.as_set() for part in value.args)))
+    return tuple(values)
 
 
 def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
@@ -75,7 +176,13 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
     failure = None
     for pair in product(gold, guess):
         try:
-            if verify(*pair, timeout_seconds=None, raise_on_error=True):
+            if verify(
+                *pair,
+                numeric_precision=60,
+                allow_set_relation_comp=True,
+                timeout_seconds=None,
+                raise_on_error=True,
+            ) and _is_close(*pair):
                 return True
         except MemoryError:
             raise
@@ -84,3 +191,25 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
     if failure is not None:
         raise failure
     return False
+
+
+def _is_close(first: Any, second: Any) -> bool:
+    """Whether two constants agree relative to their size; math-verify subtracts (1/2004!)."""
+    if first == second or not (isinstance(first, Expr) and isinstance(second, Expr)):
+        return True
+    if first.free_symbols or second.free_symbols:
+        return True
+    a, b = N(first, 40), N(second, 40)
+    return bool(abs(a - b) <= abs(a) * Rational(1, 10**30))
+
+
+def _is_rounded(decimal: str, value: Any) -> bool:
+    """Whether `decimal` is a constant rounded to six or more decimals, if it has no finite form."""
+    match = re.fullmatch(r"-?(\d*)\.(\d{6,})", decimal)
+    if match is None or len((match[1] + match[2]).lstrip("0")) < 6:
+        return False
+    if not isinstance(value, Expr) or value.free_symbols:
+        return False
+    if value.is_Rational and 10**40 % value.q == 0:
+        return False
+    return bool(abs(N(value, 60) - Rational(decimal)) * 2 * 10 ** len(match[2]) <= 1)

@@ -41,10 +41,10 @@ def test_an_unreadable_gold_is_a_failure_not_a_wrong_answer():
 def test_garbage_of_the_model_is_wrong_even_if_the_parser_raises(monkeypatch):
     parse = math.parse
 
-    def raise_on_garbage(latex, **options):
+    def raise_on_garbage(latex, *arguments, **options):
         if latex == r"\boxed{garbage}":
             raise RecursionError
-        return parse(latex, **options)
+        return parse(latex, *arguments, **options)
 
     monkeypatch.setattr(math, "parse", raise_on_garbage)
     assert math.reward(r"\boxed{garbage}", "2") == 0.0
