@@ -3,9 +3,8 @@
 Every key is documented once, here, and read somewhere; a wrong file is refused in one sentence.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Literal
 
 from laser_fast import needs_train
@@ -149,7 +148,13 @@ class RewardConfig(Section):
     kind: str = "math"
     """One of math, gsm8k, exact, sandbox, or "module:function" of yours."""
     timeout_s: float = Field(10.0, gt=0)
-    """Deadline of one answer; a grade that misses it is None and counted."""
+    """Deadline of one answer; one that misses it is wrong if its gold is readable, else None."""
+    batch_timeout_s: float = Field(300.0, gt=0)
+    """Deadline of a call of your function with all completions of a rank."""
+    range: tuple[float, float] = Field((0.0, 1.0), strict=False)
+    """Lowest and highest reward of your function, which the score learns; mapped to [0, 1]."""
+    max_failed: float = Field(1.0, ge=0, le=1)
+    """Stop when a larger share of a step's grades failed; without any grade it has no update."""
     workers: int = Field(2, ge=1)
     """Grading processes per rank."""
     format_gate: bool = False
@@ -158,6 +163,11 @@ class RewardConfig(Section):
     """Truncated completions: grade as they are, leave out of the loss, or DAPO's soft penalty."""
     overlong_buffer: int = Field(0, ge=0)
     """Tokens before the limit over which the soft penalty falls from 0 to -1."""
+
+    def _problems(self) -> Iterator[str]:
+        low, high = self.range
+        if not low < high:
+            yield f"reward.range = [{low:g}, {high:g}] must be [lowest, highest], such as [-1, 1]"
 
 
 class ScoreConfig(Section):
@@ -187,17 +197,6 @@ class ScoreConfig(Section):
                 check_score_target(beta=self.beta, ref_logprob=ref_logprob)
         except ValueError as error:
             raise ConfigError(f"score.beta = {self.beta:g}: {error}") from None
-
-
-def mean_ref_logprob(logprobs: Iterable[float | None]) -> float:
-    """What `score.ref_logprob = "auto"` means: their mean, without the unfinished (None)."""
-    found = [logprob for logprob in logprobs if logprob is not None]
-    if not found:
-        raise ConfigError(
-            'score.ref_logprob = "auto" (--ref-logprob auto) found no finished completion to '
-            "measure; raise rollout.max_new_tokens or give a number"
-        )
-    return fmean(found)
 
 
 class AdvantageConfig(Section):

@@ -43,7 +43,7 @@ def test_sections_and_number_of_keys():
         + ["checkpoint", "log"]
     )
     assert [key for key in all_keys() if "." not in key] == ["seed", "output_dir"]
-    assert len(all_keys()) <= 80
+    assert len(all_keys()) <= 82
 
 
 def test_keys_that_users_rely_on():
@@ -76,12 +76,15 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
     make_sandbox_model(tmp_path / "model", seed=0, steps=8)
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows("eval", seed=0)[:8]))
+    function = "def reward(completions): return [float(len(c) > 9) for c in completions]\n"
+    (tmp_path / "length_reward.py").write_text(function)
+    monkeypatch.syspath_prepend(tmp_path)
     config = {
         "output_dir": str(tmp_path / "run"),
         "model": {"path": str(tmp_path / "model")},
         "data": {"train": str(problems), "eval": str(problems), "template": "{prompt}"},
         "rollout": {"max_new_tokens": 24, "group_size": 2, "resample_rounds": 1},
-        "reward": {"kind": "exact", "overlong": "penalty", "overlong_buffer": 4},
+        "reward": {"kind": "length_reward:reward", "overlong": "penalty", "overlong_buffer": 4},
         "score": {"token": "<|reserved_0|>", "beta": 0.2, "ref_logprob": -11.0},
         "loss": {"kl_coef": 0.1, "entropy_coef": 0.01},
         "optim": {"steps": 2, "schedule": "linear", "warmup_steps": 1},

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.algorithm.vote import Calibrated
-from laser_fast.config import RewardConfig, ScoreConfig, mean_ref_logprob
+from laser_fast.config import RewardConfig, ScoreConfig
 from laser_fast.config_errors import ConfigError, apply_override
 from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
@@ -20,6 +20,7 @@ from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
     SampleRecord,
     group_by_prompt,
+    mean_ref_logprob,
     read_samples,
     scored,
     write_samples,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -102,6 +103,17 @@ def scored(
             score = value if math.isfinite(value) else None
         found.append(replace(record, score=score))
     return found
+
+
+def mean_ref_logprob(logprobs: Iterable[float | None]) -> float:
+    """What `score.ref_logprob = "auto"` means: their mean, without the unfinished (None)."""
+    found = [logprob for logprob in logprobs if logprob is not None]
+    if not found:
+        raise ConfigError(
+            'score.ref_logprob = "auto" (--ref-logprob auto) found no finished completion to '
+            "measure; raise rollout.max_new_tokens or give a number"
+        )
+    return fmean(found)
 
 
 def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]:

@@ -28,7 +28,10 @@ _BUILT_IN = {
     "sandbox": "laser_fast.rewards.boxed:sandbox",
 }
 _USER = "laser_fast.rewards.user:call"
+_CHECK_USER = "laser_fast.rewards.user:check_signature"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
+# Which every built-in kind can compare with a gold that it can read.
+_OTHER_ANSWER = r"\boxed{-7919.25}"
 # A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
 _MEMORY_LIMIT = 4 << 30
 
@@ -39,17 +42,19 @@ class Grader(ExitStack):
     """Worker processes that grade by one `RewardConfig`, until it is closed.
 
     Args:
-        config: `kind`, `timeout_s`, `workers` and `format_gate` are read.
+        config: `kind`, `range`, the deadlines, `workers` and `format_gate` are read.
+        trains_score: whether rewards become targets of the score, which are from 0 to 1.
 
     Raises:
-        ConfigError: if `kind` is unknown, does not import in a worker or is no function, or if
-            `format_gate` is asked of a kind that has none.
+        ConfigError: if `kind` is unknown, does not import in a worker, is no function or asks for
+            what no reward gets, or if `format_gate` is asked of a kind that has none.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, *, trains_score: bool = False) -> None:
         super().__init__()
         _check(config)
         self._config = config
+        self._is_bounded = trains_score or config.range != (0.0, 1.0)
         self._function = _BUILT_IN.get(config.kind, config.kind)
         limit = _MEMORY_LIMIT if config.kind in _BUILT_IN else None
         try:
@@ -57,6 +62,11 @@ class Grader(ExitStack):
         except WorkerStartError as error:
             raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
         self.callback(self._pool.close)
+        if config.kind not in _BUILT_IN:
+            [fault] = self._run(_CHECK_USER, [(config.kind,)])
+            if fault is not None:
+                self.close()
+                raise ConfigError(f'reward.kind = "{config.kind}": {fault}')
 
     def grade(
         self,
@@ -67,19 +77,22 @@ class Grader(ExitStack):
     ) -> list[float | None]:
         """Return one reward per completion; None for a grade that failed.
 
-        Built-in kinds grade every answer by itself under the deadline `timeout_s`. A user's
-        function gets all completions in one call under that same deadline. If this call hangs or
-        crashes, every completion gets a call of its own, so that only the guilty one is None.
+        Built-in kinds grade every answer by itself under the deadline `timeout_s`. An answer that
+        misses it, or takes its worker down, is wrong if its gold can be compared with another one.
+        A user's function gets all completions in one call under `batch_timeout_s`. If this call
+        hangs or crashes, every completion gets a call of its own under `timeout_s`, so that only
+        the guilty one is None. Its rewards are mapped from `range` to [0, 1].
 
         Args:
             texts: completions, without special tokens.
             answers: gold answers, one per completion.
-            prompts: for `format_gate`, which wants `<answer>` tags where the prompt asks for
-                them; without prompts it wants exactly one box.
+            prompts: for a function that asks for them, and for `format_gate`, which wants
+                `<answer>` tags where the prompt asks for them; without prompts it wants exactly
+                one box.
 
         Raises:
             RewardError: if a user's function raises, or returns anything but one finite number or
-                None per completion.
+                None per completion, or a number outside of `range` where that matters.
             ValueError: if the lengths differ.
         """
         if len(answers) != len(texts) or (prompts is not None and len(prompts) != len(texts)):
@@ -90,7 +103,11 @@ class Grader(ExitStack):
         rows: Sequence[int] = range(len(texts))
         if self._config.format_gate:
             rows = [i for i in rows if passes_gate(texts[i], prompts[i] if prompts else "")]
-        outcomes = self._outcomes([(texts[i], str(answers[i])) for i in rows])
+        completions = [(texts[i], str(answers[i])) for i in rows]
+        if self._config.kind in _BUILT_IN:
+            outcomes = self._run_built_in(completions)
+        else:
+            outcomes = self._run_users(completions, prompts)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         for reason, count in Counter(failure.reason for failure in failures).items():
             example = next(failure.summary for failure in failures if failure.reason == reason)
@@ -113,26 +130,60 @@ class Grader(ExitStack):
         [outcome] = self._run(_SAME_ANSWER, [(first, second)])
         return outcome is True
 
-    def _outcomes(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    def _run_built_in(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
         """A reward or a `Failure` for each completion with its gold."""
-        kind = self._config.kind
-        if kind in _BUILT_IN or not pairs:
-            return self._run(self._function, pairs)
-        [outcome] = outcomes = self._run(_USER, [(kind, pairs)])
+        outcomes = self._run(self._function, pairs)
+        failed = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        others = self._run(self._function, [(_OTHER_ANSWER, pairs[i][1]) for i in failed])
+        blamed = [i for i, other in zip(failed, others, strict=True) if type(other) is float]
+        for i in blamed:
+            outcomes[i] = 0.0
+        if blamed:
+            _log.warning(
+                "%d of %d answers graded 0: no grader can read them", len(blamed), len(pairs)
+            )
+        return outcomes
+
+    def _run_users(
+        self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] | None
+    ) -> list[Any]:
+        """The mapped reward or a `Failure` for each completion with its gold."""
+        if not pairs:
+            return []
+        kind, config = self._config.kind, self._config
+        [outcome] = outcomes = self._pool.run(
+            _USER, [(kind, pairs, prompts)], deadline_s=config.batch_timeout_s
+        )
         if isinstance(outcome, Failure) and outcome.reason != "error" and len(pairs) > 1:
             _log.warning(
                 'reward function "%s": a call with %d completions failed: %s; calling it with one '
-                "at a time (if it is only slow, raise reward.timeout_s = %g)",
-                *(kind, len(pairs), outcome.summary, self._config.timeout_s),
+                "at a time (if it is only slow, raise reward.batch_timeout_s = %g)",
+                *(kind, len(pairs), outcome.summary, config.batch_timeout_s),
             )
-            outcomes = self._run(_USER, [(kind, [pair]) for pair in pairs])
+            singly = [
+                (kind, pairs[i : i + 1], prompts and prompts[i : i + 1]) for i in range(len(pairs))
+            ]
+            outcomes = self._run(_USER, singly)
         for error in outcomes:
             if isinstance(error, Failure) and error.reason == "error":
                 name, _, fault = error.summary.partition(": ")
                 if name != RewardError.__name__:
                     fault = f'reward function "{kind}" raised {error.summary}\n{error.traceback}'
                 raise RewardError(fault)
-        return [item for each in outcomes for item in (each if isinstance(each, list) else [each])]
+        rewards = [
+            item for each in outcomes for item in (each if isinstance(each, list) else [each])
+        ]
+        return [self._mapped(reward) if type(reward) is float else reward for reward in rewards]
+
+    def _mapped(self, reward: float) -> float:
+        low, high = self._config.range
+        if self._is_bounded and not low <= reward <= high:
+            raise RewardError(
+                f'reward function "{self._config.kind}": got {reward:g}, but the score learns '
+                f"rewards from {low:g} to {high:g}; set reward.range = [lowest, highest], which is "
+                "mapped to [0, 1], or score.loss_coef = 0"
+            )
+        return (reward - low) / (high - low)
 
     def _run(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._pool.run(function, calls, deadline_s=self._config.timeout_s)

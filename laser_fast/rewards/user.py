@@ -1,26 +1,67 @@
 """Reward "module:function": a function of the user's, called with a batch.
 
     def reward(completions: list[str], answers: list[str]) -> list[float]
+    def reward(prompts, completions, answer, **kwargs) -> list[float]     # as TRL calls it
 
-One finite number per completion, in order; None says that this one could not be graded. Nothing
-else is accepted: a list of another length would otherwise be broadcast over the batch.
+It gets what its parameters ask for by name: prompts, completions and answers, or answer, which is
+the same list; `**kwargs` gets them all. It returns one finite number per completion, in order; None
+says that this one could not be graded. Nothing else is accepted: a list of another length would
+otherwise be broadcast over the batch.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from laser_fast.rewards.pool import resolve
 
+_OFFERED = ("prompts", "completions", "answers", "answer")
+
 
 class RewardError(RuntimeError):
     """The user's reward function is broken; the message names the function and the fault."""
 
 
-def call(kind: str, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+def check_signature(kind: str) -> str | None:
+    """What is wrong with the parameters of the function that `kind` names, or None."""
+    asked, takes_all = _parameters(kind)
+    unknown = [p.name for p in asked if p.name not in _OFFERED and p.default is p.empty]
+    by_place = [p.name for p in asked if p.kind is p.POSITIONAL_ONLY]
+    if not unknown and not by_place and (takes_all or any(p.name == "completions" for p in asked)):
+        return None
+    names = ", ".join(unknown or by_place or [p.name for p in asked]) or "nothing"
+    return (
+        f"it asks for {names}; a reward function gets completions, and what else it asks for by "
+        f"name among {', '.join(_OFFERED)}"
+    )
+
+
+def call(
+    kind: str, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] | None
+) -> list[float | None]:
     """Call the function that `kind` names with the completions and answers of `pairs`."""
     completions, answers = map(list, zip(*pairs, strict=True))
-    return check_rewards(resolve(kind)(completions, answers), len(pairs), kind=kind)
+    offered = {"completions": completions, "answers": answers, "answer": answers}
+    if prompts is not None:
+        offered["prompts"] = list(prompts)
+    asked, takes_all = _parameters(kind)
+    if missing := [p.name for p in asked if p.default is p.empty and p.name not in offered]:
+        raise RewardError(f'reward function "{kind}": there are no {", ".join(missing)} here')
+    names = offered if takes_all else {p.name for p in asked} & offered.keys()
+    rewards = resolve(kind)(**{name: offered[name] for name in names})
+    return check_rewards(rewards, len(pairs), kind=kind)
+
+
+def _parameters(kind: str) -> tuple[list[inspect.Parameter], bool]:
+    """The parameters of a function, and whether it takes any others by name."""
+    try:
+        found = list(inspect.signature(resolve(kind)).parameters.values())
+    except ValueError:  # a builtin, which does not say
+        found = []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in found)
+    return [p for p in found if p.kind not in several], takes_all
 
 
 def check_rewards(rewards: Any, num_completions: int, *, kind: str) -> list[float | None]:

@@ -121,7 +121,7 @@ def _build_sampler(
             _check_digests(digests, trainer_state(checkpoint).get("digests", {}))
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
-    grader = stack.enter_context(Grader(config.reward))
+    grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
     uses_server = config.rollout.engine == "vllm_server"
     # A server that does not fit is found before the model is loaded.
     engine = make_engine(config, None, vocabulary.special) if uses_server else None

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from laser_fast.algorithm.advantage import has_reward_spread
-from laser_fast.config import Config, mean_ref_logprob
+from laser_fast.config import Config
 from laser_fast.data.prompts import PromptSource
+from laser_fast.log.samples import mean_ref_logprob
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
 from laser_fast.model.logprobs import policy_logprobs, with_scores

@@ -41,6 +41,39 @@ def modules(completions, answers):
     heavy = {"torch", "pydantic", "sympy", "transformers"} & set(sys.modules)
     return [float(len(heavy))] * len(completions)
 
+def sleepy(completions, answers):
+    time.sleep(0.4 * len(completions))
+    return [1.0] * len(completions)
+
+def slow_trl(prompts, completions, answer, **kwargs):
+    time.sleep(2.0 if len(prompts) > 1 else 0.0)
+    return [float(p + c == a) for p, c, a in zip(prompts, completions, answer)]
+
+def as_trl(prompts, completions, **kwargs):
+    assert kwargs["answer"] == kwargs["answers"]
+    return [float(p + c == a) for p, c, a in zip(prompts, completions, kwargs["answer"])]
+
+def by_name(answers, completions):
+    return [float(c == a) for c, a in zip(completions, answers)]
+
+def optional(completions, prompts=None, threshold=0.5):
+    return [0.0 if prompts is None else 1.0] * len(completions)
+
+def number(completions):
+    return [float(completion) for completion in completions]
+
+def other_names(texts, golds):
+    return [1.0] * len(texts)
+
+def of_one(completion, answer):
+    return 1.0
+
+def nothing():
+    return []
+
+def by_place(completions, answers, /):
+    return []
+
 def hash_seed(completions, answers):
     return [hash("seed") % 1000] * len(completions)
 
@@ -67,12 +100,17 @@ def math_grader():
         yield grader
 
 
-def test_a_hanging_answer_is_none_within_its_deadline_and_alone(math_grader):
+def test_a_hanging_answer_is_wrong_within_its_deadline_and_alone(math_grader):
     texts = [r"\boxed{4}", HANG, r"\boxed{\frac{8}{2}}", HANG, r"\boxed{5}", "none"] * 2
     math_grader.grade([r"\boxed{\frac{1}{2}}"] * 4, ["0.5"] * 4)  # warm: both workers have started
     # That it returns at all is the deadline: four hangs on two workers, and their restarts.
-    assert math_grader.grade(texts, ["4"] * 12) == [1.0, None, 1.0, None, 0.0, 0.0] * 2
+    assert math_grader.grade(texts, ["4"] * 12) == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0] * 2
     assert math_grader.grade([r"\boxed{4}"], [4]) == [1.0]
+
+
+def test_the_side_that_breaks_the_grader_is_to_blame(math_grader):
+    assert math_grader.grade([r"\boxed{10^{9000000}}"], ["44"]) == [0.0]
+    assert math_grader.grade([r"\boxed{5}", r"\boxed{\pi}"], [HANG[7:-1], "1/0"]) == [None, None]
 
 
 def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
@@ -156,13 +194,59 @@ def test_user_function_gets_the_batch(user_module):
 
 @pytest.mark.parametrize("event", ["hang", "exit", "segfault"])
 def test_a_lost_user_call_costs_only_the_guilty_answer(user_module, event, caplog):
-    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=2.0)
+    config = RewardConfig(kind=f"{user_module}:eventful", timeout_s=2.0, batch_timeout_s=2.0)
     with Grader(config) as grader:
         rewards = grader.grade(["a", event, "b"], ["", "", ""])
         assert rewards == [1.0, None, 1.0]  # 1.0: each in a call of its own
         assert grader.grade(["a", "b"], ["", ""]) == [2.0, 2.0]
         assert grader.grade([event], [""]) == [None]
     assert "calling it with one at a time" in caplog.text
+
+
+def test_a_batch_has_a_deadline_of_its_own(user_module, caplog):
+    with Grader(RewardConfig(kind=f"{user_module}:sleepy", timeout_s=1.0)) as grader:
+        assert grader.grade(["a"] * 4, [""] * 4) == [1.0] * 4
+    assert not caplog.text
+    config = RewardConfig(kind=f"{user_module}:sleepy", timeout_s=1.0, batch_timeout_s=1.0)
+    with Grader(config) as grader:
+        assert grader.grade(["a"] * 4, [""] * 4) == [1.0] * 4
+    assert "raise reward.batch_timeout_s = 1" in caplog.text
+
+
+def test_a_user_function_gets_what_it_asks_for_by_name(user_module):
+    texts, answers, prompts = ["5", "6"], ["25", "27"], ["2", "2"]
+    with Grader(RewardConfig(kind=f"{user_module}:as_trl")) as grader:
+        assert grader.grade(texts, answers, prompts=prompts) == [1.0, 0.0]
+        with pytest.raises(RewardError, match='my_rewards:as_trl": there are no prompts here'):
+            grader.grade(texts, answers)
+    with Grader(RewardConfig(kind=f"{user_module}:by_name")) as grader:
+        assert grader.grade(texts, ["5", "7"]) == [1.0, 0.0]
+    with Grader(RewardConfig(kind=f"{user_module}:optional")) as grader:
+        assert grader.grade(texts, answers) == [0.0, 0.0]
+        assert grader.grade(texts, answers, prompts=prompts) == [1.0, 1.0]
+
+
+def test_prompts_also_come_with_single_calls(user_module):
+    config = RewardConfig(kind=f"{user_module}:slow_trl", timeout_s=60.0, batch_timeout_s=1.0)
+    with Grader(config) as grader:
+        assert grader.grade(["5", "6"], ["25", "26"], prompts=["2", "3"]) == [1.0, 0.0]
+
+
+def test_rewards_are_mapped_from_their_range_and_refused_outside(user_module):
+    kind = f"{user_module}:number"
+    with Grader(RewardConfig(kind=kind)) as grader:  # no score trains
+        assert grader.grade(["10", "-1"], ["", ""]) == [10.0, -1.0]
+    for config, texts, fault in (
+        (RewardConfig(kind=kind), ["0.5", "1.5"], r"got 1.5, but .* rewards from 0 to 1; set rew"),
+        (RewardConfig(kind=kind), ["-1"], "got -1, but .* from 0 to 1"),
+        (RewardConfig(kind=kind, range=(-1.0, 3.0)), ["3.5"], "got 3.5, but .* from -1 to 3"),
+    ):
+        with Grader(config, trains_score=True) as grader:
+            with pytest.raises(RewardError, match=f'my_rewards:number": {fault}'):
+                grader.grade(texts, [""] * len(texts))
+            assert grader.grade(["0", "1"], ["", ""])[0] >= 0.0
+    with Grader(RewardConfig(kind=kind, range=(-1.0, 3.0))) as grader:
+        assert grader.grade(["-1", "0", "3"], [""] * 3) == [0.0, 0.25, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +305,10 @@ def test_what_a_user_function_may_return():
         ("no_such_module:f", "cannot be loaded: ModuleNotFoundError: .*no_such_module"),
         ("broken_rewards:f", "cannot be loaded: ModuleNotFoundError: .*not_installed_anywhere"),
         ("my_rewards:missing", "cannot be loaded: AttributeError: .*missing"),
+        ("my_rewards:other_names", "it asks for texts, golds; a reward function gets completions"),
+        ("my_rewards:of_one", "it asks for completion; .* among prompts, completions, answers"),
+        ("my_rewards:nothing", "it asks for nothing; a reward function gets completions"),
+        ("my_rewards:by_place", "it asks for completions, answers; .* by name"),
         ("my_rewards:not_a_function", "cannot be loaded: TypeError: .*int, not a function"),
     ],
 )
