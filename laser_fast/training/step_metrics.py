@@ -20,14 +20,14 @@ from laser_fast.training.tables import StepTables
 
 def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
-    num_graded = tables.is_graded.sum().clamp(min=1)
+    num_graded = tables.is_graded.sum()
     return {
         "rollout/mean_length": float(tables.lengths.float().mean()),
         "rollout/truncated": float((~tables.is_finished).float().mean()),
         "rollout/tokens": float(tables.lengths.sum()),
         # -log pi of the sampled token estimates the entropy without bias, and without the logits.
         "loss/entropy": -float(tables.logprobs.sum() / tables.lengths.sum()),
-        "reward/mean": float(tables.rewards.sum() / num_graded),
+        "reward/mean": float(tables.rewards.sum() / num_graded),  # nan, logged as null, of none
         "reward/failed": float((~tables.is_graded).sum()),
         "advantage/zero_std_groups": float((~tables.has_spread).float().mean()),
         "advantage/mean_abs": float(advantages.abs().mean()),

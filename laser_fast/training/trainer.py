@@ -6,6 +6,8 @@ The first four are the sampler's (laser_fast/training/sampler.py). `Trainer` hol
 step to step; laser_fast/training/run.py builds it, evaluates and saves.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +22,7 @@ from laser_fast.model.logprobs import label_logprobs, with_scores
 from laser_fast.model.packing import Packer, share_out
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
+from laser_fast.rewards import RewardError
 from laser_fast.rollout.engine import DisagreementError
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
@@ -27,6 +30,8 @@ from laser_fast.training.schedule import GradientCap, learning_rate, mixes_score
 from laser_fast.training.step_metrics import RowMetrics, pack_metrics, table_metrics
 from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
 from laser_fast.training.update import apply_gradients, gradient_norm
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -55,6 +60,7 @@ class Trainer:
                 groups = with_scores(self.policy, groups, self.packer, self.world)
         with self.stage("advantage"):
             tables = gather_tables(groups, self.world)
+            self._check_grades(step, tables.is_graded)
             if floats:
                 self.score = refit_reference(
                     self.score, tables.score_logprobs, tables.rewards, tables.has_score_target
@@ -75,11 +81,12 @@ class Trainer:
             score_coef=self.cap.coef() if score_step >= 0 else 0.0,
         )
         measures = objective.score_coef > 0 and self.cap.is_due(score_step)
+        measures = measures and bool(tables.is_graded.any())
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         rows = RowMetrics(config.loss, self.world.device)
         grad_norms: list[float] = []
-        for batches in updates:
+        for number, batches in enumerate(updates):
             with self.stage.only("loss"):
                 if measures and not grad_norms:
                     norms = self._backward_apart(objective, batches, rows)
@@ -91,11 +98,14 @@ class Trainer:
                 found = rows.disagreement(self.world) if is_number else float("nan")
                 self._check_rollout(step, found)
             with self.stage.only("step"):
-                max_norm = config.optim.max_grad_norm
-                norm = apply_gradients(
-                    self.policy, self.optimizer, lr=lr, max_norm=max_norm, step=step
-                )
-                grad_norms.append(norm)
+                if tables.is_graded[number :: len(updates)].any():
+                    max_norm = config.optim.max_grad_norm
+                    norm = apply_gradients(
+                        self.policy, self.optimizer, lr=lr, max_norm=max_norm, step=step
+                    )
+                    grad_norms.append(norm)
+                else:  # not even weight decay or momentum moves
+                    self.optimizer.zero_grad(set_to_none=True)
 
         metrics |= table_metrics(tables, advantages)
         metrics |= rows.finish(
@@ -109,7 +119,7 @@ class Trainer:
         metrics["score/coef"] = objective.score_coef
         if config.score.loss_coef > 0:
             metrics["score/ref_logprob"] = self.score.ref_logprob
-        metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms)
+        metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms) if grad_norms else math.nan
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
         metrics["rollout/staleness"] = self.sampler.staleness
@@ -169,6 +179,17 @@ class Trainer:
             assert parameter.grad is not None and grad is not None
             parameter.grad.mul_(share).add_(grad)
         return {"loss/grad_norm": policy_norm, "score/grad_norm": share * score_norm}
+
+    def _check_grades(self, step: int, is_graded: Tensor) -> None:
+        """Refuse a step of which too many grades failed, and name one without any."""
+        failed, limit = float((~is_graded).float().mean()), self.config.reward.max_failed
+        if failed > limit:
+            raise RewardError(
+                f"step {step}: {failed:.0%} of the grades failed, more than reward.max_failed = "
+                f"{limit:g}; see the warnings above, and --resume once the reward works"
+            )
+        if failed == 1:
+            logger.warning("step %d: every grade failed, so there is no update", step)
 
     def _check_rollout(self, step: int, disagreement: float) -> None:
         """Refuse to train on tokens that the engine sampled from other weights."""

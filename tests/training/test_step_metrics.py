@@ -143,3 +143,5 @@ def test_metrics_of_the_tables(world):
         "advantage/zero_std_groups": pytest.approx(1 / 2),
         "advantage/mean_abs": pytest.approx(0.25),
     }
+    failed = gather_tables([make_group("a", [(2, True, -1.0)], [None])], world)
+    assert math.isnan(table_metrics(failed, torch.zeros(1, 1))["reward/mean"])

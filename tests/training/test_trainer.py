@@ -1,16 +1,20 @@
 """A measuring step of the gradient cap, on the real policy."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import SCORE_TOKEN, make_config, make_sequences
+from tiny_models import SCORE_TOKEN, make_config, make_group, make_sequences
 from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig, ModelConfig
+from laser_fast.log.timer import StageTimer
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
+from laser_fast.rewards import RewardError
 from laser_fast.training.objective import Objective
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.step_metrics import RowMetrics
@@ -70,3 +74,31 @@ def test_gradients_formed_apart_join_to_the_capped_ones(world, model_folders, ma
     # The cap holds exactly in the step that measures.
     assert norms["score/grad_norm"] <= max_ratio * norms["loss/grad_norm"] * (1 + 1e-6)
     assert (trainer.cap.coef() < 0.8) == (max_ratio < 1)
+
+
+def test_a_step_without_any_grade_updates_nothing(world, model_folders, caplog):
+    trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=0.5)
+    completions = [(3, True, -1.0), (4, False, None)]
+    rewards = [1.0, 0.0], [None, None], [1.0, None]
+
+    def step(groups, **reward):
+        trainer.stage = StageTimer(world.device)
+        trainer.config = make_config(optim={"minibatches": 2}, reward=reward)
+        trainer.sampler = SimpleNamespace(
+            sample=lambda step: groups, staleness=1, sync_disagreement=0.0
+        )
+        before = [parameter.full_tensor().clone() for parameter in trainer.policy.parameters()]
+        metrics, _ = trainer.step(0)
+        after = [parameter.full_tensor() for parameter in trainer.policy.parameters()]
+        return metrics, all(map(torch.equal, before, after))
+
+    graded, failed, half = (make_group("a", completions, row) for row in rewards)
+    _, is_same = step([graded, graded])
+    assert not is_same  # and now AdamW has momentum
+    metrics, is_same = step([failed, failed])
+    assert is_same
+    assert math.isnan(metrics["reward/mean"]) and math.isnan(metrics["step/grad_norm"])
+    assert "step 0: every grade failed, so there is no update" in caplog.text
+    assert not step([failed, half])[1]  # in its second minibatch
+    with pytest.raises(RewardError, match="75% of the grades failed, more than reward.max_failed"):
+        step([failed, half], max_failed=0.7)
