@@ -90,8 +90,8 @@ def question_text(row: Any, fields: Fields, field: str, place: str) -> str:
 def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
     """Return the gold answer of a row as text.
 
-    Numbers become their usual text (70, 0.5). A list is several values, joined by ", ", as sets
-    of olympiad problems write them.
+    Numbers become digits that read back exactly (70, 0.5, 0.00001 and not 1e-05). A list is
+    several values, joined by ", ", as sets of olympiad problems write them.
     """
     value, about = _value(row, fields, field, place)
     items = value if isinstance(value, list) else [value]
@@ -100,7 +100,10 @@ def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
             raise ConfigError(
                 f"{about}: expected text, a number or a list of them, got {value!r:.60}"
             )
-    return ", ".join(str(item) for item in items)
+    return ", ".join(
+        f"{Decimal(str(item)):f}" if isinstance(item, (float, Decimal)) else str(item)
+        for item in items
+    )
 
 
 def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:

@@ -209,3 +209,21 @@ def test_what_is_not_there_is_said_at_once(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match='split "test".* does not load: .*test') as caught:
         open_rows(str(tmp_path), split="test")
     assert "\n" not in str(caught.value)
+
+
+def test_floats_read_back_exactly_from_every_format(tmp_path):
+    values = [0.00001, 1e20, 1e-30, 0.1, 70.0, 2.5e-7, 123456789.125, -1e16]
+    texts = ["0.00001", "1" + 20 * "0", "0." + 29 * "0" + "1", "0.1", "70.0", "0.00000025"]
+    texts += ["123456789.125", "-1" + 16 * "0"]
+    rows = [{"problem": "?", "answer": value} for value in values]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
+    for name in ("a.jsonl", "array.json", "a.parquet", "folder"):
+        read_texts = [answer.removesuffix(".0") for _, answer in read(tmp_path / name)]
+        assert read_texts == [text.removesuffix(".0") for text in texts], name
+        assert [float(text) for text in read_texts] == values
+    (tmp_path / "a.csv").write_text("problem,answer\n" + "".join(f"?,{v}\n" for v in values))
+    assert [float(answer) for _, answer in read(tmp_path / "a.csv")] == values
