@@ -31,7 +31,7 @@ from laser_fast import needs_train
 
 with needs_train():
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, FiniteSet, N, Rational, Union
+    from sympy import Expr, FiniteSet, Intersection, N, Rational, Union
 
 from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rewards.notation import join_thousands, plain_latex, read_number
@@ -50,6 +50,7 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
 _LEAD = re.compile(r"^(?:\\text\{[^{}]*(?:\bis|\bare|[:=])\s*\}|=|\\approx|\\sim)\s*")
 _CONDITION = re.compile(r"^\\\{ *[A-Za-z] *(?:\||\\mid|:) *(.*)\\\}$")  # {x | x > 3}
+_CONJUNCTION = re.compile(r"\b(?:or|(?P<both>and))\b|\\(?:lor|vee)\b")
 # Digits that no rule has joined are two numbers, which math-verify would multiply.
 _LOOSE_DIGITS = re.compile(r"\d +\d")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\d)")
@@ -96,6 +97,7 @@ def _is_same(gold: str, guess: str) -> bool:
 def _plain(latex: str, commas: bool) -> str:
     text = plain_latex(latex).replace("\n", " ").lstrip(" ,;:").rstrip(" .,;:")
     text = _CONDITION.sub(r"\1", _LEAD.sub("", text))
+    text = re.sub(r"^\](?=.*,)", "(", re.sub(r"(?<=.)\[$", ")", text))  # ]3, 5[ is (3, 5)
     has_point = re.search(r"[(\[]|\\\{", text) is not None
     return join_thousands(text, commas=commas and not has_point)
 
@@ -164,10 +166,11 @@ def _parse(latex: str) -> tuple[Any, ...]:
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
     exact = re.sub(r"(?<=[\d})])i(?![a-zA-Z])", " i", exact)  # it knows i only as a word
     values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
-    for value in values[:1]:
-        if re.search(r"\bor\b|\\lor|\\vee", latex) and isinstance(value, FiniteSet):
-            if all(part.is_Relational for part in value.args):
-                values.append(Union(*(part.as_set() for part in value.args)))
+    conjunction = _CONJUNCTION.search(latex)
+    parts = values[0].args if values and isinstance(values[0], FiniteSet) else ()
+    if conjunction and parts and all(part.is_Relational and not part.is_Equality for part in parts):
+        join = Intersection if conjunction["both"] else Union
+        values.append(join(*(part.as_set() for part in parts)))
     return tuple(values)
 
 
@@ -178,7 +181,7 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
         try:
             if verify(
                 *pair,
-                numeric_precision=60,
+                numeric_precision=400,
                 allow_set_relation_comp=True,
                 timeout_seconds=None,
                 raise_on_error=True,

@@ -27,7 +27,7 @@ _REWRITES = [
         (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
         (r"\\hspace\*?\{[^{}]*\}", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
-        (r"\\(?:display|text)style(?![a-zA-Z])", ""),
+        (r"\\(?:(?:display|text)style|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])", ""),
         (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
         (r"\\(?:mathrm|mathsf|[mh]box|text(?:rm|bf|it|sf|up|normal)?)\s*\{", r"\\text{"),
         (rf"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm)\s*({_GROUP})", lambda m: m[1][1:-1]),

@@ -23,7 +23,7 @@ _TEXT_TAIL = re.compile(
 )
 _WORD_TAIL = re.compile(rf"(?:\s+|(?<![\\A-Za-z]))[A-Za-z][A-Za-z.]*(?:[ /]+[A-Za-z.]+)*{_POWER}$")
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\\$|\\pounds|\\euro|[\xa3\xa5\u20ac\u20b9])\s*(?=[-+\d.\\])")
-_BASE = re.compile(r"([\dA-Fa-f]*\d[\dA-Fa-f]*)\s*_\s*(?:\{(.*)\}|(\d)|(\\text\{.*\}))$")
+_BASE = re.compile(r"\(?([\dA-Fa-f.]*\d[\dA-Fa-f.]*)\)?\s*_\s*(?:\{(.*)\}|(\d)|(\\text\{.*\}))$")
 
 
 def split_unit(text: str, *, has_letters: bool) -> tuple[str, frozenset[str]]:
@@ -71,7 +71,7 @@ def _words(text: str) -> list[str]:
         text = text.replace(sign, f" {name} ")
     text = re.sub(r"\\text|[.{}]", " ", text)
     text = re.sub(r"\^ *2", " square ", re.sub(r"\^ *3", " cubic ", text)).casefold()
-    text = re.sub(r"\b([ap]) m\b", r"\1m", text.replace("mph", "mi/h"))
+    text = re.sub(r"\b([ap]) m\b", r"\1m", text.replace("mph", "mi/h").replace("kph", "km/h"))
     text, words = re.sub(r"(?:base +)+", "base ", text), []
     for word in re.findall(r"base +\w+|[a-z]+|/", text):
         word = _NAMES.get(word) or _NAMES.get(word.removesuffix("s")) or word.removesuffix("s")
