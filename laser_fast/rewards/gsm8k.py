@@ -67,7 +67,7 @@ def reward(text: str, answer: str) -> float:
 def final_number(text: str) -> Fraction | None:
     """Return the number that a text ends with, exactly, or None."""
     boxed = extract_boxed(text)
-    _, mark, tail = text.rpartition("####")
+    _, mark, tail = text.rstrip("# \n").rpartition("####")
     if boxed is None and not mark:
         return [None, *_numbers(_readable(text))][-1]
     final = _readable(_REMARK.sub("", boxed or tail.strip().partition("\n")[0]))
