@@ -188,7 +188,7 @@ def test_the_v2_runner_gives_the_same_numbers(tiny):
                 read = tiny.logprobs(prompt_ids, ids)[row, tiny.score_token].item()
                 assert score == pytest.approx(read, abs=2e-5)
                 num_scores += 1
-    assert num_scores >= 6
+    assert num_scores >= 4
     *_, (_, _, completions) = found["rollout"]
     for given, (_, _, logprobs, _) in zip(found["given"], completions, strict=True):
         assert given == pytest.approx(logprobs, abs=2e-5)

@@ -39,7 +39,7 @@ def main(path, score_token, eos, vocab, max_model_len):
         Prompt(prompt_id=f"p{i}", text="", prompt_ids=p, answer="") for i, p in enumerate(ids)
     ]
     found = []
-    for temperature, score_at in ((1.0, "eos"), (0.7, "last"), (0.7, "eos")):
+    for temperature, score_at in ((1.0, "last"), (0.7, "eos")):
         sampling = Sampling(
             group_size=6, temperature=temperature, max_new_tokens=10, seed=1, score_at=score_at
         )
