@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from laser_fast.algorithm.loss import (
+    MAX_LOG_RATIO,
     is_clipped,
     kl_penalty,
     policy_loss,
@@ -14,6 +15,7 @@ from laser_fast.algorithm.loss import (
     tis_weights,
     token_weights,
 )
+
 
 T, F = True, False
 KINDS = ["grpo", "gspo", "cispo"]
@@ -295,6 +297,36 @@ def test_k3_estimates_the_divergence_without_bias():
 def test_k3_of_close_policies_is_not_rounded_away():
     d = torch.tensor([1e-3])
     torch.testing.assert_close(kl_penalty(-d, torch.zeros(1)), d * d / 2, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("d", [-300.0, -3.0, 2.0, 4.99, 5.01, 19.0, 100.0, 1e4])
+def test_k3_is_exact_up_to_its_bound_and_goes_on_as_its_tangent(d):
+    logprobs = torch.tensor([-d], requires_grad=True)
+    estimate = kl_penalty(logprobs, torch.zeros(1))
+    (grad,) = torch.autograd.grad(estimate, logprobs)
+    bounded = min(d, MAX_LOG_RATIO)
+    slope = math.exp(bounded) - 1
+    assert -grad.item() == pytest.approx(slope, rel=1e-5)
+    expected = math.exp(bounded) - 1 - bounded + slope * (d - bounded)
+    assert estimate.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("advantage", [-2.0, 0.0, 2.0])
+@pytest.mark.parametrize("difference", [-1e4, -89.0, 4.9, 19.0, 89.0, 1e4])
+def test_every_ratio_gives_a_finite_loss_and_gradient(kind, advantage, difference):
+    """A ratio of inf times an advantage of 0 would be NaN, and so would the whole update."""
+    logprobs = torch.tensor([difference, difference], requires_grad=True)
+    advantages, ids = torch.full((2,), advantage), torch.zeros(2, dtype=torch.int64)
+    options = {"kind": kind, "sequence_ids": ids}
+    loss = policy_loss(logprobs, torch.zeros(2), advantages, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert loss.isfinite().all() and grad.abs().max() <= 2 * math.exp(MAX_LOG_RATIO)
+    if kind != "cispo" and advantage < 0 < difference < MAX_LOG_RATIO:  # below, nothing changes
+        expected = torch.full((2,), -advantage * math.exp(difference))
+        torch.testing.assert_close((loss.detach(), grad), (expected, expected))
+    weights = tis_weights(logprobs, torch.zeros(2), cap=2.0)
+    assert ((weights >= 0) & (weights <= 2)).all()
 
 
 @pytest.mark.parametrize(
