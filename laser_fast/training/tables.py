@@ -87,6 +87,7 @@ def step_advantages(tables: StepTables, config: Config, score: SelfScore | None)
             tau=config.advantage.score_coef,
             min_std=config.advantage.score_min_std,
             is_valid=tables.is_graded,
+            scale=config.advantage.scale,
         )
     return advantages
 

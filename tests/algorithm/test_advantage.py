@@ -158,6 +158,19 @@ def test_mixture_by_hand():
     assert_equals(mixed, [[0.9 + 0.15, -0.9 - 0.05, 1.8 - 0.05, 0.45 - 0.05]])
 
 
+def test_an_unscaled_mixture_scales_neither_part():
+    """Scores with a small spread are not blown up beside rewards that are left as they are."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    scores = torch.tensor([[0.9, 0.1, 0.0, 0.2]])
+    options = {"tau": 0.2, "min_std": 0.1, "scale": "none"}
+    advantages = group_advantages(rewards, scale="none")
+    mixed = mix_advantages(advantages, scores, torch.ones(1, 4, dtype=torch.bool), **options)
+    naive = 0.8 * (rewards - rewards.mean()) + 0.2 * (scores - scores.mean())
+    assert_equals(mixed, naive.tolist())
+    with pytest.raises(ValueError, match='mix_advantages: expected scale "std" or "none"'):
+        mix_advantages(advantages, scores, scores > 0, tau=0.2, min_std=0.1, scale="max")
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.6, 1.0])
 def test_mixture_equals_the_naive_one(tau):
     advantages = torch.randn(50, 5, dtype=torch.float64)
