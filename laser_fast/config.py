@@ -13,12 +13,12 @@ with needs_train():
     import tomli_w
     from pydantic import Field
 
+from laser_fast.algorithm.loss import Aggregation, check_gspo
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError
 from laser_fast.config_section import Section, UserPath, section_keys
 from laser_fast.records import ScorePosition
 
-_Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -221,9 +221,9 @@ class LossConfig(Section):
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(0.2, ge=0)
     """Ratios above 1 + clip_high are clipped."""
-    clip_dual: float = Field(0.0, ge=0)
+    clip_dual: float = Field(3.0, ge=0)
     """Dual clip: bound of the ratio where the advantage is negative; 0: none."""
-    aggregation: _Aggregation = "token-mean"
+    aggregation: Aggregation = "token-mean"
     """How token losses become one number; denominators are global."""
     tis_cap: float = Field(2.0, ge=0)
     """Truncated importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
@@ -231,6 +231,11 @@ class LossConfig(Section):
     """Weight of the k3 KL penalty to the initial model, which is then kept in memory."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus; above 0 the head recomputes its logits in the backward."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.kind == "gspo":
+            check_gspo(max(self.clip_low, self.clip_high), self.aggregation)
+        yield from ()
 
 
 class ForwardConfig(Section):

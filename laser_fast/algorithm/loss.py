@@ -15,6 +15,7 @@ difference of 89 on, and k3 at 19 has a gradient of 1.8e8.
 """
 
 import math
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -125,6 +126,23 @@ def token_weights(
         expected = ", ".join(f'"{name}"' for name in get_args(Aggregation))
         raise ValueError(f'token_weights: expected aggregation {expected}, got "{aggregation}"')
     return torch.where(is_trained, 1 / denominator, 0.0)
+
+
+def check_gspo(clip: float, aggregation: Aggregation) -> None:
+    """Warn where "gspo" is not the published one: arXiv 2507.18071 clips at 3e-4 and 4e-4."""
+    doubts = []
+    if clip > 0.01:
+        doubts.append(
+            f"its ratios are means over a sequence, which a clip of {clip:g} hardly ever meets; "
+            "set loss.clip_low = 3e-4 and loss.clip_high = 4e-4"
+        )
+    if aggregation != "seq-mean-token-mean":
+        doubts.append(
+            f'"{aggregation}" weights long sequences more; set loss.aggregation = '
+            '"seq-mean-token-mean"'
+        )
+    if doubts:
+        warnings.warn(f'loss.kind = "gspo": {"; ".join(doubts)}', stacklevel=2)
 
 
 def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """The joint loss of one microbatch, from log-probs of its head rows (LaSeR eq. 13).
 
-    L = sum_policy rows weight * (tis * policy loss + kl_coef * k3)  - entropy_coef * H
+    L = sum_policy rows weight * (tis * policy loss + kl_coef * k3 - entropy_coef * H)
       + score_coef * sum_score rows weight * (beta (logprob - ref_logprob) - reward)^2
+
+    tis = min(exp(old - rollout logprob), tis_cap), without gradient, or 1 for tis_cap = 0
+    k3  = exp(d) - 1 - d, d = reference - current logprob; neither tis nor a ratio weights it
+    H   = entropy of the row's whole distribution
 
 Both weights already hold global denominators, so L is summed over microbatches and ranks.
 """

@@ -16,7 +16,6 @@ from laser_fast.algorithm.loss import (
     token_weights,
 )
 
-
 T, F = True, False
 KINDS = ["grpo", "gspo", "cispo"]
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
