@@ -66,6 +66,11 @@ class Policy(nn.Module):
         # Rows repeat; an embedding's backward adds them up in a fixed order.
         return head(embedding(batch.rows, hidden_states), self.hf.lm_head.weight)
 
+    def expect_backward(self, *, is_last: bool) -> None:
+        """Add gradients up over replicas in the last backward before an update only."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_all_reduce(is_last)
+
     def release(self) -> None:
         """Give the root's gathered parameters back after a forward without a backward."""
         if isinstance(self, FSDPModule):

@@ -151,7 +151,8 @@ class Trainer:
         self, objective: Objective, batches: Sequence[Microbatch], rows: RowMetrics | None
     ) -> None:
         """Accumulate the gradients of one update; `rows` takes its metrics."""
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self.policy.expect_backward(is_last=index == len(batches) - 1)
             result = self.policy(batch, joint_loss(objective, batch))
             # FSDP2 averages gradients over ranks, but the denominators are already global.
             (result.loss * self.world.size).backward()

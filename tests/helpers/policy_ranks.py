@@ -9,8 +9,10 @@ N = 1, 2 and 4 ranks.
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from fork_ranks import run_ranks
 from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
 from torch.distributed.tensor import DTensor
@@ -26,6 +28,7 @@ from laser_fast.records import Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.objective import Objective, joint_loss
+from laser_fast.training.trainer import Trainer
 
 TEMPERATURE = 0.7
 SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
@@ -133,6 +136,31 @@ def count_calls(module):
     handle.remove()
 
 
+def count_all_reduces(policy, world):
+    """Of gradients over replicas, in the trainer's accumulation of a step, and its gradients."""
+    packer = Packer(
+        budget=LARGEST,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=TEMPERATURE,
+        device=world.device,
+        agree=world.max,
+    )
+    share = -(-len(SEQUENCES) // world.size)
+    batches = packer.microbatches(SEQUENCES[world.rank * share : (world.rank + 1) * share])
+    trainer = SimpleNamespace(policy=policy, world=world)
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *a, **k: calls.append(None) or all_reduce(*a, **k)
+    try:
+        Trainer._backward(trainer, OBJECTIVE, batches, None)
+    finally:
+        dist.all_reduce = all_reduce
+    found = {name: full(p.grad) for name, p in policy.hf.named_parameters()}
+    policy.zero_grad()
+    return {"gradients": found, "num_all_reduces": len(calls), "num_batches": len(batches)}
+
+
 def measure_rollout(policy, world):
     """Sample out of lock-step, rank r for r + 1 prompts, then train as before."""
     before = measure_gradients(policy, world, SEQUENCES)
@@ -214,6 +242,8 @@ def measure(world, models, out):
     if world.size == 4:
         policy = build("qwen2-tied", replicas=2)
         found["variants"]["replicas"] = measure_gradients(policy, world, SEQUENCES)
+        found["accumulated"] = count_all_reduces(policy, world)
+        found["num_shards"] = 1 + len(policy.hf.model.layers)
         found["mesh"] = tuple(policy.hf.lm_head.weight.device_mesh.shape)
         found["replicas_stream"] = dict(policy.stream_weights(world.device))
     return found

@@ -96,6 +96,14 @@ def test_replicas_change_nothing(four_ranks):
     assert_same_step(four_ranks["variants"]["replicas"], four_ranks["gradients"]["qwen2-tied"])
 
 
+def test_replicas_are_joined_once_per_update(four_ranks):
+    found, plain = four_ranks["accumulated"], four_ranks["gradients"]["qwen2-tied"]
+    assert found["num_batches"] > 1
+    assert found["num_all_reduces"] == four_ranks["num_shards"]
+    for name, want in plain["gradients"].items():
+        assert (found["gradients"][name] - want).norm() / want.norm() < 1e-5, name
+
+
 def test_half_precision_compute_has_float32_masters(two_ranks, exact):
     found = two_ranks["bfloat16"]
     assert two_ranks["bfloat16_masters"] == {torch.float32}
