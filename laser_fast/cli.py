@@ -17,9 +17,8 @@ import typer
 from typer import Argument, Option
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
+from laser_fast.config_errors import RunError
 from laser_fast.rewards import RewardError
-from laser_fast.rollout.engine import DisagreementError
-from laser_fast.rollout.server_http import ServerError
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.benchmarks import Benchmark
@@ -321,7 +320,7 @@ def _is_main() -> bool:
 def main() -> None:
     """Run the command line; a user's error is one sentence on rank 0 and exit code 2 on all.
 
-    A run that stops because its sampler failed or holds other weights says so and exits with 1.
+    A run that cannot go on, as without its sampler, says so and exits with 1.
     """
     is_main = _is_main()
     logging.basicConfig(
@@ -334,6 +333,6 @@ def main() -> None:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (DisagreementError, ServerError) as error:  # in mid-run, maybe only of this rank
+    except RunError as error:  # in mid-run, maybe only of this rank
         print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -274,6 +274,8 @@ class UpdateConfig(ForwardConfig):
 class OptimConfig(UpdateConfig):
     """Updates of a training with rewards: a step is one rollout and its updates."""
 
+    max_bad_steps: int = Field(3, ge=0)
+    """Steps in a row that may be skipped for a gradient that is no finite number."""
     minibatches: int = Field(1, ge=1)
     """Optimizer updates per step; above 1, old log-probs are recomputed once."""
 

@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A configuration or input that cannot run; the message is one sentence for the user."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; the message is one sentence for the user."""
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Refuse what a user brought, in one sentence that `what` opens, if its reader fails within.

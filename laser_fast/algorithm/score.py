@@ -93,13 +93,16 @@ def refit_reference(
 ) -> SelfScore:
     """The score with its floating c_ref moved towards that of a step's completions.
 
-    A step with one class says nothing about the balance and moves nothing. The target of a correct
+    A step with one class says nothing about the balance and moves nothing, as one with a log-prob
+    that is no finite number. The target of a correct
     answer stays at or below `WARN_TARGET`.
     """
     weights = class_weights(rewards, has_target)
     if len(is_correct(rewards)[has_target].unique()) < 2:
         return score
     own = float((weights * (logprobs - rewards / score.beta)).sum() / weights.sum())
+    if not math.isfinite(own):
+        return score
     moved = score.ref_logprob + FLOAT_RATE * (own - score.ref_logprob)
     return replace(score, ref_logprob=min(moved, WARN_TARGET - 1 / score.beta))
 

@@ -16,6 +16,7 @@ _FREE_KEYS = frozenset((
     "model.cpu_offload", "model.compile", "model.replicas", "data.eval_every", "reward.workers",
     "rollout.max_num_seqs", "rollout.max_disagreement", "rollout.tensor_parallel",
     "rollout.gpu_memory_fraction", "rollout.server_url", "rollout.sync_buffer_mb",
+    "optim.max_bad_steps",
 ))  # fmt: skip
 
 
@@ -32,6 +33,8 @@ class RunFolder:
         self.curves = path / "curves.png"  # the run at a glance
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"  # everything that --resume and export need
+
+        self.bad_steps = path / "bad_steps"  # batches whose gradient was no finite number
 
     def contents(self) -> tuple[Path, ...]:
         """Everything that a run writes here."""

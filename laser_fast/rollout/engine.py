@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from laser_fast.config_errors import RunError
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Logprobs = Sequence[Sequence[float]]  # by completion, then by token
 
 
-class DisagreementError(RuntimeError):
+class DisagreementError(RunError):
     """The engine does not hold the policy's weights; nothing it samples may be trained on."""
 
 

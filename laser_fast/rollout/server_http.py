@@ -9,6 +9,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+from laser_fast.config_errors import RunError
+
 logger = logging.getLogger(__name__)
 
 _HEADERS = {"Content-Type": "application/json"}
@@ -21,7 +23,7 @@ if hasattr(socket, "TCP_KEEPIDLE"):  # on Linux; seconds
     _KEEPALIVE += [(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)]
 
 
-class ServerError(RuntimeError):
+class ServerError(RunError):
     """The server is gone, late or no longer holds the weights; resume from a checkpoint."""
 
 

@@ -171,11 +171,12 @@ def _build_trainer(
     config, policy = sampler.config, sampler.policy
     optimizer = build_optimizer(policy, config.optim)
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
-    first_step, ref_logprob = 0, None
+    first_step, ref_logprob, num_bad = 0, None, 0
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
         first_step, ref_logprob = state["step"], state["ref_logprob"]
         cap.load_state_dict(state["cap"])
+        num_bad = state.get("bad_steps", 0)
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         config=config,
@@ -189,6 +190,7 @@ def _build_trainer(
         score=_settle_score(sampler, ref_logprob),
         cap=cap,
     )
+    trainer.bad_steps.count = num_bad
     return trainer, first_step
 
 
@@ -260,6 +262,7 @@ def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
             "ref_logprob": None if math.isnan(ref_logprob) else ref_logprob,  # JSON has no nan
             "cap": trainer.cap.state_dict(),
             "digests": trainer.sampler.digests,
+            "bad_steps": trainer.bad_steps.count,
         },
         config_toml=dump_config(trainer.config),
         keep=trainer.config.checkpoint.keep,

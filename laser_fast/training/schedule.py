@@ -64,9 +64,10 @@ class GradientCap:
     def measure(self, *, policy_norm: float, score_norm: float) -> None:
         """Take a measurement; `score_norm` is at the full alpha.
 
-        Without any policy gradient there is nothing to compare with, and the last ratio stays.
+        Without any policy gradient, or a finite one, there is nothing to compare with, and the last
+        ratio stays.
         """
-        if policy_norm == 0:
+        if policy_norm == 0 or not math.isfinite(policy_norm + score_norm):
             return
         ratio = score_norm / policy_norm
         self._ratio = ratio if self._ratio is None else DECAY * self._ratio + (1 - DECAY) * ratio

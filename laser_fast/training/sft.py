@@ -7,6 +7,7 @@ rows come in the order of (seed, step), as the prompts of a run do.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError, dump_config
+from laser_fast.config_errors import RunError
 from laser_fast.config_sft import SftConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
@@ -102,13 +104,19 @@ class SftTrainer:
                 loss += part.detach()
         with self.stage.only("step"):
             metrics["step/lr"] = learning_rate(step, self.config.optim)
-            metrics["step/grad_norm"] = apply_gradients(
+            norm = apply_gradients(
                 self.policy,
                 self.optimizer,
+                self.world,
                 lr=metrics["step/lr"],
                 max_norm=self.config.optim.max_grad_norm,
-                step=step,
             )
+        if math.isnan(norm):
+            raise RunError(
+                f"step {step}: the gradient norm is not finite; the last checkpoint is intact; "
+                "lower optim.lr, or look for damaged rows"
+            )
+        metrics["step/grad_norm"] = norm
         metrics["loss/response"] = float(self.world.sum(loss))
         metrics |= self.stage.pop()
         return metrics | update_speed(metrics, self.world)

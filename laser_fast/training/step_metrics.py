@@ -1,5 +1,6 @@
 """Metrics of one step, keyed by stage; sums over all ranks, so equal on every rank."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -126,10 +127,14 @@ class RowMetrics:
     def score_metrics(self, world: World, tables: StepTables, score: SelfScore) -> dict[str, float]:
         """Self-verification of this step's completions, from the training forward. Collective.
 
-        Truncated completions have no score row and count as predicted incorrect.
+        Truncated completions have no score row and count as predicted incorrect. Where a log-prob
+        is no finite number, as in a step that is skipped, no metric is.
         """
+        names = ("mean_correct", "mean_incorrect", "tpr", "tnr", "f1", "auroc")
         local = torch.stack([torch.cat(self._score_logprobs), torch.cat(self._rewards)], dim=1)
         rows = torch.tensor(world.gather(local.tolist())).reshape(-1, 2)
+        if not rows.isfinite().all():
+            return {f"score/{name}": math.nan for name in names}
         truncated = tables.rewards[tables.is_graded & ~tables.is_finished]
         scores = score.of(rows[:, 0])
         found = verify(
@@ -137,5 +142,4 @@ class RowMetrics:
             is_correct(torch.cat([rows[:, 1], truncated])),
             is_finished=torch.arange(len(scores) + len(truncated)) < len(scores),
         )
-        names = ("mean_correct", "mean_incorrect", "tpr", "tnr", "f1", "auroc")
         return {f"score/{name}": found[name] for name in names}

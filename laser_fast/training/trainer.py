@@ -9,13 +9,16 @@ step to step; laser_fast/training/run.py builds it, evaluates and saves.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from laser_fast.algorithm.score import SelfScore, refit_reference
 from laser_fast.config import Config
+from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
 from laser_fast.model.logprobs import label_logprobs, with_scores
@@ -24,6 +27,7 @@ from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rewards import RewardError
 from laser_fast.rollout.engine import DisagreementError
+from laser_fast.training.bad_steps import BadSteps
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores
@@ -48,6 +52,11 @@ class Trainer:
     optimizer: Optimizer
     score: SelfScore
     cap: GradientCap
+    bad_steps: BadSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        folder, limit = RunFolder(Path(self.config.output_dir)), self.config.optim.max_bad_steps
+        self.bad_steps = BadSteps(folder.bad_steps, limit, self.world.rank)
 
     def step(self, step: int) -> tuple[dict[str, float], list[Group]]:
         """Run step 0, 1, ...: metrics over all ranks, and this rank's graded groups."""
@@ -85,7 +94,7 @@ class Trainer:
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         rows = RowMetrics(config.loss, self.world.device)
-        grad_norms: list[float] = []
+        grad_norms: dict[int, float] = {}
         for number, batches in enumerate(updates):
             with self.stage.only("loss"):
                 if measures and not grad_norms:
@@ -94,19 +103,21 @@ class Trainer:
                 else:
                     self._backward(objective, batches, rows)
             if self.sampler.staleness == 0:  # else an update lies between, which TIS corrects
-                is_number = bool(tables.logprobs.isfinite().all())
-                found = rows.disagreement(self.world) if is_number else float("nan")
-                self._check_rollout(step, found)
+                found = rows.disagreement(self.world)
+                self._check_rollout(step, found, tables.logprobs)
             with self.stage.only("step"):
                 if tables.is_graded[number :: len(updates)].any():
-                    max_norm = config.optim.max_grad_norm
-                    norm = apply_gradients(
-                        self.policy, self.optimizer, lr=lr, max_norm=max_norm, step=step
+                    grad_norms[number] = apply_gradients(
+                        self.policy,
+                        self.optimizer,
+                        self.world,
+                        lr=lr,
+                        max_norm=config.optim.max_grad_norm,
                     )
-                    grad_norms.append(norm)
                 else:  # not even weight decay or momentum moves
                     self.optimizer.zero_grad(set_to_none=True)
 
+        self.bad_steps.record(step, grad_norms, parts)
         metrics |= table_metrics(tables, advantages)
         metrics |= rows.finish(
             self.world,
@@ -119,7 +130,7 @@ class Trainer:
         metrics["score/coef"] = objective.score_coef
         if config.score.loss_coef > 0:
             metrics["score/ref_logprob"] = self.score.ref_logprob
-        metrics["step/grad_norm"] = sum(grad_norms) / len(grad_norms) if grad_norms else math.nan
+        metrics["step/grad_norm"] = fmean(grad_norms.values()) if grad_norms else math.nan
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
         metrics["rollout/staleness"] = self.sampler.staleness
@@ -192,9 +203,16 @@ class Trainer:
         if failed == 1:
             logger.warning("step %d: every grade failed, so there is no update", step)
 
-    def _check_rollout(self, step: int, disagreement: float) -> None:
-        """Refuse to train on tokens that the engine sampled from other weights."""
+    def _check_rollout(self, step: int, disagreement: float, sampled: Tensor) -> None:
+        """Refuse to train on tokens that the engine sampled from other weights.
+
+        Where only the policy's log-probs are no numbers, its gradient is none, and not applied.
+        """
         limit = self.config.rollout.max_disagreement
+        if not sampled.isfinite().all():
+            disagreement = math.nan
+        elif not math.isfinite(disagreement):
+            return
         if not disagreement <= limit:
             raise DisagreementError(
                 f"step {step}: policy and engine disagree by {disagreement:.3g} nats per sampled "

@@ -1,11 +1,14 @@
 """The optimizer's update from accumulated gradients, the same in every kind of training."""
 
+import math
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from laser_fast.config import UpdateConfig
+from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
 
 
@@ -24,18 +27,19 @@ def gradient_norm(policy: Policy) -> float:
 
 
 def apply_gradients(
-    policy: Policy, optimizer: Optimizer, *, lr: float, max_norm: float, step: int
+    policy: Policy, optimizer: Optimizer, world: World, *, lr: float, max_norm: float
 ) -> float:
-    """Clip the accumulated gradients, apply and clear them; returns their norm before clipping."""
+    """Clip the accumulated gradients, apply and clear them; returns their norm before clipping.
+
+    Gradients without a finite norm, which is nan then, are dropped on all ranks alike. Collective.
+    """
     norm = gradient_norm(policy)
-    if not norm < float("inf"):
-        raise RuntimeError(
-            f"step {step}: the gradient norm is {norm}; the run stops before the update, and "
-            "the last checkpoint is intact"
-        )
-    clip_grads_with_norm_(policy.parameters(), max_norm, torch.tensor(norm))
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = lr
-    optimizer.step()
+    if world.max(int(not math.isfinite(norm))):
+        norm = math.nan
+    else:
+        clip_grads_with_norm_(policy.parameters(), max_norm, torch.tensor(norm))
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -220,3 +220,11 @@ def test_following_the_advice_ends_the_complaint(ref_logprob):
 def test_beta_and_reference_must_make_a_scale(beta, ref_logprob):
     with pytest.raises(ValueError, match="expected beta > 0 and a finite ref_logprob, got"):
         check_score_target(beta=beta, ref_logprob=ref_logprob)
+
+
+def test_a_logprob_that_is_no_number_moves_no_reference():
+    score = SelfScore(token_id=1, beta=0.2, ref_logprob=-9.0)
+    rewards, targets = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    for value in (float("nan"), float("-inf")):
+        logprobs = torch.tensor([[value, -8.0]])
+        assert refit_reference(score, logprobs, rewards, targets) == score

@@ -27,6 +27,14 @@ def test_cap_follows_the_running_ratio():
     assert cap.coef() == pytest.approx(0.5 * 2 / 6)
 
 
+@pytest.mark.parametrize("norms", [(float("nan"), 1.0), (1.0, float("nan")), (float("inf"), 1.0)])
+def test_a_gradient_that_is_no_number_does_not_poison_the_cap(norms):
+    cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
+    cap.measure(policy_norm=1.0, score_norm=8.0)
+    cap.measure(policy_norm=norms[0], score_norm=norms[1])
+    assert cap.coef() == pytest.approx(0.5 * 2 / 8)
+
+
 def test_a_small_score_gradient_is_not_amplified():
     cap = GradientCap(loss_coef=0.5, max_ratio=2.0)
     cap.measure(policy_norm=10.0, score_norm=1.0)
