@@ -33,6 +33,7 @@ MAX_TARGET = -1.0
 WARN_TARGET = -3.0
 # Share of a step's own c in the floating reference, an average over about five steps.
 FLOAT_RATE = 0.2
+DRIFT = 0.1
 
 Logprobs = TypeVar("Logprobs", float, Tensor)
 
@@ -147,6 +148,22 @@ def check_score_target(*, beta: float, ref_logprob: float) -> None:
         raise ValueError(message)
     if target > WARN_TARGET:
         warnings.warn(message, stacklevel=2)
+
+
+def check_reference(score: SelfScore, logprobs: Tensor, is_finished: Tensor) -> None:
+    """Warn of a given c_ref that is not the untrained model's, whose `logprobs` [P, G] these are.
+
+    Scores then start away from 0; DRIFT of the way to 1 is ten standard errors of 256 completions.
+    """
+    measured = float(logprobs[is_finished].mean())  # nan without any, which says nothing
+    start = score.of(measured)
+    if abs(start) > DRIFT:
+        warnings.warn(
+            f"score.ref_logprob = {score.ref_logprob:g}, but this model's mean log-prob of the "
+            f"score token is {measured:.2f}, so that scores start at {start:.2f} instead of 0; set "
+            f'score.ref_logprob = {measured:.2f}, or "auto"',
+            stacklevel=2,
+        )
 
 
 def check_tables(name: str, **tables: Tensor) -> None:

@@ -16,7 +16,7 @@ from statistics import fmean
 from torch import Tensor
 from torch.optim import Optimizer
 
-from laser_fast.algorithm.score import SelfScore, refit_reference
+from laser_fast.algorithm.score import SelfScore, check_reference, refit_reference
 from laser_fast.config import Config
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.timer import StageTimer
@@ -64,12 +64,16 @@ class Trainer:
         groups = self.sampler.sample(step)
         mixes = mixes_scores(step, config)
         floats = config.score.ref_logprob == "floating" and config.score.loss_coef > 0
+        checks = step == 0 and isinstance(config.score.ref_logprob, float)
+        checks = checks and config.score.loss_coef > 0
         with self.stage("score"):
-            if (mixes or floats) and config.rollout.score == "off":
+            if (mixes or floats or checks) and config.rollout.score == "off":
                 groups = with_scores(self.policy, groups, self.packer, self.world)
         with self.stage("advantage"):
             tables = gather_tables(groups, self.world)
             self._check_grades(step, tables.is_graded)
+            if checks and self.world.is_main:
+                check_reference(self.score, tables.score_logprobs, tables.is_finished)
             if floats:
                 self.score = refit_reference(
                     self.score, tables.score_logprobs, tables.rewards, tables.has_score_target

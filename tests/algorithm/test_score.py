@@ -10,6 +10,7 @@ import torch
 
 from laser_fast.algorithm.score import (
     SelfScore,
+    check_reference,
     check_score_target,
     class_weights,
     is_correct,
@@ -228,3 +229,17 @@ def test_a_logprob_that_is_no_number_moves_no_reference():
     for value in (float("nan"), float("-inf")):
         logprobs = torch.tensor([[value, -8.0]])
         assert refit_reference(score, logprobs, rewards, targets) == score
+
+
+@pytest.mark.parametrize(("ref_logprob", "is_said"), [(-9.0, False), (-9.4, False), (-12.0, True)])
+def test_a_reference_of_another_model_is_named_with_that_of_this_one(ref_logprob, is_said, recwarn):
+    logprobs = torch.tensor([[-8.0, -10.0], [-9.0, 0.0]])
+    is_finished = torch.tensor([[True, True], [True, False]])
+    score = SelfScore(token_id=1, beta=0.2, ref_logprob=ref_logprob)
+    check_reference(score, logprobs, is_finished)
+    check_reference(score, logprobs, torch.zeros_like(is_finished))
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == is_said
+    if is_said:
+        assert "score.ref_logprob = -12, but" in said[0] and "is -9.00" in said[0]
+        assert "scores start at 0.60 instead of 0; set score.ref_logprob = -9.00" in said[0]
