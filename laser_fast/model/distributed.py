@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class World:
 
     def max(self, value: int) -> int:
         """Maximum over all ranks."""
-        tensor = torch.tensor(value, device=self.device)
+        tensor = torch.tensor(value)  # over gloo: rollouts may keep a rank waiting for long
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
@@ -57,6 +57,25 @@ class World:
         gathered: list[list[Item]] = [[] for _ in range(self.size)]
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
+
+    def gather_on_main(self, items: list[Item]) -> list[Item]:
+        """The lists of all ranks joined in rank order on rank 0, and nothing elsewhere."""
+        gathered: list[list[Item]] | None = [[] for _ in range(self.size)] if self.is_main else None
+        dist.gather_object(items, gathered)
+        return [item for part in gathered or () for item in part]
+
+    def on_main(self, function: Callable[[], Item]) -> Item:
+        """What a function returns, or raises, on rank 0, on every rank: one decision for all."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

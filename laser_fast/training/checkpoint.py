@@ -4,20 +4,39 @@ A checkpoint is a folder `checkpoints/step-000050` with one shard file per rank,
 (step, reference log-prob, gradient-cap state, digests of the data) and the resolved `config.toml`.
 It is written under a temporary name and renamed when complete, so a folder of that name is always
 whole. It can be loaded on another number of ranks.
+Reading one runs no code: its pickles may hold plain values only.
 """
 
+import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
+from laser_fast.config_errors import RunError
 from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
+
+# Everything that a `.metadata` of torch 2.11 to 2.13 is made of, dtypes apart.
+_METADATA = {
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties "
+    "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
+}
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -50,26 +69,52 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():  # the last step may already be saved by its own schedule
         return final
-    partial = final.with_name(f".{final.name}.partial")
+    partial = _partial(final)
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in final.parent.glob(_partial(Path("step-*")).name):  # by a run that was killed
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     world.barrier()
-    dcp.save(_state(policy, optimizer), checkpoint_id=partial)
-    if world.is_main:
+    try:
+        metadata = dcp.save(_state(policy, optimizer), checkpoint_id=partial)
+    except CheckpointException as error:  # such as of a full disk
+        raise RunError(
+            f"{final} cannot be written: {_reason(error)}; make room and resume"
+        ) from error
+
+    def finish() -> None:
+        _check_shards(partial, metadata)
         (partial / "trainer.json").write_text(json.dumps({"step": step, **trainer_state}))
         (partial / "config.toml").write_text(config_toml)
         partial.rename(final)
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+        for old in list_checkpoints(run)[:-keep]:  # renamed first: what has its name is whole
+            shutil.rmtree(old.rename(_partial(old)))
+
+    world.on_main(finish)
     return final
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _check_shards(folder: Path, metadata: Metadata) -> None:
+    """Refuse a checkpoint of which this node does not see every part, whole."""
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    sizes = {name: (folder / name).stat().st_size for name in ends if (folder / name).is_file()}
+    if missing := sorted(name for name, end in ends.items() if sizes.get(name, 0) < end):
+        raise RunError(
+            f"{folder}: rank 0 does not see what other ranks wrote, {', '.join(missing[:4])}; put "
+            "output_dir on a file system that all nodes share"
+        )
 
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """Restore model and optimizer in place and return the trainer's state. Collective."""
     state = _state(policy, optimizer)
-    dcp.load(state, checkpoint_id=path)
+    read_state(path, state)
     set_state_dict(
         policy,
         optimizer,
@@ -83,6 +128,57 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
 def trainer_state(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as such, and the step."""
     return json.loads((path / "trainer.json").read_text())
+
+
+def read_state(path: Path, state: dict[str, Any]) -> None:
+    """Fill a sharded state in place from a checkpoint; a ConfigError says that it is broken."""
+    try:
+        reader = _Reader(path)
+        reader.read_metadata()  # dcp.load would log the traceback of what is wrong with it
+        dcp.load(state, storage_reader=reader, planner=_Planner())
+    except (Exception, CheckpointException) as error:  # a flipped byte in a pickle raises anything
+        raise ConfigError(
+            f"{path} cannot be read: {_reason(error)}; if it is broken, remove the folder to "
+            "continue from the checkpoint before it"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the first rank that failed says, without the tracebacks of all."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _METADATA.get(module, "").split():
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no part of it")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads `.metadata` without running what its pickle may name; tensors are read so by torch."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Refuses values other than plain ones, where torch would unpickle anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            name = read_item.storage_index.fqn
+            raise pickle.UnpicklingError(f"{name} is no plain value") from None
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def _state(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:

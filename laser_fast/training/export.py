@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict
 
@@ -15,7 +14,7 @@ from laser_fast.log.run_folder import RunFolder, moved_config
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_tokenizer
-from laser_fast.training.checkpoint import latest_checkpoint
+from laser_fast.training.checkpoint import latest_checkpoint, read_state
 
 
 def write_model(policy: Policy, config: ModelConfig, out: Path, world: World) -> None:
@@ -56,7 +55,7 @@ def export(run: Path, out: Path) -> Path:
     with open_world() as world:
         policy = build_policy(model, world)
         state = {"model": state_dict.get_model_state_dict(policy)}
-        dcp.load(state, checkpoint_id=checkpoint)
+        read_state(checkpoint, state)
         state_dict.set_model_state_dict(policy, state["model"])
         write_model(policy, model, out, world)
     ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]

@@ -1,13 +1,20 @@
 """A checkpoint gives the same next step, on as many ranks or on others."""
 
+import io
 import json
+import os
+import pickle
+import resource
+from dataclasses import replace
 
 import pytest
 import torch
 from policy_ranks import full, full_parameters, make_optimizer, update
 
 from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.config_errors import RunError
 from laser_fast.model.policy import build_policy
+from laser_fast.training import checkpoint
 from laser_fast.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
@@ -124,3 +131,105 @@ def test_a_checkpoint_before_the_first_update(tmp_path, world, model_folders):
         assert {int(full(state["step"])) for state in optimizer.state.values()} == {1}, name
     assert_equal(found["saved"], found["undisturbed"])
     assert_equal(found["resumed"], found["undisturbed"])
+
+
+class Payload:
+    """Leaves a trace when a pickle of it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_reading_a_checkpoint_runs_none_of_its_pickles(tmp_path, fresh, world):
+    path, trace = save(tmp_path, 1, fresh, world), tmp_path / "trace"
+    whole = (path / ".metadata").read_bytes()
+
+    def load(reason):
+        with pytest.raises(ConfigError, match=f"cannot be read.*{reason}.*remove the folder"):
+            load_checkpoint(path, policy=fresh[0], optimizer=fresh[1])
+        assert not trace.exists()
+
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(str(trace))))
+    load("posix.mkdir")
+    (path / ".metadata").write_bytes(whole[: len(whole) // 2])
+    load("")
+    (path / ".metadata").write_bytes(whole)
+    # A value of the optimizer, such as a learning rate, is a pickle within the shard.
+    metadata = pickle.loads(whole)
+    index, place = next((i, p) for i, p in metadata.storage_data.items() if i.fqn.endswith(".lr"))
+    buffer = io.BytesIO()
+    torch.save(Payload(str(trace)), buffer)
+    metadata.storage_data[index] = replace(
+        place, offset=(path / place.relative_path).stat().st_size, length=len(buffer.getvalue())
+    )
+    with (path / place.relative_path).open("ab") as file:
+        file.write(buffer.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    load("lr is no plain value")
+
+
+def test_a_missing_shard_is_named(tmp_path, fresh, world):
+    path = save(tmp_path, 1, fresh, world)
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(ConfigError, match="__0_0.distcp"):
+        load_checkpoint(path, policy=fresh[0], optimizer=fresh[1])
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path, fresh, world):
+    for name in (".step-000003.partial", ".step-000009.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    save(tmp_path, 4, fresh, world)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_shard_that_rank_0_does_not_see_whole_is_found_before_the_rename(
+    tmp_path, fresh, world, monkeypatch, size
+):
+    save(tmp_path, 1, fresh, world)
+    write = checkpoint.dcp.save
+
+    def save_elsewhere(state, checkpoint_id):
+        metadata = write(state, checkpoint_id=checkpoint_id)
+        (checkpoint_id / "__0_0.distcp").unlink()
+        if size:
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"x" * size)
+        return metadata
+
+    monkeypatch.setattr(checkpoint.dcp, "save", save_elsewhere)
+    with pytest.raises(RunError, match="does not see .* __0_0.distcp; put output_dir on a file"):
+        save(tmp_path, 2, fresh, world)
+    assert latest_checkpoint(tmp_path).name == "step-000001"
+
+
+def test_an_old_checkpoint_that_is_half_deleted_has_no_name(tmp_path, fresh, world, monkeypatch):
+    save(tmp_path, 1, fresh, world)
+    remove = checkpoint.shutil.rmtree
+
+    def die(path):
+        raise OSError("killed")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+    with pytest.raises(OSError, match="killed"):
+        save(tmp_path, 2, fresh, world, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    save(tmp_path, 3, fresh, world, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path, fresh, world):
+    save(tmp_path, 1, fresh, world)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(RunError, match="step-000002 cannot be written: .*; make room") as found:
+            save(tmp_path, 2, fresh, world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(found.value)
+    assert latest_checkpoint(tmp_path).name == "step-000001"
+    save(tmp_path, 2, fresh, world)
