@@ -11,19 +11,23 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
-from laser_fast.config_errors import RunError
+from laser_fast.config_errors import REPORTED, RunError
 from laser_fast.rewards import RewardError
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.benchmarks import Benchmark
     from laser_fast.evaluation.folder import EvalFolder
     from laser_fast.evaluation.statistics import ReportOptions
+
+PREEMPTED = 75  # sysexits' EX_TEMPFAIL: not through, try again
+_AUTO = "--resume-auto"
 
 app = typer.Typer(
     add_completion=False,
@@ -55,33 +59,50 @@ may be repeated. Rows are named by their place, an id of theirs is not read."""
 Benchmarks = Annotated[list[str] | None, Option("--benchmark", "-b", help=_NAMES)]
 
 
-@app.command()
+class _TrainCommand(TyperCommand):
+    """Takes --resume=auto beside --resume, a flag, which no option of this library can be both."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_AUTO if arg == "--resume=auto" else arg for arg in args])
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config: RunFile,
     overrides: Overrides = None,
     resume: Resume = False,
+    resume_auto: Annotated[
+        bool, Option(_AUTO, help="Or --resume=auto: continue the run if there is one, or start it.")
+    ] = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train as configured; start it under torchrun to use several devices."""
+    """Train as configured; start it under torchrun to use several devices.
+
+    Exit code 75 says that SIGTERM stopped it: with --resume=auto the same command goes on.
+    """
     resolved = load_config(config, overrides or [])
     if print_config:
         typer.echo(dump_config(resolved), nl=False)
         return
-    train_run(resolved, resume=resume)
+    if not train_run(resolved, resume="auto" if resume_auto else resume):
+        raise typer.Exit(PREEMPTED)
 
 
-def train_run(config: Config, *, resume: bool = False) -> None:
-    """Make the files of a sandbox that the configuration asks for, train, and draw the run."""
+def train_run(config: Config, *, resume: bool | Literal["auto"] = False) -> bool:
+    """Make the files of a sandbox that the configuration asks for, train, and draw the run.
+
+    Returns whether it is through, see `laser_fast.training.run.train`.
+    """
     from laser_fast.model.distributed import open_world
     from laser_fast.sandbox.files import resolve_sandbox, write_sandbox
     from laser_fast.training.run import check_start
     from laser_fast.training.run import train as run_training
 
-    with open_world() as world:
+    with open_world(config.rollout.timeout_s) as world:
         resolved = resolve_sandbox(config)
-        check_start(resolved, world, resume=resume)
+        resumes = check_start(resolved, world, resume=resume)
         write_sandbox(config, world)
-        run_training(resolved, world=world, resume=resume, on_end=_draw_run)
+        return run_training(resolved, world=world, resume=resumes, on_end=_draw_run)
 
 
 @app.command()
@@ -91,7 +112,10 @@ def sft(
     resume: Resume = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train on given responses, before `train`; start it under torchrun to use several devices."""
+    """Train on given responses, before `train`; start it under torchrun to use several devices.
+
+    Exit code 75 says that SIGTERM stopped it, and that --resume goes on.
+    """
     from laser_fast.config_sft import SftConfig
     from laser_fast.model.distributed import open_world
     from laser_fast.training.sft import sft as run_sft
@@ -101,7 +125,9 @@ def sft(
         typer.echo(dump_config(resolved), nl=False)
         return
     with open_world() as world:
-        run_sft(resolved, world=world, resume=resume, on_end=_draw_run)
+        is_through = run_sft(resolved, world=world, resume=resume, on_end=_draw_run)
+    if not is_through:
+        raise typer.Exit(PREEMPTED)
 
 
 def _draw_run(folder: Path) -> None:
@@ -329,10 +355,14 @@ def main() -> None:
     )
     try:
         app()
-    except (ConfigError, RewardError) as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:  # in mid-run, maybe only of this rank
-        print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+    except Exception as error:
+        is_reported = REPORTED in getattr(error, "__notes__", ())  # of several ranks
+        if isinstance(error, ConfigError | RewardError):
+            if is_main and not is_reported:
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if not is_reported and not isinstance(error, RunError):
+            raise
+        if not is_reported:
+            print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
         sys.exit(1)

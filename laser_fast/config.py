@@ -122,6 +122,10 @@ class RolloutConfig(Section):
     """Base URL of the vLLM server, for engine "vllm_server"."""
     steps_ahead: int = Field(0, ge=0, le=1)
     """1: the server samples the next step during this one, but never across a checkpoint."""
+    seeded: bool = True
+    """False: vLLM draws a batch at once, faster; completions then depend on the number of ranks."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait of a rank for another one, and for an answer of the server."""
     sync_buffer_mb: int = Field(512, ge=1)
     """Largest piece of weights gathered at once while streaming to vLLM."""
 
@@ -138,6 +142,8 @@ class RolloutConfig(Section):
                 f"{rollout.steps_ahead = } draws the next prompts before the rewards are there "
                 f"that {rollout.resample_rounds = } asks for; set one to 0"
             )
+        if not rollout.seeded and rollout.engine == "hf":
+            yield f"{rollout.seeded = } is for vLLM, {but}; set it to true"
         if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
             yield f'{rollout.tensor_parallel = } splits only the engine "vllm", {but}; set it to 1'
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _RENAMED = {"rollout.score=request": "rollout.score=inline"}
 
 
+REPORTED = "reported by its rank"  # a note on an error that needs no further words
+
+
 class ConfigError(ValueError):
     """A configuration or input that cannot run; the message is one sentence for the user."""
 

@@ -113,7 +113,8 @@ class RunLog(Log):
         logged = jsonl.read_lines(files.metrics) if files.metrics.exists() else []
         for path in (files.metrics, files.samples):
             jsonl.keep_lines(path, lambda line: line["step"] < resume_step)
-        jsonl.keep_lines(files.evaluations, lambda line: line["step"] <= resume_step)
+        # That of step 0 comes again with step 0.
+        jsonl.keep_lines(files.evaluations, lambda line: line["step"] <= resume_step > 0)
         return max((line["step"] for line in logged), default=-1)
 
     def _open_tensorboard(self, resume_step: int | None) -> Send:

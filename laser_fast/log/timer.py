@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from laser_fast.stopping import StopRun
+
 
 class StageTimer:
     """Accumulates the wall time of the stages of a step.
@@ -28,9 +30,16 @@ class StageTimer:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage, then call `after_stage`: stopped there, a run loses only the step."""
-        with self.only(stage):
-            yield
+        """Time a stage, then call `after_stage`: stopped there, a run loses only the step.
+
+        A rank that leaves the stage by `StopRun` meets the others there, too.
+        """
+        try:
+            with self.only(stage):
+                yield
+        except StopRun:
+            self._after_stage()
+            raise
         self._after_stage()
 
     @contextmanager

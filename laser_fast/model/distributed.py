@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
+import threading
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_errors import REPORTED, ConfigError, RunError
+from laser_fast.stopping import POLL_S, StopRun, listening
 
 if TYPE_CHECKING:
     from laser_fast.config import MeasureConfig
@@ -25,6 +32,9 @@ Item = TypeVar("Item")
 
 # A thread that is busy for longer is stuck, and may not keep a failed process alive.
 _GLOO_DEADLINE_S = 5.0
+# Nor may a collective of others that a failed rank will never join.
+_TEARDOWN_S = 10.0
+_STOP, _ERROR = "laser/stop", "laser/error"  # keys of the group's store
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -97,8 +108,12 @@ class World:
 
 
 @contextmanager
-def open_world() -> Iterator[World]:
-    """Join torchrun's process group, or make one of a single rank."""
+def open_world(timeout_s: float = 1800.0) -> Iterator[World]:
+    """Join torchrun's process group, or make one of a single rank.
+
+    A wait for another rank ends with an error after `timeout_s`. Of several ranks, the one that
+    fails says so before the others can fail for want of it.
+    """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
     if device_type == "cuda":
@@ -107,20 +122,47 @@ def open_world() -> Iterator[World]:
         device = torch.device("cpu")
     # gloo carries pickled objects and CPU-offloaded tensors, NCCL the rest.
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
+    world, is_failed = World(rank, size, device, store), True
     try:
-        world = World(dist.get_rank(), dist.get_world_size(), device)
         # A rank that refuses its input at once would cut off another that is still connecting.
         world.barrier()
         yield world
         # And a rank that is done would close the connections of another that still computes.
         world.barrier()
+        is_failed = False
+    except Exception as error:
+        if size > 1:
+            _report(error, world)
+        raise
     finally:
-        dist.destroy_process_group()
+        if is_failed:
+            closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            closing.start()
+            closing.join(_TEARDOWN_S)
+        else:
+            dist.destroy_process_group()
         _await_gloo()
+
+
+def _report(error: Exception, world: World) -> None:
+    """Print the error of a rank, whole if it is the first, and not if another has said the same."""
+    is_sentence = isinstance(error, ConfigError | RunError)
+    said = str(error) if is_sentence else "".join(traceback.format_exception(error))
+    is_first = is_new = True
+    with suppress(Exception):  # the store may be gone with its rank
+        is_first = world.store.compare_set(_ERROR, "", said).decode() == said
+        is_new = world.store.add(_ERROR + said, 1) == 1
+    if not is_first:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    error.add_note(REPORTED)
+    if is_new:
+        print(f"error: rank {world.rank}: {said}", file=sys.stderr, flush=True)
 
 
 def _await_gloo() -> None:
@@ -167,21 +209,56 @@ def check_world(config: MeasureConfig | SftConfig, size: int) -> None:
         )
 
 
-class StopRun(Exception):  # noqa: N818 (control flow, not an error)
-    """A rank was asked to stop (SIGTERM); the loop saves and leaves."""
-
-
 @contextmanager
 def stop_at_sigterm(world: World) -> Iterator[Callable[[], None]]:
-    """A check that raises `StopRun` on every rank once any has received a SIGTERM. Collective."""
+    """A check that raises `StopRun` on every rank once any has received a SIGTERM. Collective.
+
+    Within, `stopping.poll` does so on a rank by itself, at most POLL_S after the signal of another.
+    """
     received: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    looked = time.monotonic()
+
+    def is_asked() -> bool:
+        nonlocal looked
+        if received:
+            world.store.set(_STOP, "")
+        elif time.monotonic() > looked + POLL_S:
+            looked = time.monotonic()
+            received.extend([signal.SIGTERM] * world.store.check([_STOP]))
+        return bool(received)
 
     def check() -> None:
-        if world.max(len(received)):
+        if world.max(int(is_asked())):
             raise StopRun
 
     try:
-        yield check
+        with listening(is_asked):
+            yield check
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Refuse ranks that do not see what rank 0 writes into `folder`. Collective; leaves nothing."""
+    if world.size == 1:
+        return
+    name = f".shared-{uuid.uuid4().hex}" if world.is_main else ""
+
+    def write() -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        return folder / name
+
+    probe = world.on_main(write)
+    is_seen = probe.exists()
+    blind = world.gather([] if is_seen else [f"rank {world.rank} on {socket.gethostname()}"])
+    if world.is_main:
+        probe.unlink()
+        with suppress(OSError):  # it holds a run
+            folder.rmdir()
+    if blind:
+        raise ConfigError(
+            f"output_dir {folder} is not shared: {blind[0]} does not see what rank 0 writes there; "
+            "put it on a file system that all nodes share"
+        )

@@ -32,6 +32,8 @@ from multiprocessing.connection import Connection, wait
 from operator import attrgetter
 from typing import Any, Literal
 
+from laser_fast.stopping import POLL_S, poll
+
 # Imports of a user's module from a cold network disk take long; a grade never waits for this.
 _START_DEADLINE_S = 300.0
 _CLOSE_GRACE_S = 2.0
@@ -128,7 +130,8 @@ class WorkerPool:
         """Wait for the first message or deadline and book what is there."""
         active = {worker.connection: worker for worker in self._workers if worker.calls}
         nearest = min(worker.deadline for worker in active.values())
-        ready = wait(list(active), timeout=max(nearest - time.monotonic(), 0.0))
+        poll()
+        ready = wait(list(active), timeout=min(max(nearest - time.monotonic(), 0.0), POLL_S))
         now = time.monotonic()
         for connection, worker in active.items():
             if connection not in ready and now < worker.deadline:

@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from laser_fast.config_errors import RunError
 from laser_fast.rewards.pool import resolve
 
 _OFFERED = ("prompts", "completions", "answers", "answer")
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """The user's reward function is broken; the message names the function and the fault."""
 
 

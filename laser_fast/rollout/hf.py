@@ -37,6 +37,7 @@ with needs_train():
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import Engine, groups_of
 from laser_fast.rollout.score_request import parse_completion
+from laser_fast.stopping import poll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,7 @@ class HfEngine(Engine):
         row = torch.arange(len(rows), device=device)  # [R], the rows in the batch
         has_ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for step in range(num_steps):
+            poll()
             logits = context.logits
             tempered = logits / sampling.temperature
             noisy = tempered - noise.step(row, tempered)

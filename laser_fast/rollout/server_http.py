@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 import threading
 from contextlib import suppress
@@ -13,7 +14,7 @@ from laser_fast.config_errors import RunError
 
 logger = logging.getLogger(__name__)
 
-_HEADERS = {"Content-Type": "application/json"}
+API_KEY = "VLLM_API_KEY"  # the variable from which a vLLM server takes its own --api-key
 ATTEMPTS = 3
 _PAUSE_S = 1.0  # before the second attempt; twice as long before the third
 # A request may wait for half an hour; what lies between forgets silent connections sooner.
@@ -36,6 +37,9 @@ class Http:
         self._connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._path = parts.netloc, parts.path
         self._timeout_s = timeout_s
+        self._headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(API_KEY):
+            self._headers["Authorization"] = f"Bearer {key}"
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()  # of the requests in flight
         self._closed = threading.Event()
@@ -61,6 +65,12 @@ class Http:
             for connection in self._sockets:
                 with suppress(OSError):  # the other side was faster
                     connection.shutdown(socket.SHUT_RDWR)
+
+    def own_address(self) -> str:
+        """The address of this machine on its way to the server, which can answer there."""
+        connection = self._connection(self._host, timeout=self._timeout_s)
+        with socket.create_connection((connection.host, connection.port), self._timeout_s) as own:
+            return own.getsockname()[0]
 
     def _ask(self, method: str, path: str, body: bytes | None, attempts: int) -> Any:
         url = self._url + path
@@ -97,7 +107,7 @@ class Http:
             with self._lock:
                 self._check_open()
                 self._sockets.add(own)
-            connection.request(method, self._path + path, body, _HEADERS)
+            connection.request(method, self._path + path, body, self._headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:

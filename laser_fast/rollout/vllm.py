@@ -32,7 +32,13 @@ with needs_train():
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed, groups_of
+from laser_fast.rollout.engine import (
+    CopyingEngine,
+    check_fits,
+    completion_seed,
+    draw_seed,
+    groups_of,
+)
 from laser_fast.rollout.score_request import (
     PROCESSOR,
     TEMPERING,
@@ -40,6 +46,7 @@ from laser_fast.rollout.score_request import (
     parse_completion,
     request_fields,
 )
+from laser_fast.stopping import StopRun, is_asked
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -83,6 +90,9 @@ class VllmEngine(CopyingEngine):
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
         self._is_asleep = self._is_synced = False
         self._llm = _start(model_path, config, max_model_len, dtype, enforce_eager)
+        self._is_seeded = config.seeded
+        self._number = dist.get_rank() // size if dist.is_initialized() else 0
+        self._poll_in_steps()
         self._names = set(self._llm.apply_model(checkpoint_names)[0])
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -108,7 +118,11 @@ class VllmEngine(CopyingEngine):
         prompts, own = self._join(prompts)
         rows = [(prompt, g) for prompt in prompts for g in range(sampling.group_size)]
         params = [self._sampling_params(prompt, g, sampling) for prompt, g in rows]
-        outputs = self._run([prompt.prompt_ids for prompt, _ in rows], params)
+        with keep_random_state():
+            # Without seeds of their own, which cost a launch per row and token, rows draw from this
+            # generator: other noise for every engine and draw, the same on the ranks of an engine.
+            torch.manual_seed(draw_seed(sampling.seed, self._number))
+            outputs = self._run([prompt.prompt_ids for prompt, _ in rows], params)
         completions = []
         for output, asked in zip(outputs, params, strict=True):
             (drawn,) = output.outputs
@@ -158,8 +172,24 @@ class VllmEngine(CopyingEngine):
         gc.unfreeze()  # vLLM froze what lived at its start, itself included
         gc.collect()
 
+    def _poll_in_steps(self) -> None:
+        """Let a run that is asked to stop leave `generate`; the ranks of an engine in one step."""
+        engine = self._llm.llm_engine
+        step = engine.step
+
+        def polled_step() -> Any:
+            asked = torch.tensor(int(is_asked()))
+            if self._group is not None:
+                dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+            if asked:
+                raise StopRun
+            return step()
+
+        engine.step = polled_step
+
     def _wake(self, tag: str) -> None:
         if self._is_asleep:
+            torch.cuda.empty_cache()  # torch keeps what training freed, and vLLM cannot have it
             self._llm.wake_up(tags=[tag])
 
     def _sampling_params(self, prompt: Prompt, sample: int, sampling: Sampling) -> SamplingParams:
@@ -167,10 +197,11 @@ class VllmEngine(CopyingEngine):
         from vllm import SamplingParams
 
         fields, extra_args = request_fields(self._tokens, sampling)
+        seed = completion_seed(sampling.seed, prompt.prompt_id, sample)
         if sampling.temperature != 1.0:
             extra_args[TEMPERING] = Tempering(sampling.temperature)
         return SamplingParams(
-            seed=completion_seed(sampling.seed, prompt.prompt_id, sample),
+            seed=seed if self._is_seeded else None,
             flat_logprobs=True,
             detokenize=False,
             extra_args=extra_args,

@@ -12,7 +12,6 @@ counted twice. Every sync gives the server's weights a version, and completions 
 version is still there after them: a server that was restarted in between has forgotten the weights.
 """
 
-import os
 import socket
 import tempfile
 import time
@@ -33,6 +32,7 @@ from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm import import_vllm
+from laser_fast.stopping import StopRun, poll_until_done
 
 OLDEST, NEWEST = (0, 28), (0, 32)  # the version of the weights is asked for since 0.28
 # Groups in flight from one rank; the server batches them as it likes.
@@ -68,7 +68,7 @@ class VllmServerEngine(CopyingEngine):
                 f"rollout.temperature = {config.temperature:g}: a server reports log-probs of "
                 'temperature 1 only; use rollout.engine = "vllm"'
             )
-        self._url = config.server_url
+        self._url, self._is_seeded = config.server_url, config.seeded
         self._tokens = tokens
         self._max_model_len = max_model_len
         self._http = Http(self._url, timeout_s)
@@ -125,7 +125,14 @@ class VllmServerEngine(CopyingEngine):
         if temperature != 1.0:
             raise ValueError(f"vllm_server works at temperature 1, got {temperature}")
         with ThreadPoolExecutor(_MAX_REQUESTS) as pool:
-            answers = list(pool.map(answer, items))
+            futures = [pool.submit(answer, item) for item in items]
+            try:
+                poll_until_done(futures)
+            except StopRun:  # nobody asks again
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._http.close()
+                raise
+            answers = [future.result() for future in futures]
         found = self._http.get("/weight_info")["weight_version"]
         if found != self._weight_version:
             raise ServerError(
@@ -137,8 +144,9 @@ class VllmServerEngine(CopyingEngine):
     def _sample(self, sampling: Sampling, prompt: Prompt) -> Group:
         fields, vllm_xargs = request_fields(self._tokens, sampling)
         seed = completion_seed(sampling.seed, prompt.prompt_id, 0)  # vLLM adds the index
-        fields |= {"n": sampling.group_size, "seed": seed, "vllm_xargs": vllm_xargs}
+        fields |= {"n": sampling.group_size, "vllm_xargs": vllm_xargs}
         fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+        fields |= {"seed": seed} if self._is_seeded else {}
         choices = sorted(self._complete(prompt.prompt_ids, **fields), key=lambda c: c["index"])
         drawn = [self._drawn(choice, sampling) for choice in choices]
         try:
@@ -292,7 +300,7 @@ class NcclTransfer:
         with socket.socket() as probe:
             probe.bind(("", 0))
             meeting = {
-                "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+                "master_address": self._http.own_address(),
                 "master_port": probe.getsockname()[1],
                 "world_size": 1 + self._http.get("/get_world_size")["world_size"],
             }

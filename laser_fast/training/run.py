@@ -9,17 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.run_folder import open_run_folder, resumed_config
+from laser_fast.log.run_folder import RunFolder, open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
+from laser_fast.model.distributed import World, check_shared, check_world, stop_at_sigterm
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -27,8 +28,10 @@ from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
 from laser_fast.rollout.vllm import import_vllm
+from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
     latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
     trainer_state,
@@ -42,16 +45,28 @@ from laser_fast.training.update import build_optimizer
 logger = logging.getLogger(__name__)
 
 
-def check_start(config: Config, world: World, *, resume: bool) -> None:
-    """Refuse a run folder, a number of ranks or a vLLM that does not fit; writes nothing."""
-    folder = open_run_folder(config, resume=resume)
+def check_start(config: Config, world: World, *, resume: bool | Literal["auto"]) -> bool:
+    """Refuse a run folder, a number of ranks or a vLLM that does not fit; leaves nothing behind.
+
+    Returns whether a run that is there goes on, which "auto" finds out, also of one that had no
+    time for a checkpoint and begins again. Collective.
+    """
+    folder = Path(config.output_dir)
+
+    def look() -> bool:
+        resumes = RunFolder(folder).config.is_file() if resume == "auto" else resume
+        open_run_folder(config, resume=resumes)
+        if resume is True:
+            latest_checkpoint(folder)
+        return resumes
+
+    resumes = world.on_main(look)
     check_world(config, world.size)
-    if resume:
-        latest_checkpoint(folder.path)
+    check_shared(folder, world)
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
         import_vllm()  # a missing or unsupported one is named before minutes of loading
-    world.barrier()  # every rank has seen the folder as it was
+    return resumes
 
 
 def train(
@@ -60,19 +75,25 @@ def train(
     world: World,
     resume: bool = False,
     on_end: Callable[[Path], None] = lambda folder: None,
-) -> None:
+) -> bool:
     """Train as configured, after `check_start`, or `resume` from the newest checkpoint. Collective.
 
     `on_end` is called with the run folder, on rank 0, when a run that has begun ends in any way. A
     ConfigError says that the configuration or its inputs cannot run; nothing was overwritten then.
+    Returns whether the run is through; else SIGTERM stopped it, and it can be resumed.
     """
     started = time.monotonic()
     folder, checkpoint = Path(config.output_dir), None
     if resume:
-        config, checkpoint = resumed_config(config), latest_checkpoint(folder)
+        config = resumed_config(config)
+        checkpoint = world.on_main(lambda: next(reversed(list_checkpoints(folder)), None))
     with ExitStack() as stack:
         sampler, reference, held_out = _build_sampler(config, world, stack, checkpoint)
-        trainer, first_step = _build_trainer(sampler, reference, checkpoint)
+        try:
+            trainer, first_step = _build_trainer(sampler, reference, checkpoint)
+        except StopRun:
+            logger.warning("stopped by SIGTERM before the first step; start it again")
+            return False
         log = Log()
         if world.is_main:
             resume_step = first_step if resume else None
@@ -95,8 +116,9 @@ def train(
         except StopRun:
             path = _save(trainer, folder, completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
-            return
+            return False
         log.finish(wall_seconds=time.monotonic() - started)
+        return True
 
 
 def _build_sampler(
@@ -245,9 +267,10 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
         return
     sampler.sync(held_out)
     groups = sampler.sample_scored(held_out, "eval", group_size=config.data.eval_samples)
-    records = trainer.world.gather(_records(trainer, sampler.grade(groups)))
-    if trainer.world.is_main:
-        log.log_evaluation(step, summarize(records, same_answer=sampler.grader.same_answer))
+    records = trainer.world.gather_on_main(_records(trainer, sampler.grade(groups)))
+    with trainer.stage("reward"):  # equal answers are found in the graders
+        if trainer.world.is_main:
+            log.log_evaluation(step, summarize(records, same_answer=sampler.grader.same_answer))
     trainer.stage.pop()  # evaluation is not part of any step
 
 

@@ -19,6 +19,7 @@ from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
 from laser_fast.rollout.engine import CopyingEngine, Engine, check_agreement, make_sampling
+from laser_fast.stopping import poll_until_done
 from laser_fast.training.schedule import is_due
 
 # 256 completions put the standard error of c_ref, whose spread is .04 to 1.2 nats
@@ -53,7 +54,7 @@ class RolloutAhead:
     def drain(self) -> None:
         """Wait until nothing is in flight; the groups stay to be taken."""
         if self._in_flight is not None:
-            self._in_flight[1].result()
+            poll_until_done([self._in_flight[1]])
 
     def take(self, step: int) -> list[Group] | None:
         """Wait for the groups of `step`; None if nothing was started."""
@@ -61,6 +62,7 @@ class RolloutAhead:
             return None
         of_step, groups = self._in_flight
         assert of_step == step
+        poll_until_done([groups])
         self._in_flight = None
         return groups.result()
 
@@ -111,8 +113,7 @@ class Sampler:
             with self.stage("rollout"):
                 sampling = self._train_sampling(step, attempt)
                 sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
-            with self.stage("reward"):
-                groups |= zip(slots, self.grade(sampled), strict=True)
+            groups |= zip(slots, self.grade(sampled), strict=True)
             slots = [slot for slot in slots if not _has_spread(groups[slot])]
             if attempt == rounds or self.world.max(len(slots)) == 0:
                 break
@@ -135,8 +136,7 @@ class Sampler:
                 groups = self.engine.generate(prompts, self._train_sampling(step))
             if self._may_start(step + 1):
                 self._ahead.start(step + 1, self._prompts(step + 1), self._train_sampling(step + 1))
-        with self.stage("reward"):
-            return self.grade(groups)
+        return self.grade(groups)
 
     def _may_start(self, step: int) -> bool:
         """Whether `step` may be sampled from weights that are one update old.
@@ -158,8 +158,9 @@ class Sampler:
         """
         config = self.config.rollout
         if config.steps_ahead:
-            self._ahead.drain()
-            self.world.barrier()  # every rank's rollout, since they share the server
+            with self.stage("rollout"):  # at its end every rank's has, since they share the server
+                self._ahead.drain()
+            self.world.barrier()
         self.engine.sync(self.policy.stream_weights(self.world.device))
         if isinstance(self.engine, CopyingEngine):
             given = [_as_group(prompt) for prompt in prompts[:PROOF_PROMPTS]]
@@ -171,7 +172,8 @@ class Sampler:
 
     def grade(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their rewards; None where grading failed."""
-        return grade_groups(self.grader, groups, self.vocabulary.decode)
+        with self.stage("reward"):
+            return grade_groups(self.grader, groups, self.vocabulary.decode)
 
     def sample_scored(
         self, prompts: Sequence[Prompt], *draw: int | str, group_size: int
@@ -179,7 +181,8 @@ class Sampler:
         """Groups outside of training, with scores by engine or policy; call `sync` before."""
         is_off = self.config.rollout.score == "off"
         sampling = make_sampling(self.config, *draw, group_size=group_size, needs_score=not is_off)
-        groups = self.engine.generate(prompts, sampling)
+        with self.stage("rollout"):
+            groups = self.engine.generate(prompts, sampling)
         self.engine.sleep()
         if is_off:
             groups = with_scores(self.policy, groups, self.packer, self.world)
@@ -197,6 +200,7 @@ class Sampler:
         chosen = [p for i, p in enumerate(prompts, self.world.rank * share) if i % stride == 0]
         self.sync(prompts)
         groups = self.sample_scored(chosen, "calibrate", group_size=CALIBRATION_SAMPLES)
+        self.stage.pop()  # of no step
         logprobs = [c.score_logprob for group in groups for c in group.completions]
         return mean_ref_logprob(self.world.gather(logprobs))
 

@@ -26,11 +26,12 @@ from laser_fast.data.rows import open_rows
 from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import StopRun, World, check_world, stop_at_sigterm
+from laser_fast.model.distributed import World, check_world, stop_at_sigterm
 from laser_fast.model.packing import Ids, Packer, plan_shares
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
 from laser_fast.records import Microbatch, TrainingSequence
+from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from laser_fast.training.export import write_model
 from laser_fast.training.schedule import is_due, learning_rate
@@ -128,7 +129,7 @@ def sft(
     world: World,
     resume: bool = False,
     on_end: Callable[[Path], None] = lambda folder: None,
-) -> None:
+) -> bool:
     """Train as configured, or `resume`, and write OUTPUT_DIR/model. Collective; see `run.train`."""
     started, checkpoint = time.monotonic(), None
     folder = open_run_folder(config, resume=resume).path
@@ -158,9 +159,10 @@ def sft(
         except StopRun:
             path = _save(trainer, completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
-            return
+            return False
         write_model(trainer.policy, config.model, folder / "model", world)
         log.finish(wall_seconds=time.monotonic() - started)
+        return True
 
 
 def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTrainer:

@@ -259,7 +259,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     screen, _ = process.communicate()
-    assert process.returncode == 0, screen
+    assert process.returncode == 75, screen
     assert "stopped by SIGTERM; continue with --resume" in screen
     assert "wording and tokenizing" in screen and not noise(screen)
 
