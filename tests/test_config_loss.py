@@ -1,0 +1,33 @@
+"""What the configuration of a loss says of itself."""
+
+from laser_fast.config import Config
+
+RUN = {
+    "output_dir": "runs/a",
+    "model": {"path": "m"},
+    "data": {"train": "t.jsonl"},
+    "optim": {"steps": 1},
+}
+
+
+def test_gspo_as_it_was_published_is_silent_and_anything_else_is_doubted(recwarn):
+    def messages(**keys):
+        recwarn.clear()
+        Config.parse(RUN | {"loss": keys}, source="")
+        return [str(warning.message) for warning in recwarn]
+
+    good = {"kind": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}
+    good["aggregation"] = "seq-mean-token-mean"
+    assert messages(**good) == messages() == []
+    for key, value in (("clip_low", 0.2), ("clip_high", 0.1)):
+        [message] = messages(**good | {key: value})
+        assert f"a clip of {value:g} hardly ever meets; set loss.clip_low = 3e-4" in message
+    for value in ("token-mean", "seq-mean-token-sum-norm"):
+        [message] = messages(**good | {"aggregation": value})
+        assert f'"{value}" weights long sequences more; set loss.aggregation' in message
+    [message] = messages(kind="gspo")
+    assert "0.2 hardly" in message and "token-mean" in message
+
+
+def test_the_dual_clip_is_on_unless_it_is_switched_off():
+    assert Config.parse(RUN, source="").loss.clip_dual == 3.0
