@@ -190,6 +190,7 @@ def test_every_section_is_strict():
             "score.beta = 0.1: the target log-prob of a correct answer, ref_logprob + 1/beta = "
             "-10.5 + 1/0.1 = -0.5, must stay well below 0; choose beta >= 0.134",
         ),
+        ({"rollout__seeded": False}, "rollout.seeded = False is for vLLM, and rollout.engine is"),
         ({"loss__clip_dual": 0.5}, "loss.clip_dual = 0.5 would cut the gradient"),
         ({"loss__clip_dual": 1.0}, "loss.clip_dual = 1 would cut the gradient"),
         *(

@@ -27,6 +27,7 @@ PLUMBING = {
     "laser_fast/records.py",
     "laser_fast/rollout/engine.py",
     "laser_fast/rollout/hf.py",
+    "laser_fast/stopping.py",
 }
 
 

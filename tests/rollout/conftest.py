@@ -242,11 +242,14 @@ class Script(http.server.BaseHTTPRequestHandler):
     """Answers a GET with a page, and every POST with the next of the scripted replies."""
 
     def do_GET(self):
+        self.server.keys.append(self.headers["Authorization"])
         self.answer(*self.server.pages.get(self.path, (404, "no such page")))
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.posted.append(self.path)
+        self.server.bodies.append(json.loads(body))
+        self.server.keys.append(self.headers["Authorization"])
         status, body = self.server.replies.pop(0)
         if status is None:  # hang up
             self.connection.close()
@@ -270,7 +273,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(server_http, "_PAUSE_S", 0.01)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
     server.release = threading.Event()
-    server.posted = []
+    server.posted, server.bodies, server.keys = [], [], []
     server.pages = {
         "/version": (200, '{"version": "0.32.0+cpu"}'),
         "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 64}]}'),

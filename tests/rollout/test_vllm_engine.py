@@ -12,6 +12,7 @@ from laser_fast.model.logprobs import policy_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Prompt, Sampling
+from laser_fast.stopping import StopRun, listening
 
 pytestmark = pytest.mark.vllm
 # float32, against a float64 softmax of transformers' float32 logits; a GPU may multiply in TF32.
@@ -239,3 +240,32 @@ def test_building_an_engine_leaves_the_random_state_alone(tiny):
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     tiny.engine().close()
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
+
+
+def test_an_unseeded_draw_is_its_own_and_leaves_the_random_state_alone(engine, tiny):
+    def draw(seed):
+        groups = engine.generate(make_prompts(), make_sampling(seed=seed))
+        return [c.completion_ids for _, c in pairs(groups)]
+
+    engine._is_seeded = False
+    try:
+        state = torch.get_rng_state()
+        first, again, other = draw(1), draw(1), draw(2)
+        assert torch.equal(torch.get_rng_state(), state)
+        engine._number = 1  # another engine of the run
+        elsewhere = draw(1)
+    finally:
+        engine._is_seeded, engine._number = True, 0
+    assert first == again != other
+    assert first != elsewhere != other
+    assert len(set(first)) > len(first) / 2
+
+
+def test_generation_is_left_where_a_run_is_asked_to_stop(engine):
+    asked = iter([False, False, True])
+    steps = []
+    with listening(lambda: steps.append(None) or next(asked)), pytest.raises(StopRun):
+        engine.generate(make_prompts(), make_sampling())
+    assert len(steps) == 3
+    llm = engine._llm.llm_engine  # a run does not use it again, but other tests do
+    llm.abort_request(list(llm.output_processor.request_states), internal=True)

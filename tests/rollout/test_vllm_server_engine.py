@@ -299,3 +299,35 @@ def test_what_must_not_happen_twice_is_tried_once(scripted):
     with pytest.raises(ServerError, match="1 attempts"):
         client.post("/x", {}, attempts=1)
     assert len(server.replies) == 1
+
+
+def test_the_key_of_the_environment_opens_the_server(scripted, monkeypatch):
+    server, _ = scripted
+    Http(url_of(server), timeout_s=60).get("/version")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    http = Http(url_of(server), timeout_s=60)
+    http.get("/version")
+    server.replies = [(200, ""), (401, "no")]
+    http.post("/v1/completions")
+    with pytest.raises(ValueError, match="refused: 401") as refused:
+        http.post("/v1/completions")
+    assert server.keys == [None, *["Bearer secret"] * 3]
+    assert "secret" not in str(refused.value)
+
+
+def test_the_own_address_is_that_on_the_way_to_the_server(scripted, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert scripted[1].own_address() == "127.0.0.1"
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_requests_have_seeds_unless_they_are_not_wanted(scripted, served_ids, seeded):
+    server, _ = scripted
+    tokens = served_ids.tokens
+    choice = {"index": 0, "token_ids": [5, 1, 2], "logprobs": {"token_logprobs": [-1.0] * 3}}
+    probe = probe_reply([tokens.eos_token_ids[0], tokens.score_token_id], [0.0, -3.0])
+    server.replies = [probe, (200, json.dumps({"choices": [choice]}))]
+    engine = connect(url_of(server), served_ids, seeded=seeded)
+    engine._weight_version = "0"
+    engine.generate(PROMPTS[:1], replace(SAMPLING, group_size=1))
+    assert ("seed" in server.bodies[-1]) == seeded

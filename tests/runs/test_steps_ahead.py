@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from laser_fast.cli import train_run
 from laser_fast.config import ConfigError, load_config
+from laser_fast.log.timer import StageTimer
 from laser_fast.rollout.engine import DisagreementError, draw_seed
 from laser_fast.rollout.hf import HfEngine
 from laser_fast.rollout.server_http import ServerError
@@ -289,7 +290,7 @@ def test_every_rank_ends_its_rollout_before_the_weights_change(ahead):
     sampler = Sampler(
         config=load_config(ahead.path),
         world=SimpleNamespace(device="cpu", barrier=lambda: done.append("barrier")),
-        stage=None,
+        stage=StageTimer(),
         vocabulary=None,
         prompts=None,
         engine=engine,

@@ -1,19 +1,12 @@
-"""What the configuration of a loss says of itself."""
+"""What the configuration says of the loss: the defaults that protect, and the doubts."""
 
-from laser_fast.config import Config
-
-RUN = {
-    "output_dir": "runs/a",
-    "model": {"path": "m"},
-    "data": {"train": "t.jsonl"},
-    "optim": {"steps": 1},
-}
+from tiny_models import make_config
 
 
 def test_gspo_as_it_was_published_is_silent_and_anything_else_is_doubted(recwarn):
     def messages(**keys):
         recwarn.clear()
-        Config.parse(RUN | {"loss": keys}, source="")
+        make_config(loss=keys)
         return [str(warning.message) for warning in recwarn]
 
     good = {"kind": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}
@@ -30,4 +23,4 @@ def test_gspo_as_it_was_published_is_silent_and_anything_else_is_doubted(recwarn
 
 
 def test_the_dual_clip_is_on_unless_it_is_switched_off():
-    assert Config.parse(RUN, source="").loss.clip_dual == 3.0
+    assert make_config().loss.clip_dual == 3.0
