@@ -25,6 +25,7 @@ HELPERS = Path(__file__).parent / "helpers"  # on the path, see pyproject.toml
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "needs an NVIDIA GPU"),
     "vllm": (importlib.util.find_spec("vllm") is not None, "needs vLLM"),
+    "trl": (importlib.util.find_spec("trl") is not None, "needs TRL"),
 }
 
 

@@ -1,0 +1,131 @@
+"""TRL trainers on a tiny model and fixed completions, for test_trl.py.
+
+    python trl_runs.py MODEL OUT
+
+writes what 1 and 2 ranks make of the same completions: world-1.json and world-2.json.
+"""
+
+import json
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from fork_ranks import run_ranks
+from tiny_models import save_model as save
+from transformers import AutoTokenizer
+from trl import GRPOConfig
+
+from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer
+from laser_fast.sandbox.task import EOS_TOKEN, TOKENS
+
+SCORE_TOKEN = "<|reserved_0|>"
+EOS = TOKENS.index(EOS_TOKEN)
+GROUP = 4
+PROMPTS = ("1+2=", "3*4+1=", "7=", "2*2+5*1=")
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "learning_rate": 1e-5,
+    "seed": 1,
+    "per_device_train_batch_size": 4,
+}
+GRPO = {"num_generations": GROUP, "max_completion_length": 10, "gradient_accumulation_steps": 2}
+
+
+def save_model(folder):
+    """A model that finds the score token improbable, as pretrained ones do."""
+
+    def adapt(model):
+        with torch.no_grad():
+            ids = torch.randint(7, 33, (64, 8))
+            ids[:, -1] = EOS
+            mean = model.model(ids).last_hidden_state[:, -1].mean(0)
+            direction = mean / mean.square().sum()
+            model.lm_head.weight[TOKENS.index(SCORE_TOKEN)] -= 12 * direction
+            model.lm_head.weight[EOS] += 3 * direction
+
+    torch.manual_seed(0)
+    save(folder, adapt=adapt, tie_word_embeddings=False)
+
+
+def odd_sum(completion_ids, **_):
+    """The verifier: whether the ids add up to an odd number."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def fixed_rollout(prompts, trainer):
+    """Completions that depend on step, prompt and place in the whole batch only."""
+    tokenizer, completions = trainer.processing_class, []
+    first = trainer.accelerator.process_index * len(prompts)
+    for number, prompt in enumerate(prompts, start=first):
+        rng = random.Random(f"{prompt} {number} {trainer.state.global_step}")
+        length = rng.randint(2, 9)
+        ids = [rng.randrange(7, 33) for _ in range(length)]
+        is_finished = rng.random() < 0.8
+        completions.append(ids[:-1] + [tokenizer.eos_token_id] if is_finished else ids)
+    return {
+        "prompt_ids": tokenizer(prompts).input_ids,
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(ids) for ids in completions],
+    }
+
+
+def make_trainer(trainer, config, folder, *, reward=odd_sum, data=PROMPTS, **options):
+    """A GRPO trainer of the model in `folder`; `options` are those of its configuration."""
+    warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+    names = ("rollout_func", "peft_config", "compute_loss_func")
+    passed = {name: options.pop(name) for name in names if name in options}
+    if issubclass(config, LaserConfig):
+        options = {"score_token": SCORE_TOKEN, "score_beta": 0.2} | options
+    defaults = COMMON | {"output_dir": str(Path(folder, "out"))}
+    if issubclass(config, GRPOConfig):
+        defaults |= GRPO
+    return trainer(
+        model=str(folder),
+        reward_funcs=reward,
+        args=config(**defaults | options),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in data * 4]),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        **passed,
+    )
+
+
+def losses(trainer):
+    """What each step logged, without times."""
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    return [{k: v for k, v in row.items() if "time" not in k and v is not None} for row in steps]
+
+
+def _train(folder, out, size):
+    trainer = make_trainer(
+        LaserGRPOTrainer,
+        LaserConfig,
+        folder,
+        rollout_func=fixed_rollout,
+        max_steps=3,
+        num_generations=8,  # two ranks split a group
+        per_device_train_batch_size=8 // size,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        score_loss_coef=0.5,
+        score_advantage_coef=0.4,
+        score_min_std=0.0,
+        score_advantage_warmup_steps=1,
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        weights = trainer.model.state_dict()
+        norms = {name: float(weight.double().norm()) for name, weight in weights.items()}
+        Path(out, f"world-{size}.json").write_text(json.dumps([losses(trainer), norms]))
+
+
+if __name__ == "__main__":
+    for size in (1, 2):
+        run_ranks(size, _train, *sys.argv[1:], size)
