@@ -131,6 +131,20 @@ def test_weight_sync(tmp_path):
     assert path.with_suffix(".md").exists()
 
 
+@pytest.mark.trl
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["trl_sandbox"], ["trl_memory", "laser"]])
+def test_trl(arguments, tmp_path):
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", f"bench.{arguments[0]}", *arguments[1:], "--smoke"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    subprocess.run([*command, "--json", path], cwd=ROOT, env=environment, check=True)
+    result = json.loads(path.read_text())
+    assert set(result["header"]) >= HEADER
+    assert {row["trainer"] for row in result["rows"]} <= {"LaSeR", "stock", "laser"}
+    assert path.with_suffix(".md").exists()
+
+
 @pytest.mark.parametrize("module", [["bench.last_token"], ["bench.guard", "bench.last_token"]])
 def test_the_command_line(module, tmp_path):
     command = [sys.executable, "-m", *module, "--smoke", "--only", "unfused,stream of W"]
