@@ -69,7 +69,6 @@ def use_laser_kernels(trainer: Any) -> None:
             raise ValueError(
                 f"use_laser_kernels: {name} with {what} is not supported; leave it out"
             )
-    trl_utils._ChunkedLogProbFunction = _Head
     _patch_forward(model)
     if getattr(trainer, "ref_model", None) is not None:
         _patch_forward(trainer.ref_model)
@@ -96,6 +95,7 @@ _current_call: ContextVar[_Call | None] = ContextVar("current_call", default=Non
 
 def _patch_forward(model: Any) -> None:
     """Let forwards with `fused_lm_head=True` run our op, also with a temperature for each row."""
+    trl_utils._ChunkedLogProbFunction = _Head
     trl_forward, is_checked = model.forward, False
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature

@@ -2,7 +2,8 @@
 
     python trl_runs.py MODEL OUT
 
-writes what 1 and 2 ranks make of the same completions: world-1.json and world-2.json.
+writes what 1 and 2 ranks make of the same completions: world-N.json, and of the same rows where
+FSDP2 shards the model: sharded-N.json.
 """
 
 import json
@@ -15,10 +16,14 @@ import torch
 from datasets import Dataset
 from fork_ranks import run_ranks
 from tiny_models import save_model as save
-from transformers import AutoTokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer
+from laser_fast.integrations.trl_head import _patch_forward
 from laser_fast.sandbox.task import EOS_TOKEN, TOKENS
 
 SCORE_TOKEN = "<|reserved_0|>"
@@ -126,6 +131,36 @@ def _train(folder, out, size):
         Path(out, f"world-{size}.json").write_text(json.dumps([losses(trainer), norms]))
 
 
+def _shard(folder, out, size):
+    """Norms of the gradients of a model that FSDP2 shards; accelerate does so on GPUs only."""
+    mesh = init_device_mesh("cpu", (size,))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    _patch_forward(model)
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    torch.manual_seed(0)
+    ids = torch.randint(7, 33, (4, 9))
+    labels = ids.roll(-1, dims=1).index_fill(1, torch.tensor([0, 1, 8]), -100)
+    labels[:, 7] = TOKENS.index(SCORE_TOKEN)
+    temperature = torch.full(ids.shape, 0.7)
+    temperature[:, 7] = 1.0
+    own = slice(mesh.get_local_rank(), None, size)
+    outputs = model(
+        input_ids=ids[own],
+        shift_labels=labels[own],
+        row_temperature=temperature[own],
+        fused_lm_head=True,
+    )
+    loss = (outputs.log_probs - 0.1 * outputs.entropy).sum() * size  # gradients are averaged
+    loss.backward()
+    norms = {name: float(p.grad.full_tensor().norm()) for name, p in model.named_parameters()}
+    if mesh.get_local_rank() == 0:
+        Path(out, f"sharded-{size}.json").write_text(json.dumps(norms))
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     for size in (1, 2):
         run_ranks(size, _train, *sys.argv[1:], size)
+        run_ranks(size, _shard, *sys.argv[1:], size)

@@ -183,18 +183,32 @@ def test_scores_are_mixed_into_the_advantages(folder, make_laser, options):
             assert advantages[True, key] == pytest.approx(own, abs=1e-3)
 
 
-def test_two_ranks_train_as_one(folder, tmp_path):
-    helper = Path(trl_runs.__file__)
-    done = subprocess.run(
-        [sys.executable, helper, folder, tmp_path], capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def ranks_folder(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, Path(trl_runs.__file__), folder, out]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / f"world-{size}.json").read_text()) for size in (1, 2))
+    return out
+
+
+def of_ranks(folder, name):
+    return [json.loads((folder / f"{name}-{size}.json").read_text()) for size in (1, 2)]
+
+
+def test_two_ranks_train_as_one(ranks_folder):
+    one, two = of_ranks(ranks_folder, "world")
     same = ("loss", "grad_norm", "reward", "score/loss", "score/ref_logprob", "score/auroc")
     for step_of_one, step_of_two in zip(one[0], two[0], strict=True):
         for name in same:
             assert step_of_two[name] == pytest.approx(step_of_one[name], rel=1e-4, abs=1e-5), name
     assert two[1] == pytest.approx(one[1], rel=1e-4)
+
+
+def test_shards_of_fsdp2_have_the_gradients_of_the_whole(ranks_folder):
+    one, two = of_ranks(ranks_folder, "sharded")
+    assert len(one) == 27 and min(one.values()) > 0
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_it_learns_to_tell_right_from_wrong(make_laser):
