@@ -11,6 +11,7 @@ import types
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import trl
@@ -91,10 +92,14 @@ class _Call:
 
 
 _current_call: ContextVar[_Call | None] = ContextVar("current_call", default=None)
+_patched: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def _patch_forward(model: Any) -> None:
     """Let forwards with `fused_lm_head=True` run our op, also with a temperature for each row."""
+    if model in _patched:
+        return
+    _patched.add(model)
     trl_utils._ChunkedLogProbFunction = _Head
     trl_forward, is_checked = model.forward, False
 
@@ -117,7 +122,8 @@ def _patch_forward(model: Any) -> None:
             outputs = trl_forward(*args, fused_lm_head=True, **kwargs)
         finally:
             _current_call.reset(token)
-        assert call.num_rows is not None, "TRL's forward did not reach the op"
+        if call.num_rows is None:
+            raise RuntimeError("use_laser_kernels: another patch of the model took the head away")
         is_checked = is_checked or call.num_rows > 0
         return outputs
 

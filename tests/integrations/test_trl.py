@@ -65,6 +65,7 @@ def test_without_a_score_it_trains_as_trl(make, case):
     stock = make(trl.GRPOTrainer, trl.GRPOConfig, **options)
     stock.train()  # before the other one is made, which sets the seeds
     laser = make(LaserGRPOTrainer, LaserConfig, **OFF, **options)
+    use_laser_kernels(laser)  # a second time, which changes nothing
     laser.train()
     tolerance = 2e-2 if options.get("bf16") else 1e-5
     for own, expected in zip(losses(laser), losses(stock), strict=True):
@@ -332,6 +333,14 @@ def test_the_start_refuses_other_log_probs(make, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="log-probs of TRL's own head at temperature 0.7"):
         trainer.train()
+
+
+def test_a_head_that_is_not_reached_is_refused(make):
+    trainer = make(trl.GRPOTrainer, trl.GRPOConfig, max_steps=1)
+    trainer.model.forward = lambda **_: None
+    use_laser_kernels(trainer)
+    with pytest.raises(RuntimeError, match="took the head away"):
+        trainer.model(input_ids=None, shift_labels=torch.zeros(1, 1), fused_lm_head=True)
 
 
 @pytest.mark.parametrize(
