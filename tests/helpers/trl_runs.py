@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import trl
 from datasets import Dataset
 from fork_ranks import run_ranks
 from tiny_models import save_model as save
@@ -97,6 +98,28 @@ def make_trainer(trainer, config, folder, *, reward=odd_sum, data=PROMPTS, **opt
         reward_funcs=reward,
         args=config(**defaults | options),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in data * 4]),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        **passed,
+    )
+
+
+def make_other(name, folder, *, compute_loss_func=None, **options):
+    """An RLOO, DPO, KTO or SFT trainer."""
+    config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
+    if name == "RLOO":
+        options = {"num_generations": GROUP, "max_completion_length": 10} | options
+        return make_trainer(trainer, config, folder, **options)
+    answers = ("3", "13", "7", "9")
+    rows = {
+        "DPO": {"chosen": list(answers), "rejected": ["4+", "1=2", "77", "1"]},
+        "KTO": {"completion": list(answers), "label": [True, False, True, False]},
+        "SFT": {"completion": list(answers)},
+    }
+    passed = {"compute_loss_func": compute_loss_func} if compute_loss_func else {}
+    return trainer(
+        model=str(folder),
+        args=config(**COMMON | {"output_dir": str(Path(folder, "out"))} | options),
+        train_dataset=Dataset.from_dict({"prompt": list(PROMPTS), **rows[name]}),
         processing_class=AutoTokenizer.from_pretrained(folder),
         **passed,
     )

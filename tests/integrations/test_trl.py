@@ -10,21 +10,20 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs TRL")
+pytest.importorskip("peft", reason="needs peft")
 
 import trl
 import trl_runs
-from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from tiny_models import make_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
 )
-from trl_runs import GROUP, SCORE_TOKEN, fixed_rollout, losses, save_model
+from trl_runs import GROUP, SCORE_TOKEN, fixed_rollout, losses, make_other, save_model
 
 from laser_fast.integrations import trl_head
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer, use_laser_kernels
@@ -275,28 +274,6 @@ def _make_family(family):
         config = Gemma2Config(final_logit_softcapping=2.0, head_dim=8, **tokens, **sizes)
         return Gemma2ForCausalLM(config)
     return CohereForCausalLM(CohereConfig(logit_scale=0.25, **tokens, **sizes))
-
-
-def make_other(name, folder, *, compute_loss_func=None, **options):
-    """An RLOO, DPO, KTO or SFT trainer."""
-    config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
-    if name == "RLOO":
-        options = {"num_generations": GROUP, "max_completion_length": 10} | options
-        return trl_runs.make_trainer(trainer, config, folder, **options)
-    answers = ("3", "13", "7", "9")
-    rows = {
-        "DPO": {"chosen": list(answers), "rejected": ["4+", "1=2", "77", "1"]},
-        "KTO": {"completion": list(answers), "label": [True, False, True, False]},
-        "SFT": {"completion": list(answers)},
-    }
-    passed = {"compute_loss_func": compute_loss_func} if compute_loss_func else {}
-    return trainer(
-        model=str(folder),
-        args=config(**trl_runs.COMMON | {"output_dir": str(Path(folder, "out"))} | options),
-        train_dataset=Dataset.from_dict({"prompt": list(trl_runs.PROMPTS), **rows[name]}),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        **passed,
-    )
 
 
 @pytest.mark.parametrize(
