@@ -65,11 +65,13 @@ def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [sandbox(text, right) for text, right in zip(completions, answer, strict=True)]
 
 
-def run(name: str, model: str, folder: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+def run(
+    name: str, model: str, folder: str, seed: int, steps: int, score: dict[str, Any]
+) -> dict[str, Any]:
     """Train one of the two and evaluate it before and after; a row of the table for each."""
     trainer_type, config, own = GRPOTrainer, GRPOConfig, {}
     if name == "LaSeR":
-        trainer_type, config, own = LaserGRPOTrainer, LaserConfig, SCORE
+        trainer_type, config, own = LaserGRPOTrainer, LaserConfig, score
     data = {
         split: Dataset.from_list(
             [{"prompt": row["problem"], "answer": row["answer"]} for row in rows(split, seed=seed)]
@@ -79,7 +81,7 @@ def run(name: str, model: str, folder: str, seed: int, options: dict[str, Any]) 
     trainer = trainer_type(
         model=model,
         reward_funcs=reward,
-        args=config(output_dir=folder, seed=seed, **COMMON | own | options),
+        args=config(output_dir=folder, seed=seed, max_steps=steps, **COMMON | own),
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -108,6 +110,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the sandbox model of this seed, if it is there")
     args = parser.parse_args()
     steps = 1 if args.smoke else args.steps
+    # After two steps of warm-up the token is not yet improbable.
+    score = SCORE | {"score_beta": 5.0} if args.smoke else SCORE
     facts = {"op": "trl_sandbox"} | header(torch.device("cpu"))
     facts |= {"seed": str(args.seed), "steps": str(steps)}
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +120,7 @@ def main() -> None:
             make_sandbox_model(model, seed=args.seed, steps=2 if args.smoke else STEPS)
         results: list[dict[str, Any]] = []
         for name in ("LaSeR", "stock"):
-            results.append(run(name, str(model), folder, args.seed, {"max_steps": steps}))
+            results.append(run(name, str(model), folder, args.seed, steps, score))
             text = document(facts, results)
             if args.json:
                 save(args.json, facts, results, text)
