@@ -161,7 +161,7 @@ def plain_grpo(config):
             temperature=1.0,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=draw_seed(config.seed, "train", step, 0),
-            needs_score=False,
+            score_at=None,
         )
         groups = engine.generate(source.prompts(step), sampling)
         texts = [
