@@ -122,7 +122,6 @@ METRICS = (
     Metric("advantage/zero_std_groups", "groups without reward spread", STEP, _SHARES),
     Metric("loss/entropy", "estimate", STEP, Panel("entropy (nats per token)")),
     Metric("score/coef", "alpha", STEP, _COEF, ORANGE),
-    Metric("score/ref_logprob", "c_ref", STEP, Panel("c_ref (nats)"), ORANGE),
     Metric("loss/kl", "k3 estimate", STEP, Panel("KL to the initial model (nats per token)")),
     Metric("step/lr", "learning rate", STEP, Panel("learning rate", limits=_FROM_ZERO)),
     Metric("memory/peak_gb", "rank 0", STEP, Panel("peak memory (GB)", limits=_FROM_ZERO)),

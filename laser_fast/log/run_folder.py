@@ -16,7 +16,7 @@ _FREE_KEYS = frozenset((
     "model.cpu_offload", "model.compile", "model.replicas", "data.eval_every", "reward.workers",
     "rollout.max_num_seqs", "rollout.max_disagreement", "rollout.tensor_parallel",
     "rollout.gpu_memory_fraction", "rollout.server_url", "rollout.sync_buffer_mb",
-    "optim.max_bad_steps", "rollout.timeout_s",
+    "optim.max_bad_steps", "rollout.timeout_s", "reward.max_failed", "reward.batch_timeout_s",
 ))  # fmt: skip
 
 

@@ -104,7 +104,10 @@ def chat_sampler(
             is read at the EOS, and other fields of `client.chat.completions.create`; no seed, with
             which all samples are one.
     """
-    extra = {**request.pop("extra_body", {}), **score_request(score.token_id, position)}
+    given, own = request.pop("extra_body", {}), score_request(score.token_id, position)
+    if taken := sorted(given.keys() & own.keys()):
+        raise ValueError(f"chat_sampler: {', '.join(taken)} of extra_body ask for the score itself")
+    extra = {**given, **own}
 
     async def sample() -> Sample[Answer]:
         create = client.chat.completions.create

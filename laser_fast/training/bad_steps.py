@@ -46,7 +46,8 @@ class BadSteps:
         if self.count > self.limit:
             raise DivergedError(
                 f"{said}; after {self.count} such steps in a row, more than optim.max_bad_steps = "
-                f"{self.limit}, the run stops; lower optim.lr and resume from the last checkpoint"
+                f"{self.limit}, the run stops; start a new one with a lower optim.lr, from here if "
+                "you export the last checkpoint"
             )
         if self.rank == 0:
             logger.warning("%s; the update was skipped", said)

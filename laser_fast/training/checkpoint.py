@@ -70,11 +70,15 @@ def save_checkpoint(
     if final.exists():  # the last step may already be saved by its own schedule
         return final
     partial = _partial(final)
-    if world.is_main:
+
+    def prepare() -> None:
         for left in final.parent.glob(_partial(Path("step-*")).name):  # by a run that was killed
             shutil.rmtree(left)
         partial.mkdir(parents=True)
-    world.barrier()
+
+    world.on_main(prepare)
+    # A stop may leave gradients without their update, beside which torch makes no missing moments.
+    optimizer.zero_grad(set_to_none=True)
     try:
         metadata = dcp.save(_state(policy, optimizer), checkpoint_id=partial)
     except CheckpointException as error:  # such as of a full disk
@@ -128,6 +132,17 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
 def trainer_state(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as such, and the step."""
     return json.loads((path / "trainer.json").read_text())
+
+
+def check_digests(checkpoint: Path, digests: dict[str, str]) -> None:
+    """Refuse to go on with other rows than a checkpoint's run had; older ones do not say."""
+    saved = trainer_state(checkpoint).get("digests", {})
+    if changed := [key for key in digests.keys() & saved if saved[key] != digests[key]]:
+        raise ConfigError(
+            "the run cannot be resumed with other prompts: the rows, tokenizer or chat template of "
+            f"{' and '.join(sorted(changed))} have changed since its checkpoint; restore them, or "
+            "start a new run in another output_dir"
+        )
 
 
 def read_state(path: Path, state: dict[str, Any]) -> None:

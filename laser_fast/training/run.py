@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import Config, ConfigError, dump_config
+from laser_fast.config import Config, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
@@ -30,11 +30,11 @@ from laser_fast.rollout.engine import make_engine
 from laser_fast.rollout.vllm import import_vllm
 from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
+    check_digests,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
-    trainer_state,
 )
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
@@ -90,7 +90,7 @@ def train(
     with ExitStack() as stack:
         sampler, reference, held_out = _build_sampler(config, world, stack, checkpoint)
         try:
-            trainer, first_step = _build_trainer(sampler, reference, checkpoint)
+            trainer, first_step, must_evaluate = _build_trainer(sampler, reference, checkpoint)
         except StopRun:
             logger.warning("stopped by SIGTERM before the first step; start it again")
             return False
@@ -100,21 +100,24 @@ def train(
             log = RunLog(folder, config, resume_step=resume_step)
             stack.callback(on_end, folder)
         stack.enter_context(log)
-        completed = first_step
+        completed, is_evaluated = first_step, not must_evaluate
         try:
-            if first_step == 0:
-                _evaluate(trainer, held_out, log, step=0)
+            if not is_evaluated:
+                _evaluate(trainer, held_out, log, step=first_step)
+                is_evaluated = True
             for step in range(first_step, config.optim.steps):
                 _run_step(trainer, log, step)
                 completed = step + 1
                 is_last = completed == config.optim.steps
                 # Evaluate first: a run that dies in between repeats the step and its evaluation.
-                if is_last or is_due(completed, config.data.eval_every):
+                is_evaluated = not is_last and not is_due(completed, config.data.eval_every)
+                if not is_evaluated:
                     _evaluate(trainer, held_out, log, step=completed)
+                    is_evaluated = True
                 if is_last or is_due(completed, config.checkpoint.every):
                     _save(trainer, folder, completed)
         except StopRun:
-            path = _save(trainer, folder, completed)
+            path = _save(trainer, folder, completed, must_evaluate=not is_evaluated)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         log.finish(wall_seconds=time.monotonic() - started)
@@ -140,7 +143,7 @@ def _build_sampler(
             held_out = source.all()[world.rank :: world.size]
             digests["data.eval"] = source.digest
         if checkpoint is not None:
-            _check_digests(digests, trainer_state(checkpoint).get("digests", {}))
+            check_digests(checkpoint, digests)
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
     grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
@@ -176,29 +179,20 @@ def _build_sampler(
     return sampler, reference, held_out
 
 
-def _check_digests(digests: dict[str, str], saved: dict[str, str]) -> None:
-    """Refuse to go on with other prompts than a checkpoint's run had; older ones do not say."""
-    if changed := [key for key in digests.keys() & saved if saved[key] != digests[key]]:
-        raise ConfigError(
-            "the run cannot be resumed with other prompts: the rows, tokenizer or chat template of "
-            f"{' and '.join(sorted(changed))} have changed since its checkpoint; restore them, or "
-            "start a new run in another output_dir"
-        )
-
-
 def _build_trainer(
     sampler: Sampler, reference: Policy | None, checkpoint: Path | None
-) -> tuple[Trainer, int]:
-    """The trainer as it was at the checkpoint, and the step that comes next."""
+) -> tuple[Trainer, int, bool]:
+    """The trainer as it was at the checkpoint, the next step, and whether to evaluate before it."""
     config, policy = sampler.config, sampler.policy
     optimizer = build_optimizer(policy, config.optim)
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
-    first_step, ref_logprob, num_bad = 0, None, 0
+    first_step, ref_logprob, num_bad, must_evaluate = 0, None, 0, True
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
         first_step, ref_logprob = state["step"], state["ref_logprob"]
         cap.load_state_dict(state["cap"])
         num_bad = state.get("bad_steps", 0)
+        must_evaluate = state.get("must_evaluate", False) or first_step == 0
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         config=config,
@@ -213,7 +207,7 @@ def _build_trainer(
         cap=cap,
     )
     trainer.bad_steps.count = num_bad
-    return trainer, first_step
+    return trainer, first_step, must_evaluate
 
 
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
@@ -274,7 +268,7 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
     trainer.stage.pop()  # evaluation is not part of any step
 
 
-def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
+def _save(trainer: Trainer, folder: Path, completed: int, *, must_evaluate: bool = False) -> Path:
     ref_logprob = trainer.score.ref_logprob
     return save_checkpoint(
         folder,
@@ -286,6 +280,7 @@ def _save(trainer: Trainer, folder: Path, completed: int) -> Path:
             "cap": trainer.cap.state_dict(),
             "digests": trainer.sampler.digests,
             "bad_steps": trainer.bad_steps.count,
+            "must_evaluate": must_evaluate,
         },
         config_toml=dump_config(trainer.config),
         keep=trainer.config.checkpoint.keep,

@@ -164,8 +164,10 @@ class Sampler:
         self.engine.sync(self.policy.stream_weights(self.world.device))
         if isinstance(self.engine, CopyingEngine):
             given = [_as_group(prompt) for prompt in prompts[:PROOF_PROMPTS]]
+            with self.stage("sync"):  # at its end all ranks meet, where one was asked to stop
+                read = self.engine.token_logprobs(given, temperature=config.temperature)
             self.sync_disagreement = check_agreement(
-                self.engine.token_logprobs(given, temperature=config.temperature),
+                read,
                 [tokens for tokens, _ in policy_logprobs(self.policy, given, self.packer)],
                 max_disagreement=config.max_disagreement,
             )

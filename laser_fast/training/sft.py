@@ -26,13 +26,18 @@ from laser_fast.data.rows import open_rows
 from laser_fast.log.run_folder import open_run_folder, resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import World, check_world, stop_at_sigterm
+from laser_fast.model.distributed import World, check_shared, check_world, stop_at_sigterm
 from laser_fast.model.packing import Ids, Packer, plan_shares
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.stopping import StopRun
-from laser_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from laser_fast.training.checkpoint import (
+    check_digests,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from laser_fast.training.export import write_model
 from laser_fast.training.schedule import is_due, learning_rate
 from laser_fast.training.step_metrics import pack_metrics, update_speed
@@ -98,7 +103,8 @@ class SftTrainer:
             metrics = pack_metrics(self.policy, sequences, [batches], self.world)
         loss = torch.zeros((), device=self.world.device)
         with self.stage("loss"):
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                self.policy.expect_backward(is_last=index == len(batches) - 1)
                 part = supervised_loss(self.policy, batch)
                 # FSDP2 averages gradients over ranks, but the denominator is already global.
                 (part * self.world.size).backward()
@@ -134,6 +140,7 @@ def sft(
     started, checkpoint = time.monotonic(), None
     folder = open_run_folder(config, resume=resume).path
     check_world(config, world.size)
+    check_shared(folder, world)
     if resume:
         config, checkpoint = resumed_config(config), latest_checkpoint(folder)
     world.barrier()  # every rank has seen the folder as it was
@@ -141,7 +148,9 @@ def sft(
         check_stop = stack.enter_context(stop_at_sigterm(world))
         trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))
         completed = 0
+        digests = {"data.train": trainer.rows.digest}
         if checkpoint:
+            check_digests(checkpoint, digests)
             state = load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
             completed = state["step"]
             logger.info("resumed from %s", checkpoint)
@@ -155,9 +164,9 @@ def sft(
                 log.log_step(completed, trainer.step(completed))
                 completed += 1
                 if is_due(completed, config.checkpoint.every) or completed == config.optim.steps:
-                    _save(trainer, completed)
+                    _save(trainer, completed, digests)
         except StopRun:
-            path = _save(trainer, completed)
+            path = _save(trainer, completed, digests)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         write_model(trainer.policy, config.model, folder / "model", world)
@@ -187,8 +196,19 @@ def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTra
     rows = PromptSource(
         data, tokenizer, source, name="train", seed=config.seed, per_step=data.rows_per_step
     )
+    rows.check_ids(model_config.vocab_size)
     limit = data.max_response_tokens
-    rows.drop_answers(lambda responses: [len(ids) > limit for ids in encode(responses)])
+
+    def are_long(responses: list[str]) -> list[bool]:
+        found = encode(responses)
+        if (largest := max(map(max, found))) >= model_config.vocab_size:
+            raise ConfigError(
+                f"{data.train}: a response has the token {largest}, beyond the "
+                f"{model_config.vocab_size} of the model; its tokenizer is of another model"
+            )
+        return [len(ids) > limit for ids in found]
+
+    rows.drop_answers(are_long)
     if rows.num_prompts == 0:
         raise ConfigError(
             f"{data.train}: no row is left, all responses are longer than "
@@ -217,14 +237,14 @@ def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTra
     )
 
 
-def _save(trainer: SftTrainer, completed: int) -> Path:
+def _save(trainer: SftTrainer, completed: int, digests: dict[str, str]) -> Path:
     config = trainer.config
     return save_checkpoint(
         Path(config.output_dir),
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        trainer_state={},
+        trainer_state={"digests": digests},
         config_toml=dump_config(config),
         keep=config.checkpoint.keep,
         world=trainer.world,

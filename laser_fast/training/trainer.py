@@ -74,11 +74,12 @@ class Trainer:
             self._check_grades(step, tables.is_graded)
             if checks and self.world.is_main:
                 check_reference(self.score, tables.score_logprobs, tables.is_finished)
+            score = self.score
             if floats:
-                self.score = refit_reference(
-                    self.score, tables.score_logprobs, tables.rewards, tables.has_score_target
+                score = refit_reference(
+                    score, tables.score_logprobs, tables.rewards, tables.has_score_target
                 )
-            advantages = step_advantages(tables, config, self.score if mixes else None)
+            advantages = step_advantages(tables, config, score if mixes else None)
         with self.stage("pack"):
             sequences = training_sequences(groups, self.world, tables, advantages, config)
             parts = [share_out(part, self.world) for part in self._minibatches(sequences)]
@@ -89,9 +90,7 @@ class Trainer:
 
         score_step = step - config.score.warmup_steps
         objective = Objective(
-            loss=config.loss,
-            score=self.score,
-            score_coef=self.cap.coef() if score_step >= 0 else 0.0,
+            loss=config.loss, score=score, score_coef=self.cap.coef() if score_step >= 0 else 0.0
         )
         measures = objective.score_coef > 0 and self.cap.is_due(score_step)
         measures = measures and bool(tables.is_graded.any())
@@ -121,6 +120,8 @@ class Trainer:
                 else:  # not even weight decay or momentum moves
                     self.optimizer.zero_grad(set_to_none=True)
 
+        # A stop ends a step before its update; what lives from step to step changes after that.
+        self.score = score
         self.bad_steps.record(step, grad_norms, parts)
         metrics |= table_metrics(tables, advantages)
         metrics |= rows.finish(
@@ -129,11 +130,11 @@ class Trainer:
             has_reference=self.reference is not None,
         )
         if config.score.loss_coef > 0:
-            metrics |= rows.score_metrics(self.world, tables, self.score)
+            metrics |= rows.score_metrics(self.world, tables, score)
         metrics |= norms
         metrics["score/coef"] = objective.score_coef
         if config.score.loss_coef > 0:
-            metrics["score/ref_logprob"] = self.score.ref_logprob
+            metrics["score/ref_logprob"] = score.ref_logprob
         metrics["step/grad_norm"] = fmean(grad_norms.values()) if grad_norms else math.nan
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement

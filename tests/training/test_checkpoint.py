@@ -124,6 +124,8 @@ def test_a_checkpoint_before_the_first_update(tmp_path, world, model_folders):
         policy = build_policy(config, world)
         optimizer = make_optimizer(policy)
         if name == "saved":
+            for parameter in policy.parameters():  # those of an update that did not come
+                parameter.grad = torch.ones_like(parameter)
             save(tmp_path, 0, (policy, optimizer), world)
         if name == "resumed":
             load_checkpoint(latest_checkpoint(tmp_path), policy=policy, optimizer=optimizer)
