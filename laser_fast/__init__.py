@@ -32,3 +32,15 @@ def needs_train() -> Iterator[None]:
             "pip install 'laser-fast[train]'",
             name=error.name,
         ) from None
+
+
+@contextmanager
+def needs_trl() -> Iterator[None]:
+    """Say which extra brings TRL, where its import fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        message = "laser-fast needs trl for this; pip install 'laser-fast[trl]'"
+        raise MissingExtraError(message, name="trl") from None

@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
+
+from laser_fast import needs_trl
+
+with needs_trl():
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
 
 from laser_fast.algorithm.advantage import mix_advantages
 from laser_fast.algorithm.score import (
@@ -202,6 +206,7 @@ class LaserGRPOTrainer(GRPOTrainer):
                 tau=args.score_advantage_coef,
                 min_std=args.score_min_std,
                 is_valid=is_graded,
+                scale="none" if self.scale_rewards == "none" else "std",
             )
             advantages = mixed.where(is_graded, advantages).flatten()
             output["advantages"] = advantages[own]

@@ -14,10 +14,14 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import trl
 from torch import Tensor
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
-from trl.trainer import utils as trl_utils
+
+from laser_fast import needs_trl
+
+with needs_trl():
+    import trl
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
+    from trl.trainer import utils as trl_utils
 
 from laser_kernels import linear_logprob_entropy
 
@@ -63,7 +67,8 @@ def use_laser_kernels(trainer: Any) -> None:
         "DeepSpeed ZeRO-3": deepspeed is not None and deepspeed.zero_stage == 3,
         "use_weighting=True": getattr(args, "use_weighting", False),  # of DPO
         "label_smoothing_factor > 0": smooths and args.loss_type == "nll",
-        "compute_loss_func": trainer.compute_loss_func is not None,
+        # Below transformers 5.19 TRL puts a text there.
+        "compute_loss_func": callable(trainer.compute_loss_func),
     }
     for what, is_there in refused.items():
         if is_there:
