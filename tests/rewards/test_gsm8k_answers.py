@@ -3,6 +3,8 @@
 The kinds come from reports against other graders; bench/grader_rewrites.py counts them on data.
 """
 
+import time
+
 import pytest
 
 from laser_fast.rewards import gsm8k
@@ -247,3 +249,10 @@ def _cases():
 @pytest.mark.parametrize(("text", "gold", "expected"), list(_cases()))
 def test_answer(text, gold, expected):
     assert gsm8k.reward(text, gold) == expected
+
+
+def test_long_prose_takes_time_that_grows_with_its_length():
+    text = "She has 12 apples and 3 pears, so 12 + 3 = 15. " * 1064 + "So it is 44."
+    start = time.perf_counter()
+    assert gsm8k.reward(text, "44") == 1.0
+    assert time.perf_counter() - start < 3  # it was half a minute
