@@ -68,9 +68,12 @@ def final_number(text: str) -> Fraction | None:
     """Return the number that a text ends with, exactly, or None."""
     boxed = extract_boxed(text)
     _, mark, tail = text.rstrip("# \n").rpartition("####")
+    if boxed is None and r"\boxed{" in text:
+        return None  # it never closes, so nobody knows how it would go on
     if boxed is None and not mark:
         return [None, *_numbers(_readable(text))][-1]
-    final = _readable(_REMARK.sub("", boxed or tail.strip().partition("\n")[0]))
+    final = tail.strip().partition("\n")[0] if boxed is None else boxed
+    final = _readable(_REMARK.sub("", final))
     parts = [part for part in re.split("[=<>]", final) if re.search(r"\d", part)]
     found = list(_numbers(parts[-1])) if parts else []
     return found[0] if len(found) == 1 and not re.search(r"\d!", parts[-1]) else None

@@ -76,6 +76,9 @@ ANSWERS = [
         [
             r"\boxed{10^{9000000}}",
             r"\boxed{}",
+            "44 apples\nso many \\boxed{}",
+            r"\boxed{44",
+            r"44 apples: \boxed{",
             r"\boxed{\frac{44}{0}}",
             "#### -44",
             r"\boxed{\frac{44}{x}}",
