@@ -119,9 +119,17 @@ def _agree(gold: str, guess: str) -> bool:
     first, second = read_number(gold), read_number(guess)
     if first is None or second is None:
         return not _LOOSE_DIGITS.search(guess) and _verify(gold, guess)
-    scales = (1, 100, Fraction(1, 100)) if "percent" in unit ^ other else (1,)
-    return any(first == scale * second for scale in scales) or (
-        _is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first))
+    # 5% is 0.05, and 5 where the question asks for percent; 5 is not 0.05%.
+    hundredth = Fraction(1, 100)
+    scaled = (
+        (first * hundredth == second)
+        if "percent" in unit - other
+        else ("percent" in other - unit and first == second * hundredth)
+    )
+    return (
+        first == second
+        or scaled
+        or (_is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first)))
     )
 
 
@@ -198,7 +206,9 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
 
 def _is_close(first: Any, second: Any) -> bool:
     """Whether two constants agree relative to their size; math-verify subtracts (1/2004!)."""
-    if first == second or not (isinstance(first, Expr) and isinstance(second, Expr)):
+    if first == second:
+        return True
+    if not (isinstance(first, Expr) and isinstance(second, Expr)):
         return True
     if first.free_symbols or second.free_symbols:
         return True
