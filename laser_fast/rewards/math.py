@@ -22,7 +22,6 @@ Deliberately not decided, so do not build on either outcome:
 import logging
 import re
 from dataclasses import replace
-from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -31,7 +30,7 @@ from laser_fast import needs_train
 
 with needs_train():
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, FiniteSet, Intersection, N, Rational, Union
+    from sympy import Expr, FiniteSet, Intersection, Interval, N, Rational, Tuple, Union
 
 from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rewards.notation import join_thousands, plain_latex, read_number
@@ -120,16 +119,10 @@ def _agree(gold: str, guess: str) -> bool:
     if first is None or second is None:
         return not _LOOSE_DIGITS.search(guess) and _verify(gold, guess)
     # 5% is 0.05, and 5 where the question asks for percent; 5 is not 0.05%.
-    hundredth = Fraction(1, 100)
-    scaled = (
-        (first * hundredth == second)
-        if "percent" in unit - other
-        else ("percent" in other - unit and first == second * hundredth)
-    )
-    return (
-        first == second
-        or scaled
-        or (_is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first)))
+    percent, plain = (first, second) if "percent" in unit else (second, first)
+    is_scaled = "percent" in unit ^ other and percent == 100 * plain
+    return (first == second or is_scaled) or (
+        _is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first))
     )
 
 
@@ -205,9 +198,14 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
 
 
 def _is_close(first: Any, second: Any) -> bool:
-    """Whether two constants agree relative to their size; math-verify subtracts (1/2004!)."""
+    """Whether constants, alone or in tuples and sets, agree relative to their size; math-verify subtracts (1/2004!)."""
     if first == second:
         return True
+    kinds = (FiniteSet, Union, Interval, Tuple)
+    if isinstance(first, kinds) and isinstance(second, kinds):
+        if isinstance(first, kinds[:2]) or isinstance(second, kinds[:2]):
+            return all(any(_is_close(a, b) for b in second.args) for a in first.args)
+        return all(map(_is_close, first.args, second.args))
     if not (isinstance(first, Expr) and isinstance(second, Expr)):
         return True
     if first.free_symbols or second.free_symbols:
