@@ -95,6 +95,7 @@ def _is_same(gold: str, guess: str) -> bool:
 
 def _plain(latex: str, commas: bool) -> str:
     text = plain_latex(latex).replace("\n", " ").lstrip(" ,;:").rstrip(" .,;:")
+    text = re.sub(r"\\text\{ *(?:([eixyzn])|pi) *\}", lambda m: m[1] or r"\pi ", text)  # no units
     text = _CONDITION.sub(r"\1", _LEAD.sub("", text))
     text = re.sub(r"^\](?=.*,)", "(", re.sub(r"(?<=.)\[$", ")", text))  # ]3, 5[ is (3, 5)
     has_point = re.search(r"[(\[]|\\\{", text) is not None
@@ -198,7 +199,7 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
 
 
 def _is_close(first: Any, second: Any) -> bool:
-    """Whether constants, alone or in tuples and sets, agree relative to their size; math-verify subtracts (1/2004!)."""
+    """Whether constants, in sets too, agree relative to their size; math-verify subtracts."""
     if first == second:
         return True
     kinds = (FiniteSet, Union, Interval, Tuple)

@@ -12,6 +12,11 @@ am|pm|square sq squared|cubic cu cubed|newton n|joule j|watt w|volt v|kelvin k|c
 fahrenheit f|hertz hz|acre|hectare|dozen|hundred|thousand|million|billion|trillion|/ per"""
 _NAMES = {name: group.split()[0] for group in re.split(r"[|\n]", _SAME) for name in group.split()}
 _MEASURES = frozenset(_NAMES.values())
+# Words that say more than a unit does, without a plural's s: 10 or more, 10 theta, 10 squared.
+_CLAIMS = frozenset(
+    """or not than least most power sqrt sin co tan log ln exp alpha beta gamma delta epsilon
+    theta lambda mu pi rho sigma tau phi psi omega""".split()
+)
 _BASES = "two three four five six seven eight nine ten eleven twelve"
 _BASE_NUMBERS = {name: str(base) for base, name in enumerate(_BASES.split(), start=2)}
 _SIGNS = {r"\$": "dollar", "\xa3": "pound", r"\pounds": "pound", "\u20ac": "euro", r"\euro": "euro"}
@@ -58,6 +63,8 @@ def split_unit(text: str, *, has_letters: bool) -> tuple[str, frozenset[str]]:
 
 def agree(first: frozenset[str], second: frozenset[str]) -> bool:
     """Whether two units may be the same: one says nothing, or they differ in no measure."""
+    if _CLAIMS & (first ^ second):
+        return False
     if not first or not second:
         return True
     differing = first ^ second
@@ -72,6 +79,7 @@ def _words(text: str) -> list[str]:
     text = re.sub(r"\\text|[.{}]", " ", text)
     text = re.sub(r"\^ *2", " square ", re.sub(r"\^ *3", " cubic ", text)).casefold()
     text = re.sub(r"\b([ap]) m\b", r"\1m", text.replace("mph", "mi/h").replace("kph", "km/h"))
+    text = re.sub(r"^\s*(?:squared|cubed)\b", " power ", re.sub(r"\bor so\b", " ", text))
     text, words = re.sub(r"(?:base +)+", "base ", text), []
     for word in re.findall(r"base +\w+|[a-z]+|/", text):
         word = _NAMES.get(word) or _NAMES.get(word.removesuffix("s")) or word.removesuffix("s")
