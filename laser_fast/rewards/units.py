@@ -1,6 +1,7 @@
 r"""What a math answer says besides its value: unit, currency, base, a.m. or p.m."""
 
 import re
+from math import prod
 
 from laser_fast.rewards.notation import read_number
 
@@ -17,6 +18,8 @@ _CLAIMS = frozenset(
     """or not than least most power sqrt sin co tan log ln exp alpha beta gamma delta epsilon
     theta lambda mu pi rho sigma tau phi psi omega""".split()
 )
+_MULTIPLIERS = {"dozen": 12, "hundred": 100}
+_MULTIPLIERS |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _BASES = "two three four five six seven eight nine ten eleven twelve"
 _BASE_NUMBERS = {name: str(base) for base, name in enumerate(_BASES.split(), start=2)}
 _SIGNS = {r"\$": "dollar", "\xa3": "pound", r"\pounds": "pound", "\u20ac": "euro", r"\euro": "euro"}
@@ -35,7 +38,8 @@ def split_unit(text: str, *, has_letters: bool) -> tuple[str, frozenset[str]]:
     """Split plain LaTeX into a value and the words of its unit, in one spelling.
 
     Where letters may be variables (`has_letters`), bare words are a unit only behind a space and
-    if they are known measures of two letters or more, or words of four.
+    if they are known measures of two letters or more, or words of four. A multiplier goes into the
+    value: 5 million dollars are 5000000 and dollar.
     """
     if match := _BASE.fullmatch(text):
         return match[1].upper(), frozenset(_words(f"base {match[2] or match[3] or match[4]}"))
@@ -56,6 +60,9 @@ def split_unit(text: str, *, has_letters: bool) -> tuple[str, frozenset[str]]:
         if is_unit:
             text, words = text[: match.start()], words + found
     text = text.strip()
+    factors = [_MULTIPLIERS[word] for word in words if word in _MULTIPLIERS]
+    if factors and "/" not in words and (value := read_number(text)) is not None:
+        text, words = str(value * prod(factors)), [w for w in words if w not in _MULTIPLIERS]
     if {"am", "pm"} & set(words) and re.fullmatch(r"\d\d?", text):
         text += ":00"
     return text, frozenset(() if "unit" in words else words)
