@@ -36,19 +36,24 @@ _REWRITES = [
         (r"\\(?:times|cdot|ast|div)(?![a-zA-Z])", " * "),
         (r"\\(?:begin|end)\{[^{}]*\}|\\\\", "\n"),
         (r"\\(?:[Rr]ightarrow|[lL]ongrightarrow|implies|iff|to|therefore|approx|sim(?:eq)?|equiv"
-         r"|[gln]e|in)(?![a-zA-Z])", " = "),
+         r"|[gl]e|in)(?![a-zA-Z])", " = "),
         (r"\\(?:l?dots|boxed)(?![a-zA-Z])", " "),
         (r"\\[a-zA-Z]+\s*(?:\[[^\]]*\])?(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})*", _OPAQUE),
         (r"[{}]", ""),
     )
 ]  # fmt: skip
-_START = re.compile(r"(?<![A-Za-z\d.,:])\.?\d")
+_START = re.compile(r"(?<!\d')(?<![A-Za-z\d.,:])\.?\d")
 _CLUSTER = re.compile(r"[\d.,:]*\d")
 _REMARK = re.compile(r"\([^()\d]*[a-zA-Z][^()]*\)[ .]*$")
 # What makes a number behind or in front of it a part of something else.
-_GOES_ON = re.compile(r"[.,:]\d| *(?:[\^_\0]|[*+/] *[\d(\\\0]|- ?[\d(]|- *\0|[xyzn](?!\w)|\(\d)")
+_GOES_ON = re.compile(
+    r"[.,:]\d| *(?:[\^_\0]|[*+/] *[\d(\\\0]|- ?[\d(]|- *\0|[xyznkKM](?!\w)|\(\d"
+    r"|[-+*/] *[bcxyzn](?!\w)|[<>] *[a-z](?![\w>]))|'\d|[abei](?!\w|\.m)|[-+*/][ai](?!\w)"
+)
 _WENT_ON = re.compile(
     r"(?:[\^_/\0]|\d *[xX]|\d *\*|[\w)\0] *\+|[\d)\0] +-) *$|[\w)\0](?:\*| \* +)$"
+    r"|(?<!\w)[bcnxyz] *- *$|(?:-|\0|(?<![a-zA-Z])[a-zA-Z])[(|] *$|\b(?:minus|negative) *$"
+    r"|(?<![\w<>/])[a-z] *[<>] *$"
 )
 _SIGN = re.compile(r"([-+])( ?)$")
 
@@ -74,7 +79,7 @@ def final_number(text: str) -> Fraction | None:
         return [None, *_numbers(_readable(text))][-1]
     final = tail.strip().partition("\n")[0] if boxed is None else boxed
     final = _readable(_REMARK.sub("", final))
-    parts = [part for part in re.split("[=<>]", final) if re.search(r"\d", part)]
+    parts = [part for part in re.split("=|<<|>>", final) if re.search(r"\d", part)]
     found = list(_numbers(parts[-1])) if parts else []
     return found[0] if len(found) == 1 and not re.search(r"\d!", parts[-1]) else None
 
