@@ -54,8 +54,8 @@ DataDir = Annotated[Path | None, Option(help="Folder of NAME.jsonl files, instea
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
 Ks = Annotated[list[int] | None, Option(min=1, help="k of the report; default 1, 2, 4, ...")]
 BaseRate = Annotated[float | None, Option(min=0, max=1, help="Share correct, for the class prior.")]
-_NAMES = """math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, a data file or a hub id;
-may be repeated. Rows are named by their place, an id of theirs is not read."""
+_NAMES = """math500, amc23, aime24, aime25, olympiadbench, gsm8k, sandbox, sandbox-hard, a data file
+or a hub id; may be repeated. Rows are named by their place, an id of theirs is not read."""
 Benchmarks = Annotated[list[str] | None, Option("--benchmark", "-b", help=_NAMES)]
 
 
@@ -174,11 +174,12 @@ def plan(
     from laser_fast.plan import plan_run, print_plan
     from laser_fast.sandbox.files import resolve_sandbox
     from laser_fast.sandbox.model import make_sandbox_model
+    from laser_fast.sandbox.task import TASKS
 
     asked = load_config(config, overrides or [])
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         resolved = resolve_sandbox(asked.model_copy(update={"output_dir": folder}))
-        if asked.model.path == "sandbox":
+        if asked.model.path in TASKS:
             make_sandbox_model(resolved.model.path, seed=0, steps=0)
         planned = plan_run(resolved, num_gpus=gpus, memory_gb=memory)
     print_plan(planned)
@@ -320,12 +321,12 @@ def _measured(
     from laser_fast.evaluation.benchmarks import find_benchmark
     from laser_fast.evaluation.settings import build_config
     from laser_fast.sandbox.files import cached_rows
-    from laser_fast.sandbox.task import Split
+    from laser_fast.sandbox.task import TASKS, Split
 
     files = {}
-    if "sandbox" in names:
+    for task in TASKS.keys() & names:
         split: Split = "train" if layers.get("is_calibration") else "eval"
-        files["sandbox"] = cached_rows(split, build_config(model, **layers).seed)
+        files[task] = cached_rows(split, build_config(model, **layers).seed, task)
     found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]
 

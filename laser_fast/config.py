@@ -26,7 +26,7 @@ class ModelConfig(Section):
     """What is trained and how it is laid out on the devices."""
 
     path: UserPath
-    """Hugging Face id or folder of a causal LM and its tokenizer; "sandbox" makes a small one."""
+    """Id or folder of a causal LM and its tokenizer; "sandbox" and "sandbox-hard" make one."""
     attention: Literal["sdpa", "varlen", "flash_attention_2"] = "sdpa"
     """Attention over packed sequences; "varlen" is torch's own, flash needs the extra [flash]."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -76,7 +76,7 @@ class DataConfig(PromptConfig):
     """Where a run's prompts come from."""
 
     train: UserPath
-    """Hugging Face data set id, a local jsonl, json, parquet or csv file, or "sandbox"."""
+    """Hub data set id, local jsonl, json, parquet or csv file, "sandbox" or "sandbox-hard"."""
     train_split: str = "train"
     """Split of a hub data set."""
     eval: UserPath = ""

@@ -151,7 +151,7 @@ def test_installed_quickstart_is_found_by_its_name(installed, tmp_path):
         path=str(installed),
         check=False,
     )
-    assert script.returncode == 2 and script.stderr.endswith(", quickstart\n")
+    assert script.returncode == 2 and script.stderr.endswith(", quickstart, sandbox_hard\n")
 
 
 def test_installed_sources_of_the_extension_are_found(installed, base):

@@ -54,9 +54,10 @@ _NAMED = {
         Benchmark("aime25", "math-ai/aime25", "problem", "answer", "math", 32),
         Benchmark("olympiadbench", "math-ai/olympiadbench", "question", "final_answer", "math", 2),
         Benchmark("gsm8k", "openai/gsm8k:main", "question", "answer", "gsm8k"),
-        # The command line makes its file.
-        Benchmark("sandbox", "", "problem", "answer", "sandbox", template="{prompt}",
-                  prompt_suffix="", max_prompt_tokens=24, max_new_tokens=48),
+        # The command line makes their files.
+        *(Benchmark(name, "", "problem", "answer", "sandbox", template="{prompt}",
+                    prompt_suffix="", max_prompt_tokens=24, max_new_tokens=48)
+          for name in ("sandbox", "sandbox-hard")),
     )
 }  # fmt: skip
 NAMES = tuple(_NAMED)

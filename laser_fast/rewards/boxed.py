@@ -36,7 +36,7 @@ def exact(text: str, answer: str) -> float:
 
 
 def sandbox(text: str, answer: str) -> float:
-    r"""Reward "sandbox": 1.0 if one \boxed{} with `answer`, a digit, ends the text, else 0.0."""
+    r"""Reward "sandbox": 1.0 if one \boxed{} with `answer`, a number, ends the text, else 0.0."""
     has_one_box = text.count(r"\boxed{") == 1
     return float(has_one_box and text.endswith(rf"\boxed{{{answer}}}"))
 

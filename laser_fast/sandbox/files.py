@@ -1,7 +1,8 @@
-"""The sandbox as files: what the word "sandbox" stands for in a configuration or a command.
+"""The sandboxes as files: what their words stand for in a configuration or a command.
 
-model.path is OUTPUT_DIR/sandbox/seedN/model, and data.train and data.eval are train.jsonl and
-eval.jsonl beside it. They follow from `config.seed` N; a resumed run finds what the first one made.
+model.path = "sandbox" is OUTPUT_DIR/sandbox/seedN/model, and data.train and data.eval are
+train.jsonl and eval.jsonl beside it, and so for every task. They follow from `config.seed` N; a
+resumed run finds what the first one made.
 """
 
 import json
@@ -13,17 +14,20 @@ from uuid import uuid4
 from laser_fast.config import Config
 from laser_fast.model.distributed import World
 from laser_fast.sandbox.model import make_sandbox_model
-from laser_fast.sandbox.task import Split, rows
+from laser_fast.sandbox.task import TASKS, Split, rows
 
 
 def resolve_sandbox(config: Config) -> Config:
-    """The configuration with the files in place of the word; writes nothing."""
-    folder = Path(config.output_dir) / "sandbox" / f"seed{config.seed}"
+    """The configuration with the files in place of the words; writes nothing."""
+
+    def path(name: str, file: str) -> str:
+        folder = Path(config.output_dir) / name / f"seed{config.seed}"
+        return str(folder / file) if name in TASKS else name
+
     model, data = config.model, config.data
-    if model.path == "sandbox":
-        model = model.model_copy(update={"path": str(folder / "model")})
-    splits = [split for split in get_args(Split) if getattr(data, split) == "sandbox"]
-    data = data.model_copy(update={split: str(folder / f"{split}.jsonl") for split in splits})
+    model = model.model_copy(update={"path": path(model.path, "model")})
+    paths = {split: path(getattr(data, split), f"{split}.jsonl") for split in get_args(Split)}
+    data = data.model_copy(update=paths)
     return config.model_copy(update={"model": model, "data": data})
 
 
@@ -35,26 +39,26 @@ def write_sandbox(config: Config, world: World) -> Config:
     resolved = resolve_sandbox(config)
     # The maximum is also a barrier: every rank has looked before the first one writes.
     is_missing = world.max(int(not Path(resolved.model.path).exists()))
-    if is_missing and config.model.path == "sandbox":
-        make_sandbox_model(resolved.model.path, seed=config.seed, world=world)
+    if is_missing and (task := config.model.path) in TASKS:
+        make_sandbox_model(resolved.model.path, task=task, seed=config.seed, world=world)
     for split in get_args(Split):
-        if world.is_main and getattr(config.data, split) == "sandbox":
-            write_rows(Path(getattr(resolved.data, split)), split, seed=config.seed)
+        if world.is_main and (task := getattr(config.data, split)) in TASKS:
+            write_rows(Path(getattr(resolved.data, split)), split, seed=config.seed, task=task)
     world.barrier()
     return resolved
 
 
-def cached_rows(split: Split, seed: int) -> Path:
+def cached_rows(split: Split, seed: int, task: str = "sandbox") -> Path:
     """The problems of a split as a file in the user's cache, made if missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "laser_fast" / "sandbox" / f"{split}-seed{seed}.jsonl"
-    write_rows(path, split, seed=seed)
+    path = cache / "laser_fast" / task / f"{split}-seed{seed}.jsonl"
+    write_rows(path, split, seed=seed, task=task)
     return path
 
 
-def write_rows(path: Path, split: Split, *, seed: int) -> None:
+def write_rows(path: Path, split: Split, *, seed: int, task: str) -> None:
     """Write the problems of a split as JSON lines, unless the file holds them already."""
-    text = "".join(json.dumps(row) + "\n" for row in rows(split, seed=seed))
+    text = "".join(json.dumps(row) + "\n" for row in rows(split, seed=seed, task=task))
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,14 @@ from transformers.utils.logging import disable_progress_bar
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
 from laser_fast.records import Segment
-from laser_fast.sandbox import task
+from laser_fast.sandbox.task import (
+    EOS_TOKEN,
+    PAD_TOKEN,
+    TOKENS,
+    make_tokenizer,
+    warm_up_rows,
+    write_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +43,27 @@ _LR = 3e-3
 
 
 def make_sandbox_model(
-    folder: str | Path, *, seed: int, steps: int = STEPS, world: World | None = None
+    folder: str | Path,
+    *,
+    seed: int,
+    task: str = "sandbox",
+    steps: int = STEPS,
+    world: World | None = None,
 ) -> None:
-    """Write a Hugging Face folder with the warm-started model and its tokenizer.
+    """Write a Hugging Face folder with the model warm-started on a task, and its tokenizer.
 
-    A pure function of seed and steps, up to the rounding of sums over ranks. With a world, every
-    rank calls it and takes a share of each step's rows; the first rank writes, all or nothing.
+    A pure function of task, seed and steps, up to the rounding of sums over ranks. With a world,
+    every rank calls it and takes a share of each step's rows; the first rank writes, all or
+    nothing.
     """
-    logger.info("warm-starting the sandbox model in %s", folder)
+    logger.info("warm-starting the %s model in %s", task, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model()
-        _train(model, seed=seed, steps=steps, world=world)
+        _train(model, warm_up_rows(seed=seed, task=task), steps=steps, world=world)
     if world is None or world.is_main:
         unfinished = f"{Path(folder)}.{os.getpid()}"
-        task.write_tokenizer(unfinished)
+        write_tokenizer(unfinished)
         disable_progress_bar()  # for the instant that the files take
         model.save_pretrained(unfinished)
         try:
@@ -66,7 +79,7 @@ def make_sandbox_model(
 def _new_model() -> Qwen2ForCausalLM:
     """0.53M parameters, almost all of them in two blocks."""
     config = Qwen2Config(
-        vocab_size=len(task.TOKENS),
+        vocab_size=len(TOKENS),
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -75,19 +88,24 @@ def _new_model() -> Qwen2ForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=task.TOKENS.index(task.EOS_TOKEN),
-        pad_token_id=task.TOKENS.index(task.PAD_TOKEN),
+        eos_token_id=TOKENS.index(EOS_TOKEN),
+        pad_token_id=TOKENS.index(PAD_TOKEN),
     )
     model = Qwen2ForCausalLM(config)
     model.set_attn_implementation(IMPLEMENTATIONS["sdpa"])
     return model
 
 
-def _train(model: Qwen2ForCausalLM, *, seed: int, steps: int, world: World | None = None) -> None:
+def _train(
+    model: Qwen2ForCausalLM,
+    rows: Iterator[tuple[str, str]],
+    *,
+    steps: int,
+    world: World | None = None,
+) -> None:
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
-    rows = task.warm_up_rows(seed=seed)
     model.train()
     for step in range(1, steps + 1):
         batch = _encode(islice(rows, _ROWS_PER_STEP))
@@ -114,7 +132,7 @@ def _lr_factor(step: int, steps: int) -> float:
 
 def _encode(rows: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Ids of prompt, response, EOS and <pad>, and how many of them are the prompt's."""
-    encode, end = task.make_tokenizer().encode, task.EOS_TOKEN + task.PAD_TOKEN
+    encode, end = make_tokenizer().encode, EOS_TOKEN + PAD_TOKEN
     pairs = [(encode(problem).ids, encode(response + end).ids) for problem, response in rows]
     return [(prompt_ids + ids, len(prompt_ids)) for prompt_ids, ids in pairs]
 

@@ -1,13 +1,20 @@
-r"""The sandbox: chains of arithmetic modulo 10, and a tokenizer of 33 tokens.
+r"""The sandboxes: chains of arithmetic in two tasks, and a tokenizer of 33 tokens.
 
 A problem is worked from left to right; letters label its steps:
 
     problem   7a*3b+4c^2=
     solution  a7*3=1b1+4=5c5^2=5\boxed{5}
 
-It has three or four operations `+` and `*` with operands 1 to 9, and at most one rare power `^`.
-Power is hardly practised before training with rewards and frequent in it, so that wrong answers,
-which self-verification needs, come about by themselves. The reward "sandbox" grades.
+A problem of "sandbox" has three or four operations `+` and `*` modulo 10 with operands 1 to 9, and
+at most one rare power `^`. Power is hardly practised before training with rewards and frequent in
+it, so that wrong answers, which self-verification needs, come about by themselves. What stays wrong
+are powers that the model does not know, in all answers to a problem or in none.
+
+"sandbox-hard" leaves errors that come and go within a problem: it has three to six operations `+`,
+`-` and `*`, all well practised, but the warm-up's responses slip by one in every third step, as a
+teacher in a hurry does, and go on from there.
+
+The reward "sandbox" grades both.
 
 About a tenth of all problems, chosen by a hash of their text, is held out: the split "eval" draws
 only from it, everything else never.
@@ -17,10 +24,10 @@ import json
 import operator
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -34,37 +41,70 @@ SPECIAL_TOKENS = (PAD_TOKEN, EOS_TOKEN, *RESERVED_TOKENS)
 _BOX_OPEN = "\\boxed{"
 TOKENS = (*SPECIAL_TOKENS, *"0123456789+-*/^=abcdefgh}", _BOX_OPEN)
 
-_OPERATIONS = {"+": operator.add, "*": operator.mul, "^": operator.pow}
-# Shares of the problems that contain a power, and of the warm-up's responses without any work.
-_RARE_WARM_UP = 0.06
-_RARE_TRAIN = 0.4
-_ANSWER_ONLY = 0.45
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "^": operator.pow}
 
 
-def rows(split: Split, *, seed: int) -> list[dict[str, str]]:
-    """Distinct problems as rows with the fields "problem" and "answer"; 40% contain a power."""
-    problems = _problems(f"{split}/{seed}", held_out=split == "eval", rare=_RARE_TRAIN)
+class Task(NamedTuple):
+    """What sets the problems of one task apart from another's."""
+
+    symbols: str  # of operations, all as frequent
+    lengths: tuple[int, ...]  # numbers of operations, all as frequent
+    modulus: int
+    # Shares of the problems that contain a power, and of the warm-up's responses without any work.
+    rare_warm_up: float
+    rare: float
+    answer_only: float
+    slips: float  # share of the steps in the warm-up's later work whose result is one off
+
+
+# Rows of the warm-up before the first slip. With slips from the first row on, a model has learnt no
+# operation after 500 steps: 69% of its sums are wrong.
+_SOUND_ROWS = 28_800
+
+# By the words that name them in a configuration and on the command line.
+TASKS = {
+    "sandbox": Task("+*", (3, 4), 10, rare_warm_up=0.06, rare=0.4, answer_only=0.45, slips=0.0),
+    "sandbox-hard": Task(
+        "+-*", (3, 4, 5, 6), 10, rare_warm_up=0.0, rare=0.0, answer_only=0.0, slips=0.35
+    ),
+}
+
+
+def rows(split: Split, *, seed: int, task: str = "sandbox") -> list[dict[str, str]]:
+    """Distinct problems of a task as rows with the fields "problem" and "answer"."""
+    problems = _problems(task, f"{split}/{seed}", held_out=split == "eval", rare=TASKS[task].rare)
     distinct: dict[str, str] = {}
     while len(distinct) < NUM_ROWS[split]:
         problem = next(problems)
-        distinct[problem] = solve(problem)[1]
+        distinct[problem] = solve(problem, TASKS[task].modulus)[1]
     return [{"problem": problem, "answer": answer} for problem, answer in distinct.items()]
 
 
-def warm_up_rows(*, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (problem, correct response) without end; 55% show their work, 6% contain a power."""
-    rng = random.Random(f"sandbox/responses/{seed}")
-    for problem in _problems(f"warm-up/{seed}", held_out=False, rare=_RARE_WARM_UP):
-        work, answer = solve(problem)
-        yield problem, ("" if rng.random() < _ANSWER_ONLY else work) + f"{_BOX_OPEN}{answer}}}"
+def warm_up_rows(*, seed: int, task: str = "sandbox") -> Iterator[tuple[str, str]]:
+    """Yield (problem, response) of a task without end; some responses show no work, or slip."""
+    rng = random.Random(f"{task}/responses/{seed}")
+    _, _, modulus, rare, _, answer_only, slips = TASKS[task]
+
+    def slip() -> int:
+        return rng.choice((-1, 1)) if rng.random() < slips else 0
+
+    problems = _problems(task, f"warm-up/{seed}", held_out=False, rare=rare)
+    for number, problem in enumerate(problems):
+        errs = slips > 0 and number >= _SOUND_ROWS
+        work, answer = solve(problem, modulus, slip if errs else int)
+        yield problem, ("" if rng.random() < answer_only else work) + f"{_BOX_OPEN}{answer}}}"
 
 
-def solve(problem: str) -> tuple[str, str]:
-    """Work and answer: `solve("7a*3b+4c^2=")` is `("a7*3=1b1+4=5c5^2=5", "5")`."""
-    work, value = "", int(problem[0])
-    for label, symbol, operand in re.findall(r"([a-d])([+*^])(\d)", problem):
-        before, value = value, _OPERATIONS[symbol](value, int(operand)) % 10
-        work += f"{label}{before}{symbol}{operand}={value}"
+def solve(problem: str, modulus: int = 10, slip: Callable[[], int] = int) -> tuple[str, str]:
+    """Work and answer: `solve("7a*3b+4c^2=")` is `("a7*3=1b1+4=5c5^2=5", "5")`.
+
+    `slip()` is by how much a step errs, 0 by default; the next step goes on from what it found.
+    """
+    first, *steps = re.split("([a-h])", problem.removesuffix("="))
+    work, value = "", int(first)
+    for label, step in zip(steps[::2], steps[1::2], strict=True):
+        before, value = value, (_OPERATIONS[step[0]](value, int(step[1:])) + slip()) % modulus
+        work += f"{label}{before}{step}={value}"
     return work, str(value)
 
 
@@ -105,14 +145,16 @@ def is_held_out(problem: str) -> bool:
     return blake2b(problem.encode(), digest_size=8).digest()[0] < 26
 
 
-def _problems(key: str, *, held_out: bool, rare: float) -> Iterator[str]:
+def _problems(task: str, key: str, *, held_out: bool, rare: float) -> Iterator[str]:
     """Yield problems of one class without end; `rare` is the share that contains a power."""
-    rng = random.Random(f"sandbox/{key}")
+    rng = random.Random(f"{task}/{key}")
+    operations, lengths, modulus, *_ = TASKS[task]
     while True:
-        symbols = rng.choices("+*", k=rng.choice((3, 4)))
+        symbols = rng.choices(operations, k=rng.choice(lengths))
         if rng.random() < rare:
             symbols[rng.randrange(len(symbols))] = "^"
-        steps = "".join(f"{a}{s}{rng.randint(1, 9)}" for a, s in zip("abcd", symbols, strict=False))
-        problem = f"{rng.randint(1, 9)}{steps}="
+        pairs = zip("abcdefgh", symbols, strict=False)
+        steps = "".join(f"{label}{symbol}{rng.randint(1, 9)}" for label, symbol in pairs)
+        problem = f"{rng.randint(1, modulus - 1)}{steps}="
         if is_held_out(problem) == held_out:
             yield problem

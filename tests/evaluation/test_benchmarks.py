@@ -32,8 +32,8 @@ def test_files_stand_in_for_a_name(tmp_path):
 
 
 def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypatch):
-    def cached_rows(split, seed):
-        return f"{split}-{seed}.jsonl"
+    def cached_rows(split, seed, task):
+        return f"{task}-{split}-{seed}.jsonl"
 
     monkeypatch.setattr("laser_fast.sandbox.files.cached_rows", cached_rows)
     file = tmp_path / "run.toml"
@@ -42,9 +42,11 @@ def test_the_problems_of_the_sandbox_are_drawn_with_the_seed(tmp_path, monkeypat
         [(benchmark, measured)] = _measured(
             ["sandbox"], None, "m", config=config, overrides=overrides
         )
-        assert (benchmark.source, measured.seed) == (f"eval-{seed}.jsonl", seed)
+        assert (benchmark.source, measured.seed) == (f"sandbox-eval-{seed}.jsonl", seed)
     [(benchmark, _)] = _measured(["sandbox"], None, "m", is_calibration=True)
-    assert benchmark.source == "train-0.jsonl"
+    assert benchmark.source == "sandbox-train-0.jsonl"
+    both = [found.source for found, _ in _measured(["sandbox-hard", "sandbox"], None, "m")]
+    assert both == ["sandbox-hard-eval-0.jsonl", "sandbox-eval-0.jsonl"]
 
 
 def test_a_missing_file_of_a_name_says_where_it_was_looked_for(tmp_path):

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 from functools import partial
+from pathlib import Path
 
 import datasets
 import pytest
@@ -40,9 +41,9 @@ def short_warm_start(monkeypatch):
     """One step instead of 500; counts how often a model is made."""
     made = []
 
-    def make(folder, *, seed, world):
-        made.append(str(folder))
-        make_sandbox_model(folder, seed=seed, steps=1, world=world)
+    def make(folder, *, task, seed, world):
+        made.append(task)
+        make_sandbox_model(folder, task=task, seed=seed, steps=1, world=world)
 
     monkeypatch.setattr(files, "make_sandbox_model", make)
     return made
@@ -94,6 +95,17 @@ def test_files_are_made_once(tmp_path, world, short_warm_start):
     assert write_sandbox(config, world) == resolved
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert len(short_warm_start) == 1
+
+
+def test_every_task_has_files_of_its_own(tmp_path, world, short_warm_start):
+    data = {"train": "sandbox-hard", "eval": "sandbox", "template": "{prompt}"}
+    config = make_config(tmp_path, model={"path": "sandbox-hard"}, data=data)
+    resolved = write_sandbox(config, world)
+    assert Path(resolved.model.path) == tmp_path / "sandbox-hard" / "seed0" / "model"
+    assert read(resolved.data.train) == rows("train", seed=0, task="sandbox-hard")
+    assert read(resolved.data.eval) == rows("eval", seed=0)
+    assert read(cached_rows("eval", 0, "sandbox-hard")) != read(cached_rows("eval", 0))
+    assert short_warm_start == ["sandbox-hard"]
 
 
 def test_another_seed_has_a_model_of_its_own(tmp_path, world, short_warm_start):

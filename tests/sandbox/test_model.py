@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from laser_fast.sandbox import model as warm_start
 from laser_fast.sandbox.model import make_sandbox_model
-from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS
+from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, warm_up_rows
 
 ROWS = [("7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}"), ("1a+1b+1c+1=", r"\boxed{4}")]
 
@@ -59,14 +59,17 @@ def test_the_seed_alone_decides_and_global_state_is_kept(tmp_path):
     )
 
 
-def test_the_seed_names_the_problems_too():
-    weights = []
-    for seed in (0, 1):
-        torch.manual_seed(0)
-        model = warm_start._new_model()
-        warm_start._train(model, seed=seed, steps=1)
-        weights.append(model.lm_head.weight.detach())
-    assert not torch.equal(*weights)
+def test_seed_and_task_name_the_problems_too(tmp_path, monkeypatch):
+    drawn = []
+
+    def read_rows(model, rows, **keys):
+        drawn.append(next(rows))
+
+    monkeypatch.setattr(warm_start, "_train", read_rows)
+    cases = [{"seed": 0}, {"seed": 1}, {"seed": 0, "task": "sandbox-hard"}]
+    for place, case in enumerate(cases):
+        make_sandbox_model(tmp_path / str(place), **case)
+    assert drawn == [next(warm_up_rows(**case)) for case in cases] and len(set(drawn)) == 3
 
 
 def test_loss_is_over_response_eos_and_one_pad(hardly_trained):

@@ -7,14 +7,17 @@ from tiny_models import make_model_config
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from laser_fast.config import load_config
 from laser_fast.rewards.boxed import sandbox as reward
 from laser_fast.sandbox.task import (
     EOS_TOKEN,
     PAD_TOKEN,
     RESERVED_TOKENS,
     SPECIAL_TOKENS,
+    TASKS,
     TOKENS,
     is_held_out,
+    make_tokenizer,
     rows,
     solve,
     warm_up_rows,
@@ -33,11 +36,11 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def answer_of(problem):
+def answer_of(problem, modulus=10):
     """An independent solver that reads the problem's text."""
-    value = int(problem[0])
-    for operator, operand in re.findall(r"[a-d]([+*^])(\d)", problem):
-        value = eval(f"{value}{operator.replace('^', '**')}{operand}") % 10
+    value = int(re.match(r"\d+", problem)[0])
+    for operator, operand in re.findall(r"[a-h]([-+*^])(\d)", problem):
+        value = eval(f"{value}{operator.replace('^', '**')}{operand}") % modulus
     return str(value)
 
 
@@ -88,6 +91,35 @@ def test_warm_up_responses_are_correct_solutions_or_bare_answers():
             steps = re.findall(r"([a-d])(\d)([+*^])(\d)=(\d)", response)
             assert problem[1:-1] == "".join(label + op + b for label, _, op, b, _ in steps)
             assert [problem[0], *(y for *_, y in steps)][:-1] == [x for _, x, *_ in steps]
+
+
+def test_the_hard_task_asks_for_more_steps_and_fits_its_configuration():
+    config = load_config("sandbox_hard")
+    task, encode = TASKS["sandbox-hard"], make_tokenizer().encode
+    found = rows("eval", seed=0, task="sandbox-hard")
+    assert len(found) == len({row["problem"] for row in found}) == 400
+    for row in found:
+        operations = re.findall(r"[a-h]([-+*])[1-9]", row["problem"])
+        assert re.fullmatch(r"\d+([a-h][-+*][1-9])+=", row["problem"])
+        assert len(operations) in task.lengths and set(operations) <= set(task.symbols)
+        assert row["answer"] == answer_of(row["problem"], task.modulus)
+        assert is_held_out(row["problem"])
+        assert len(encode(row["problem"]).ids) <= config.data.max_prompt_tokens
+    off = []
+    for problem, response in islice(warm_up_rows(seed=0, task="sandbox-hard"), 27_800, 29_800):
+        assert not is_held_out(problem)
+        assert len(encode(response + EOS_TOKEN).ids) <= config.rollout.max_new_tokens
+        steps = re.findall(r"([a-h])(\d)([-+*])(\d)=(\d)", response)
+        assert problem[1:-1] == "".join(label + op + b for label, _, op, b, _ in steps)
+        results = [int(result) for *_, result in steps]
+        assert [int(problem[0]), *results][:-1] == [int(before) for _, before, *_ in steps]
+        assert response.endswith(f"{results[-1]}\\boxed{{{results[-1]}}}")
+        off += [(int(y) - int(answer_of(f"{x}a{op}{b}="))) % 10 for _, x, op, b, y in steps]
+    # Only the second half of these rows slips.
+    middle = len(off) // 2
+    assert not any(off[: middle - 100]) and set(off) == {0, 1, 9}
+    for error in (1, 9):
+        assert off[middle:].count(error) / middle == pytest.approx(task.slips / 2, abs=0.02)
 
 
 @pytest.mark.parametrize(
