@@ -26,7 +26,7 @@ class ModelConfig(Section):
     """What is trained and how it is laid out on the devices."""
 
     path: UserPath
-    """Id or folder of a causal LM and its tokenizer; "sandbox" and "sandbox-hard" make one."""
+    """Hugging Face id or folder of a causal LM; "sandbox" and "sandbox-hard" make a small one."""
     attention: Literal["sdpa", "varlen", "flash_attention_2"] = "sdpa"
     """Attention over packed sequences; "varlen" is torch's own, flash needs the extra [flash]."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
