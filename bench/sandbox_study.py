@@ -109,7 +109,8 @@ def train_all(
         base = folder / f"base_{seed}"
         if not (base / "model.safetensors").exists():
             print(f"seed {seed}: warm-starting the base model", flush=True)
-            make_sandbox_model(base, seed=seed, steps=warm_up_steps)
+            task = load_config(config).model.path
+            make_sandbox_model(base, seed=seed, task=task, steps=warm_up_steps)
         for method in methods:
             run = folder / f"{method.lower().replace(',', '').replace(' ', '_')}_{seed}"
             changes = [f"seed={seed}", f"output_dir={run}", f"model.path={base}"]
