@@ -27,11 +27,10 @@ import torch
 from bench import runner
 from bench.guard import guarded
 from bench.harness import Case, Entry, Error, Run, measure
-from bench.workload import QUICKSTART, QWEN_1_5B, SCORE_TOKEN, Workload, make_model
+from bench.workload import QUICKSTART, QWEN_1_5B, SCORE_TOKEN, Workload, make_model, make_packer
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig
 from laser_fast.model.flops import training_flop
-from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.training.objective import Objective, joint_loss
@@ -114,13 +113,7 @@ def measure_case(
     prompt = tokens * ratio[0] // sum(ratio)
     model = make_model(workload, device)
     policy = Policy(model, compute_dtype=model.dtype)
-    packer = Packer(
-        budget=workload.budget,
-        score_token_id=SCORE_TOKEN,
-        score_at="eos",
-        temperature=1.0,
-        device=device,
-    )
+    packer = make_packer(workload, device)
     num_groups = max(1, 2 * workload.budget // (group_size * tokens))
     sizes = (workload.sizes.vocabulary, group_size, prompt, tokens - prompt, num_groups)
     sequences = make_sequences(*sizes)

@@ -108,11 +108,15 @@ def make_microbatches(workload: Workload, device: torch.device) -> list[Microbat
                 score_weight=1 / workload.num_sequences,
             )
         )
-    packer = Packer(
+    return make_packer(workload, device).microbatches(sequences)
+
+
+def make_packer(workload: Workload, device: torch.device) -> Packer:
+    """Packs at the workload's budget, at temperature 1."""
+    return Packer(
         budget=workload.budget,
         score_token_id=SCORE_TOKEN,
         score_at="eos",
         temperature=1.0,
         device=device,
     )
-    return packer.microbatches(sequences)

@@ -12,7 +12,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
 from laser_fast.config_errors import RunError
-from laser_fast.model.distributed import World
+from laser_fast.log.run_folder import AnyConfig, RunFolder, open_run_folder
+from laser_fast.model.distributed import World, check_shared, check_world
 from laser_fast.model.policy import Policy
 
 # Everything that a `.metadata` of torch 2.11 to 2.13 is made of, dtypes apart.
@@ -52,6 +53,27 @@ def latest_checkpoint(run: Path) -> Path:
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
     return checkpoints[-1]
+
+
+def check_run_folder(config: AnyConfig, world: World, *, resume: bool | Literal["auto"]) -> bool:
+    """Refuse a run folder or a number of ranks that does not fit; leaves nothing behind.
+
+    Returns whether a run that is there goes on, which "auto" finds out, also of one that had no
+    time for a checkpoint and begins again. Collective.
+    """
+    folder = Path(config.output_dir)
+
+    def look() -> bool:
+        resumes = RunFolder(folder).config.is_file() if resume == "auto" else resume
+        open_run_folder(config, resume=resumes)
+        if resume is True:
+            latest_checkpoint(folder)
+        return resumes
+
+    resumes = world.on_main(look)
+    check_world(config, world.size)
+    check_shared(folder, world)
+    return resumes
 
 
 def save_checkpoint(

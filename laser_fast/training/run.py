@@ -16,11 +16,11 @@ from laser_fast.config import Config, dump_config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
-from laser_fast.log.run_folder import RunFolder, open_run_folder, resumed_config
+from laser_fast.log.run_folder import resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import World, check_shared, check_world, stop_at_sigterm
+from laser_fast.model.distributed import World, stop_at_sigterm
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
@@ -31,7 +31,7 @@ from laser_fast.rollout.vllm import import_vllm
 from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
     check_digests,
-    latest_checkpoint,
+    check_run_folder,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -46,23 +46,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(config: Config, world: World, *, resume: bool | Literal["auto"]) -> bool:
-    """Refuse a run folder, a number of ranks or a vLLM that does not fit; leaves nothing behind.
-
-    Returns whether a run that is there goes on, which "auto" finds out, also of one that had no
-    time for a checkpoint and begins again. Collective.
-    """
-    folder = Path(config.output_dir)
-
-    def look() -> bool:
-        resumes = RunFolder(folder).config.is_file() if resume == "auto" else resume
-        open_run_folder(config, resume=resumes)
-        if resume is True:
-            latest_checkpoint(folder)
-        return resumes
-
-    resumes = world.on_main(look)
-    check_world(config, world.size)
-    check_shared(folder, world)
+    """`check_run_folder`, and refuse a vLLM that does not fit. Collective."""
+    resumes = check_run_folder(config, world, resume=resume)
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
         import_vllm()  # a missing or unsupported one is named before minutes of loading
@@ -100,24 +85,24 @@ def train(
             log = RunLog(folder, config, resume_step=resume_step)
             stack.callback(on_end, folder)
         stack.enter_context(log)
-        completed, is_evaluated = first_step, not must_evaluate
+        completed = first_step
         try:
-            if not is_evaluated:
+            if must_evaluate:
                 _evaluate(trainer, held_out, log, step=first_step)
-                is_evaluated = True
+                must_evaluate = False
             for step in range(first_step, config.optim.steps):
                 _run_step(trainer, log, step)
                 completed = step + 1
                 is_last = completed == config.optim.steps
                 # Evaluate first: a run that dies in between repeats the step and its evaluation.
-                is_evaluated = not is_last and not is_due(completed, config.data.eval_every)
-                if not is_evaluated:
+                must_evaluate = is_last or is_due(completed, config.data.eval_every)
+                if must_evaluate:
                     _evaluate(trainer, held_out, log, step=completed)
-                    is_evaluated = True
+                    must_evaluate = False
                 if is_last or is_due(completed, config.checkpoint.every):
                     _save(trainer, folder, completed)
         except StopRun:
-            path = _save(trainer, folder, completed, must_evaluate=not is_evaluated)
+            path = _save(trainer, folder, completed, must_evaluate=must_evaluate)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         log.finish(wall_seconds=time.monotonic() - started)

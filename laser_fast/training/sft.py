@@ -23,10 +23,10 @@ from laser_fast.config_errors import RunError
 from laser_fast.config_sft import SftConfig
 from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
-from laser_fast.log.run_folder import open_run_folder, resumed_config
+from laser_fast.log.run_folder import resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import World, check_shared, check_world, stop_at_sigterm
+from laser_fast.model.distributed import World, stop_at_sigterm
 from laser_fast.model.packing import Ids, Packer, plan_shares
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
@@ -34,6 +34,7 @@ from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
     check_digests,
+    check_run_folder,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -137,13 +138,12 @@ def sft(
     on_end: Callable[[Path], None] = lambda folder: None,
 ) -> bool:
     """Train as configured, or `resume`, and write OUTPUT_DIR/model. Collective; see `run.train`."""
-    started, checkpoint = time.monotonic(), None
-    folder = open_run_folder(config, resume=resume).path
-    check_world(config, world.size)
-    check_shared(folder, world)
+    started = time.monotonic()
+    folder, checkpoint = Path(config.output_dir), None
+    check_run_folder(config, world, resume=resume)
     if resume:
-        config, checkpoint = resumed_config(config), latest_checkpoint(folder)
-    world.barrier()  # every rank has seen the folder as it was
+        config = resumed_config(config)
+        checkpoint = world.on_main(lambda: latest_checkpoint(folder))
     with ExitStack() as stack:
         check_stop = stack.enter_context(stop_at_sigterm(world))
         trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))

@@ -6,6 +6,7 @@ The kinds come from reports against other graders; bench/grader_rewrites.py coun
 import time
 
 import pytest
+from answer_cases import answer_cases
 
 from laser_fast.rewards import gsm8k
 
@@ -270,13 +271,7 @@ ANSWERS = [
 ]
 
 
-def _cases():
-    for gold, right, wrong in ANSWERS:
-        yield from ((text, gold, 1.0) for text in right)
-        yield from ((text, gold, 0.0) for text in wrong)
-
-
-@pytest.mark.parametrize(("text", "gold", "expected"), list(_cases()))
+@pytest.mark.parametrize(("text", "gold", "expected"), answer_cases(ANSWERS))
 def test_answer(text, gold, expected):
     assert gsm8k.reward(text, gold) == expected
 

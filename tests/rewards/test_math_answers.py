@@ -4,6 +4,7 @@ The kinds come from reports against other graders; bench/grader_rewrites.py coun
 """
 
 import pytest
+from answer_cases import answer_cases
 
 from laser_fast.rewards import math
 
@@ -379,14 +380,6 @@ ANSWERS = [
 ]
 
 
-CASES = [
-    (text, gold, expected)
-    for gold, *texts in ANSWERS
-    for expected, given in zip((1.0, 0.0), texts, strict=True)
-    for text in given
-]
-
-
-@pytest.mark.parametrize(("text", "gold", "expected"), CASES)
+@pytest.mark.parametrize(("text", "gold", "expected"), answer_cases(ANSWERS))
 def test_answer(text, gold, expected):
     assert math.reward(rf"\boxed{{{text}}}", gold) == expected

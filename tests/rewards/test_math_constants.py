@@ -1,6 +1,7 @@
 """Constants that differ by little, alone and inside of intervals, sets and tuples."""
 
 import pytest
+from answer_cases import answer_cases
 
 from laser_fast.rewards import math
 
@@ -21,14 +22,8 @@ ANSWERS = [
     (r"[0,\frac{1}{2006!}]\cup[1,2]", [], [r"[0,\frac{1}{2004!}]\cup[1,2]"]),
     (r"\frac{x}{2006!}", [], [r"\frac{x}{2004!}"]),
 ]
-CASES = [
-    (text, gold, expected)
-    for gold, *texts in ANSWERS
-    for expected, given in zip((1.0, 0.0), texts, strict=True)
-    for text in given
-]
 
 
-@pytest.mark.parametrize(("text", "gold", "expected"), CASES)
+@pytest.mark.parametrize(("text", "gold", "expected"), answer_cases(ANSWERS))
 def test_answer(text, gold, expected):
     assert math.reward(rf"\boxed{{{text}}}", gold) == expected
