@@ -151,11 +151,14 @@ def store_calibrated(
 def read_calibrated(model: str | Path, score: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields of a `Calibrated` and `by`; None without any, or where `score` is another."""
     path = Path(model) / _SCORE_FILE
-    if not _is_same(read_score_settings(model), score) or "calibrated" not in read_json(path):
+    if not _is_same(read_score_settings(model), score):  # nor has a folder without the file
+        return None
+    content = read_json(path)
+    if "calibrated" not in content:
         return None
     kinds = dict.fromkeys(asdict(Calibrated()), float) | {"by": str}
     try:
-        return {key: kind(read_json(path)["calibrated"][key]) for key, kind in kinds.items()}
+        return {key: kind(content["calibrated"][key]) for key, kind in kinds.items()}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f'{path}: expected {", ".join(kinds)} under "calibrated"') from None
 

@@ -3,8 +3,8 @@
 A checkpoint is a folder `checkpoints/step-000050` with one shard file per rank, `trainer.json`
 (step, reference log-prob, gradient-cap state, digests of the data) and the resolved `config.toml`.
 It is written under a temporary name and renamed when complete, so a folder of that name is always
-whole. It can be loaded on another number of ranks.
-Reading one runs no code: its pickles may hold plain values only.
+whole. It can be loaded on another number of ranks. Reading one runs no code: its pickles may hold
+plain values only.
 """
 
 import io

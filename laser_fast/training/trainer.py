@@ -63,9 +63,9 @@ class Trainer:
         config = self.config
         groups = self.sampler.sample(step)
         mixes = mixes_scores(step, config)
-        floats = config.score.ref_logprob == "floating" and config.score.loss_coef > 0
-        checks = step == 0 and isinstance(config.score.ref_logprob, float)
-        checks = checks and config.score.loss_coef > 0
+        trains_score = config.score.loss_coef > 0
+        floats = trains_score and config.score.ref_logprob == "floating"
+        checks = trains_score and step == 0 and isinstance(config.score.ref_logprob, float)
         with self.stage("score"):
             if (mixes or floats or checks) and config.rollout.score == "off":
                 groups = with_scores(self.policy, groups, self.packer, self.world)
@@ -129,12 +129,11 @@ class Trainer:
             num_tokens=metrics["rollout/tokens"],
             has_reference=self.reference is not None,
         )
-        if config.score.loss_coef > 0:
+        if trains_score:
             metrics |= rows.score_metrics(self.world, tables, score)
+            metrics["score/ref_logprob"] = score.ref_logprob
         metrics |= norms
         metrics["score/coef"] = objective.score_coef
-        if config.score.loss_coef > 0:
-            metrics["score/ref_logprob"] = score.ref_logprob
         metrics["step/grad_norm"] = fmean(grad_norms.values()) if grad_norms else math.nan
         metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
