@@ -4,7 +4,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from laser_fast.sandbox import model as warm_start
-from laser_fast.sandbox.model import make_sandbox_model
+from laser_fast.sandbox.model import encode_rows, make_sandbox_model
 from laser_fast.sandbox.task import EOS_TOKEN, PAD_TOKEN, TOKENS, warm_up_rows
 
 ROWS = [("7a*3b+4c^2=", r"a7*3=1b1+4=5c5^2=5\boxed{5}"), ("1a+1b+1c+1=", r"\boxed{4}")]
@@ -72,21 +72,10 @@ def test_seed_and_task_name_the_problems_too(tmp_path, monkeypatch):
     assert drawn == [next(warm_up_rows(**case)) for case in cases] and len(set(drawn)) == 3
 
 
-def test_loss_is_over_response_eos_and_one_pad(hardly_trained):
-    model, tokenizer = load(hardly_trained)
-    logits, labels = [], []
-    for problem, response in ROWS:
-        prompt_ids = tokenizer(problem)["input_ids"]
-        after = [TOKENS.index(EOS_TOKEN), TOKENS.index(PAD_TOKEN)]
-        answer_ids = tokenizer(response)["input_ids"] + after
-        with torch.no_grad():
-            row = model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[0]
-        logits.append(row[len(prompt_ids) - 1 : -1])
-        labels += answer_ids
-    expected = cross_entropy(torch.cat(logits), torch.tensor(labels), reduction="sum")
-    with torch.no_grad():
-        actual = warm_start._loss(model, warm_start._encode(ROWS))
-    torch.testing.assert_close(actual, expected)
+def test_labels_are_the_response_eos_and_one_pad():
+    [(prompt_ids, ids)] = encode_rows(ROWS[1:])
+    assert "".join(TOKENS[i] for i in prompt_ids) == ROWS[1][0]
+    assert "".join(TOKENS[i] for i in ids) == ROWS[1][1] + EOS_TOKEN + PAD_TOKEN
 
 
 def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path, capfd):
@@ -96,18 +85,10 @@ def test_a_short_phase_learns_the_form_of_an_answer(hardly_trained, tmp_path, ca
     losses, pads = [], []
     for folder in (hardly_trained, tmp_path / "model"):
         model, _ = load(folder)
-        rows = warm_start._encode(ROWS)
+        [(prompt_ids, ids)] = encode_rows(ROWS[1:])
         with torch.no_grad():
-            losses.append(warm_start._loss(model, rows).item())
-            ids = torch.tensor([rows[1][0][:-1]])  # ends with EOS
-            pads.append(model(input_ids=ids).logits[0, -1].softmax(0)[0].item())
+            logits = model(input_ids=torch.tensor([prompt_ids + ids[:-1]])).logits[0]
+        losses.append(cross_entropy(logits[len(prompt_ids) - 1 :], torch.tensor(ids)).item())
+        pads.append(logits[-1].softmax(0)[TOKENS.index(PAD_TOKEN)].item())
     assert losses[1] < 0.5 * losses[0]
     assert pads[1] > 0.5 > pads[0]
-
-
-def test_learning_rate_ramps_up_and_falls_to_a_twentieth():
-    factors = [warm_start._lr_factor(step, 350) for step in range(351)]
-    assert factors[0] == 1 / 20
-    assert max(factors) == max(factors[15:25]) > 0.99
-    assert abs(factors[350] - 0.05) < 1e-12
-    assert abs(factors[175] - 0.525) < 1e-12
