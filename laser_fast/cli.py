@@ -142,12 +142,14 @@ def _draw_run(folder: Path) -> None:
 
 @app.command()
 def export(
-    run: RunDir, out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")]
+    run: RunDir,
+    out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")],
+    adapter: Annotated[bool, Option("--adapter", help="Write the adapters alone.")] = False,
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face model."""
+    """Write the newest checkpoint of a run as a Hugging Face model, adapters merged."""
     from laser_fast.training.export import export as export_model
 
-    checkpoint = export_model(run, out)
+    checkpoint = export_model(run, out, adapter=adapter)
     typer.echo(f"{checkpoint} -> {out}")
 
 

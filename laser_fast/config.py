@@ -41,6 +41,12 @@ class ModelConfig(Section):
     """Use Liger's RMSNorm, SwiGLU and rotary layers; needs the extra [liger] and a GPU."""
     replicas: int = Field(1, ge=1)
     """HSDP: number of groups that each hold a full copy; one per node keeps gathers inside it."""
+    lora_rank: int = Field(0, ge=0)
+    """Train adapters of this rank beside frozen weights; 0: train the weights. Extra [lora]."""
+    lora_alpha: float = Field(32.0, gt=0)
+    """Scale of what the adapters add, over their rank."""
+    lora_targets: tuple[str, ...] = Field((), strict=False)
+    """Linear layers of the blocks that get adapters, such as "q_proj"; empty: all of them."""
 
 
 class WordingConfig(Section):

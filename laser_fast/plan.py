@@ -4,6 +4,7 @@ No weights are read: the model is built from its config on torch's meta device a
 Where a number depends on the data it is a bound: every token of a microbatch may be a head row.
 
     P  parameters: L blocks of B, and R outside them     D, F, V  hidden, MLP and vocabulary size
+    t  parameters of a block's adapters, with LoRA       W  parameters that are trained: P or L t
     S  ranks that share the parameters                   Dkv  key-value heads times head dimension
     T  tokens of a microbatch, N = T rows of the head    c  bytes of the compute dtype
     A  bytes that a block keeps of a token, G  bytes of its gradients     M  memory of the GPU
@@ -24,10 +25,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from laser_fast.config_errors import ConfigError
 from laser_fast.model.distributed import check_world
+from laser_fast.model.lora import check_targets, linear_layers
 from laser_fast.model.policy import compute_dtype, load_model_config
 
 if TYPE_CHECKING:
-    from laser_fast.config import Config
+    from laser_fast.config import Config, ModelConfig
 
 # Allowances, not measurements: CUDA context, NCCL buffers, CUDA graphs of a sleeping engine and
 # gaps of the allocator; and what vLLM's own forward takes out of its share.
@@ -55,6 +57,7 @@ class Plan:
     num_gpus: int
     memory_gb: float  # M, in units of 1e9 bytes
     workspace_mb: float = WORKSPACE_MB
+    num_adapter_parameters: int = 0  # t
 
     def __post_init__(self) -> None:
         check_world(self.config, self.num_gpus)  # one rank on each GPU
@@ -63,6 +66,11 @@ class Plan:
     def num_shards(self) -> int:
         """S."""
         return self.num_gpus // self.config.model.replicas
+
+    @property
+    def num_trained(self) -> int:
+        """W."""
+        return self.model.num_hidden_layers * self.num_adapter_parameters or self.num_parameters
 
     @property
     def compute_bytes(self) -> int:
@@ -81,19 +89,27 @@ class Plan:
         model, config, c = self.model, self.config, self.compute_bytes
         L, D, V = model.num_hidden_layers, model.hidden_size, model.vocab_size
         B, R = self.num_block_parameters, self.num_parameters - L * self.num_block_parameters
-        share = 0 if config.model.cpu_offload else self.num_parameters / self.num_shards
+        has_adapters = self.num_adapter_parameters > 0
+        share = 0 if config.model.cpu_offload else self.num_trained / self.num_shards
         kept = [
-            Term("parameters", 4 * share, "4 P / S, float32 masters"),
-            Term("optimizer", 8 * share, "8 P / S, AdamW's two moments in float32"),
+            Term("parameters", 4 * share, "4 W / S, float32 masters"),
+            Term("optimizer", 8 * share, "8 W / S, AdamW's two moments in float32"),
         ]
-        if config.loss.kl_coef > 0:
+        if has_adapters:
+            frozen = 0 if config.model.cpu_offload else c * self.num_parameters / self.num_shards
+            kept.append(Term("frozen weights", frozen, "c P / S"))
+        elif config.loss.kl_coef > 0:
             kept.append(Term("reference policy", 4 * share, "4 P / S, for loss.kl_coef > 0"))
-        gradients = Term("gradients", 4 * share, "4 P / S, float32")
-        update = Term("temporary of AdamW", 4 * share, "4 P / S")
+        gradients = Term("gradients", 4 * share, "4 W / S, float32")
+        update = Term("temporary of AdamW", 4 * share, "4 W / S")
         gathered = Term("gathered weights", c * (R + 2 * B), "c (R + 2 B): root and two blocks")
         formula = "c R + (c + 4) B: root, and a block on its way to its shards"
         reducing = Term("unsharded gradients", c * R + (c + 4) * B, formula)
         root = Term("reduction of the root", (2 * c + 4) * R, "(2 c + 4) R, with a float32 copy")
+        if has_adapters:
+            trained = (c + 4) * self.num_adapter_parameters
+            reducing = Term("unsharded gradients", trained, "(c + 4) t: adapters of a block")
+            root = Term("reduction of the root", 0, "frozen")
 
         T = config.optim.tokens_per_microbatch
         A = activation_bytes_per_token(
@@ -113,6 +129,8 @@ class Plan:
         both, chunk = V * D + T * D, min(self.workspace_mb * 1e6, 4 * T * V)
         peak = max(c * V * D + 4 * T * D + chunk, 4 * both + max(chunk / 2, c * both))
         formula = "max(c V D + 4 N D + C, 4 (V D + N D) + max(C / 2, c (V D + N D))) + c N D"
+        if has_adapters:  # a frozen head has no gradient
+            peak, formula = 4 * T * D + chunk, "4 N D + C + c N D"
         head = Term("head", peak + c * T * D, formula + ", C = LASER_KERNELS_WORKSPACE_MB")
         running = (*kept, gradients, gathered, activations)
         return {
@@ -172,8 +190,12 @@ class Plan:
     @property
     def host_gb(self) -> float:
         """Parameters, gradients and optimizer in host memory per GPU, with model.cpu_offload."""
-        words = 5 if self.config.loss.kl_coef > 0 else 4
-        return self.config.model.cpu_offload * 4e-9 * words * self.num_parameters / self.num_shards
+        num_bytes = 16 * self.num_trained
+        if self.num_adapter_parameters:
+            num_bytes += self.compute_bytes * self.num_parameters
+        elif self.config.loss.kl_coef > 0:
+            num_bytes += 4 * self.num_parameters
+        return self.config.model.cpu_offload * 1e-9 * num_bytes / self.num_shards
 
 
 def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
@@ -186,7 +208,8 @@ def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
             "folder and add model.path=FOLDER"
         ) from None
     workspace = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB)
-    return Plan(config, model, *count_parameters(model), num_gpus, memory_gb, workspace)
+    counts, adapters = count_parameters(model), count_adapters(model, config.model)
+    return Plan(config, model, *counts, num_gpus, memory_gb, workspace, adapters)
 
 
 def count_parameters(model: PretrainedConfig) -> tuple[int, int]:
@@ -195,6 +218,14 @@ def count_parameters(model: PretrainedConfig) -> tuple[int, int]:
         whole = AutoModelForCausalLM.from_config(model)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (whole, whole.model.layers[0])]
     return sizes[0], sizes[1]
+
+
+def count_adapters(model: PretrainedConfig, config: ModelConfig) -> int:
+    """Count t likewise; 0 without LoRA."""
+    with torch.device("meta"):
+        layers = linear_layers(AutoModelForCausalLM.from_config(model))
+    check_targets(config, layers)
+    return config.lora_rank * sum(sum(layers[name]) for name in config.lora_targets or layers)
 
 
 def activation_bytes_per_token(

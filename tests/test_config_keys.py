@@ -81,7 +81,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = {
         "output_dir": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"path": str(tmp_path / "model"), "lora_rank": 2},
         "data": {"train": str(problems), "eval": str(problems), "template": "{prompt}"},
         "rollout": {"max_new_tokens": 24, "group_size": 2, "resample_rounds": 1},
         "reward": {"kind": "length_reward:reward", "overlong": "penalty", "overlong_buffer": 4},

@@ -1,7 +1,7 @@
 """FLOP that a training step computes, for the share of a device's peak that it reaches (MFU).
 
     body       6 B T             B parameters of the blocks, T computed tokens
-    head       6 V D N           N rows: one GEMM forward, two backward
+    head       6 V D N           N rows: one GEMM forward, two backward; 4 of 6 for frozen weights
     attention  12 L W sum pairs  L blocks, W width of queries; pairs of a query and a key it sees
 
 Recomputed forwards do not count, nor those that only read log-probs.
@@ -10,6 +10,7 @@ Recomputed forwards do not count, nor those that only read log-probs.
 from collections.abc import Iterable
 
 import torch
+from torch.nn import Parameter
 
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch
@@ -27,15 +28,20 @@ PEAK_FLOPS = {
 def training_flop(policy: Policy, batches: Iterable[Microbatch]) -> float:
     """FLOP of a forward and a backward over the microbatches."""
     config = policy.hf.config
-    body = sum(parameter.numel() for parameter in policy.hf.model.layers.parameters())
+    body = sum(_flop_per_row(weight) for weight in policy.hf.model.layers.parameters())
+    head = _flop_per_row(policy.hf.lm_head.weight)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     flop = 0.0
     for batch in batches:
         pairs = sum(n * (n + 1) // 2 + n * prefix for n, _, prefix in batch.segments)
-        flop += 6 * body * len(batch.input_ids) + 12 * config.num_hidden_layers * width * pairs
-        flop += 6 * config.vocab_size * config.hidden_size * len(batch.labels)
+        flop += body * len(batch.input_ids) + 12 * config.num_hidden_layers * width * pairs
+        flop += head * len(batch.labels)
     return flop
+
+
+def _flop_per_row(weight: Parameter) -> int:
+    return weight.numel() * (6 if weight.requires_grad else 4)
 
 
 def peak_flops(device: torch.device) -> float | None:

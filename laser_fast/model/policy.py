@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from laser_fast.config_errors import ConfigError, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
+from laser_fast.model.lora import add_adapters, merged, set_adapters
 from laser_fast.model.packing import Packer
 from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch
@@ -94,15 +95,28 @@ class Policy(nn.Module):
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
-    def stream_weights(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Every state_dict entry in the compute dtype, gathered one at a time.
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The model as LoRA found it."""
+        set_adapters(self.hf, enabled=False)
+        try:
+            yield
+        finally:
+            set_adapters(self.hf, enabled=True)
 
-        A tied head comes under both names. Collective: each item is an all-gather, so every rank
-        must exhaust the iterator.
+    def stream_weights(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Every entry of the model's own state_dict in the compute dtype, gathered one at a time.
+
+        A tied head comes under both names, adapters are merged. Collective: each item is an
+        all-gather, so every rank must exhaust the iterator.
         """
-        for name, tensor in self.hf.state_dict().items():
+
+        def gather(tensor: Tensor) -> Tensor:
             tensor = tensor.detach().to(device=device, dtype=self.compute_dtype)
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+        for name, tensor in merged(self.hf.state_dict(), self.hf, gather):
+            yield name, tensor.to(self.compute_dtype)
 
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
@@ -223,20 +237,21 @@ def _settle_root(policy: Policy, world: World) -> None:
 
 
 def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The float32 model with its weights on rank 0, and an untouched allocation elsewhere."""
-    attention = IMPLEMENTATIONS[config.attention]
+    """The model with its weights on rank 0, and an untouched allocation elsewhere."""
+    attention, dtype = IMPLEMENTATIONS[config.attention], compute_dtype(config, world.device)
     with world.agreement():
         if world.is_main:
             hf = load_weights(config.path, attention=attention)
-    if world.is_main:
-        return hf, hf.state_dict()
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(
-            load_model_config(config), dtype=torch.float32, attn_implementation=attention
-        )
-    hf.to_empty(device="cpu")
-    hf.tie_weights()
-    return hf, {}
+        else:
+            with torch.device("meta"):
+                hf = AutoModelForCausalLM.from_config(
+                    load_model_config(config), dtype=torch.float32, attn_implementation=attention
+                )
+            hf.to_empty(device="cpu")
+            hf.tie_weights()
+        if config.lora_rank:
+            add_adapters(hf, config, dtype=dtype)
+    return hf, hf.state_dict() if world.is_main else {}
 
 
 def _apply_liger(hf: PreTrainedModel) -> None:

@@ -42,12 +42,7 @@ logger = logging.getLogger(__name__)
 STEPS = 500
 ROWS_PER_STEP = 96
 OPTIM = UpdateConfig(
-    steps=STEPS,
-    lr=3e-3,
-    schedule="cosine",
-    warmup_steps=20,
-    min_lr_ratio=0.05,
-    betas=(0.9, 0.99),
+    steps=STEPS, lr=3e-3, schedule="cosine", warmup_steps=20, min_lr_ratio=0.05, betas=(0.9, 0.99)
 )
 
 

@@ -19,7 +19,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
@@ -38,6 +44,8 @@ _METADATA = {
     "pathlib": "PosixPath",
     "pathlib._local": "PosixPath",
 }
+# What is loaded has the names of the policy's own state, frozen ones left out.
+_OWN_KEYS = StateDictOptions(strict=False)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -146,9 +154,23 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
-        options=StateDictOptions(strict=True),
+        options=_OWN_KEYS,
     )
     return trainer_state(path)
+
+
+def load_trained(path: Path, policy: Policy) -> None:
+    """Restore what `save_checkpoint` kept of the policy. Collective."""
+    state = {"model": _trained(policy, get_model_state_dict(policy))}
+    read_state(path, state)
+    set_model_state_dict(policy, state["model"], options=_OWN_KEYS)
+
+
+def _trained(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state that training changes: all of it, or with LoRA the adapters."""
+    named = policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def trainer_state(path: Path) -> dict[str, Any]:
@@ -226,4 +248,4 @@ def _state(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
         # torch makes the missing moments by an update of zero gradients, which AdamW counts.
         for state in optimizer.state.values():
             state["step"].zero_()
-    return {"model": model_state, "optimizer": optimizer_state}
+    return {"model": _trained(policy, model_state), "optimizer": optimizer_state}

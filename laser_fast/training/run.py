@@ -136,7 +136,9 @@ def _build_sampler(
     # A server that does not fit is found before the model is loaded.
     engine = make_engine(config, None, vocabulary.special) if uses_server else None
     policy, reference = build_policy(config.model, world), None
-    if config.loss.kl_coef > 0:  # before the engine, which takes a share of what is left
+    if config.loss.kl_coef > 0 and config.model.lora_rank:
+        reference = policy
+    elif config.loss.kl_coef > 0:  # before the engine, which takes a share of what is left
         reference = build_policy(config.model, world).requires_grad_(False)
     engine = engine or make_engine(config, policy, vocabulary.special)
     stack.callback(engine.close)

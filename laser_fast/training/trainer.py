@@ -48,7 +48,7 @@ class Trainer:
     sampler: Sampler
     packer: Packer
     policy: Policy
-    reference: Policy | None  # frozen initial policy of the KL penalty
+    reference: Policy | None  # whose model without adapters is the KL penalty's
     optimizer: Optimizer
     score: SelfScore
     cap: GradientCap
@@ -159,7 +159,8 @@ class Trainer:
         if len(updates) > 1:
             updates = [_read(self.policy, batches, "old_logprobs") for batches in updates]
         if self.reference is not None:
-            updates = [_read(self.reference, batches, "ref_logprobs") for batches in updates]
+            with self.reference.without_adapters():
+                updates = [_read(self.reference, batches, "ref_logprobs") for batches in updates]
         return updates
 
     def _backward(
@@ -181,7 +182,7 @@ class Trainer:
 
         Returns both norms for the log; the score's at the coefficient that now acts.
         """
-        parameters = list(self.policy.parameters())
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self._backward(replace(objective, score_coef=0.0), batches, rows)
         policy_norm = gradient_norm(self.policy)
         policy_grads = [parameter.grad for parameter in parameters]

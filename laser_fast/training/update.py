@@ -13,10 +13,9 @@ from laser_fast.model.policy import Policy
 
 
 def build_optimizer(policy: Policy, config: UpdateConfig) -> AdamW:
-    """AdamW over the sharded float32 masters."""
-    return AdamW(
-        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
+    """AdamW over the sharded float32 masters, those that are trained."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def gradient_norm(policy: Policy) -> float:

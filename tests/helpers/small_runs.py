@@ -17,6 +17,7 @@ EXTRAS = {
     "score": {"warmup_steps": 1, "ref_logprob": "floating", "beta": 0.9, "position": "last"},
     "advantage": {"scale": "none", "score_warmup_steps": 1},
 }
+LORA = EXTRAS | {"model": {"lora_rank": 4, "lora_alpha": 8.0}}
 PLAIN_GRPO = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
 
 

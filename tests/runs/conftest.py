@@ -71,8 +71,8 @@ def write_config(model):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, write_config):
-    """Folder of the plain run and of the one with every extra, on one rank."""
-    from small_runs import EXTRAS
+    """Folder of the plain run, of the one with every extra, and of that with LoRA, on one rank."""
+    from small_runs import EXTRAS, LORA
 
     from laser_fast.cli import train_run
     from laser_fast.config import load_config
@@ -80,18 +80,19 @@ def one_rank(tmp_path_factory, write_config):
     folder = tmp_path_factory.mktemp("one-rank")
     train_run(load_config(write_config(folder / "plain")))
     train_run(load_config(write_config(folder / "extras", **EXTRAS)))
+    train_run(load_config(write_config(folder / "lora", **LORA)))
     return folder
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory, model, write_config):
-    """The same two runs on two ranks, packed otherwise, and two that are refused.
+    """The same three runs on two ranks, packed otherwise, and two that are refused.
 
     One cannot be shared out; the fault of the other's model is seen on rank 0 only.
     """
     import torch
     from safetensors.torch import load_file, save_file
-    from small_runs import EXTRAS
+    from small_runs import EXTRAS, LORA
 
     folder = tmp_path_factory.mktemp("two-ranks")
     untied = folder / "untied-model"
@@ -102,6 +103,7 @@ def two_ranks(tmp_path_factory, model, write_config):
     configs = [
         write_config(folder / "plain", optim={"tokens_per_microbatch": 120}),
         write_config(folder / "extras", **EXTRAS),
+        write_config(folder / "lora", **LORA),
         write_config(folder / "odd", data={"prompts_per_step": 5}),
         write_config(folder / "untied", model={"path": str(untied)}),
     ]

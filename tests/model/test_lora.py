@@ -1,0 +1,197 @@
+"""Adapters beside frozen weights equal the merged model, and nothing else is trained or kept."""
+
+import sys
+
+import pytest
+import torch
+from policy_ranks import (
+    LARGEST,
+    OBJECTIVE,
+    SEQUENCES,
+    TEMPERATURE,
+    backward,
+    full,
+    full_parameters,
+    update,
+)
+from tiny_models import SCORE_TOKEN, VOCAB, naive_loss, save_model
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+
+from laser_fast.config import ConfigError, ModelConfig, UpdateConfig
+from laser_fast.model.flops import training_flop
+from laser_fast.model.logprobs import label_logprobs
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy
+from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from laser_fast.training.export import write_model
+from laser_fast.training.update import build_optimizer
+
+CPU = torch.device("cpu")
+RANK, ALPHA = 3, 6.0  # a scale of 2
+CASES = {
+    "qwen2-tied": (),
+    "qwen2-untied": ("q_proj", "down_proj"),
+    "llama-untied": (),
+    "qwen3-tied": (),
+}
+
+
+def config_of(folder, **changes):
+    return ModelConfig(path=str(folder), lora_rank=RANK, lora_alpha=ALPHA, **changes)
+
+
+def adapt(policy):
+    """Give every adapter weights that are not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.hf.named_parameters():
+        if "lora_" in name:
+            values = torch.randn(parameter.shape, generator=generator) * 0.2
+            (parameter.to_local() if hasattr(parameter, "to_local") else parameter).data.copy_(
+                values
+            )
+    return policy
+
+
+@pytest.fixture(params=CASES)
+def case(request, world, model_folders):
+    """A policy with adapters, and the folder of its model."""
+    folder = model_folders / request.param
+    return build_policy(config_of(folder, lora_targets=CASES[request.param]), world), folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with its tokenizer."""
+    save_model(tmp_path / "base", vocab_size=VOCAB)
+    return tmp_path / "base"
+
+
+def microbatches():
+    packer = Packer(
+        budget=LARGEST,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=TEMPERATURE,
+        device=CPU,
+    )
+    return packer.microbatches(SEQUENCES)
+
+
+def logprobs(policy):
+    with torch.no_grad():
+        return torch.cat(label_logprobs(policy, microbatches()))
+
+
+def test_the_policy_starts_as_the_model_and_can_be_read_as_it(case, world):
+    policy, folder = case
+    frozen = logprobs(build_policy(ModelConfig(path=str(folder)), world))
+    assert torch.equal(logprobs(policy), frozen)
+    adapted = logprobs(adapt(policy))
+    assert not torch.allclose(adapted, frozen)
+    with policy.without_adapters():
+        assert torch.equal(logprobs(policy), frozen)
+    assert torch.equal(logprobs(policy), adapted)
+
+
+def test_loss_and_gradients_are_those_of_the_merged_weights(case, world):
+    """In float64, dA = s B^T dW and dB = s dW A^T, with dW from plain logits."""
+    policy, folder = case
+    adapt(policy)
+    with policy.without_adapters():  # leaves no trace in what is trained
+        logprobs(policy)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exact.load_state_dict(dict(policy.stream_weights(CPU)))
+    loss = naive_loss(exact.double(), SEQUENCES, OBJECTIVE, temperature=TEMPERATURE)
+    loss.backward()
+    found = backward(policy, world, SEQUENCES)
+    torch.testing.assert_close(found["loss"].double(), loss.detach(), rtol=1e-5, atol=0)
+    own = dict(policy.hf.named_parameters())
+    trained = [name for name, parameter in own.items() if parameter.grad is not None]
+    assert trained == [name for name in own if "lora_" in name] and trained
+    for name in trained:
+        layer = name.partition(".lora_")[0]
+        A, B = (full(own[f"{layer}.lora_{n}.default.weight"]).double() for n in "AB")
+        dW = exact.get_submodule(layer).weight.grad
+        expected = ALPHA / RANK * (B.T @ dW if "lora_A" in name else dW @ A.T)
+        error = (full(own[name].grad).double() - expected).norm() / expected.norm()
+        assert error < 1e-5, name
+
+
+def test_engines_and_folders_get_the_merged_model(folder, world, tmp_path):
+    config = config_of(folder)
+    policy = adapt(build_policy(config, world))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    streamed = dict(policy.stream_weights(CPU))
+    assert streamed.keys() == base.state_dict().keys()
+    write_model(policy, config, tmp_path / "merged", world)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, streamed[name]), name
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad(), policy.unsharded():
+        actual = policy.hf(input_ids=ids).logits
+        torch.testing.assert_close(actual, written(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(actual, base(input_ids=ids).logits, atol=1e-2)
+
+
+def test_peft_reads_the_adapter_that_is_written(folder, world, tmp_path):
+    from peft import PeftModel
+
+    config = config_of(folder, lora_targets=("v_proj", "up_proj"))
+    policy = adapt(build_policy(config, world))
+    write_model(policy, config, tmp_path / "adapter", world, adapter=True)
+    assert not list((tmp_path / "adapter").glob("model*"))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    read = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad(), policy.unsharded():
+        expected = policy.hf(input_ids=ids).logits
+        torch.testing.assert_close(read(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_moves_adapters_alone_and_a_checkpoint_holds_them_alone(folder, world, tmp_path):
+    config = config_of(folder)
+    policy = build_policy(config, world)
+    optimizer = build_optimizer(policy, UpdateConfig(steps=9, lr=0.05))
+    before = full_parameters(policy)
+    after = update(policy, world, optimizer)
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    where = {"trainer_state": {}, "config_toml": "", "keep": 1, "world": world}
+    path = save_checkpoint(tmp_path, 1, policy=policy, optimizer=optimizer, **where)
+    held = FileSystemReader(path).read_metadata().state_dict_metadata
+    models = {name for name in held if name.startswith("model.")}
+    assert models and all("lora_" in name for name in models)
+
+    resumed = build_policy(config, world)
+    its_optimizer = build_optimizer(resumed, UpdateConfig(steps=9, lr=0.05))
+    load_checkpoint(path, policy=resumed, optimizer=its_optimizer)
+    expected = update(policy, world, optimizer)
+    actual = update(resumed, world, its_optimizer)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_frozen_weights_are_kept_in_the_compute_dtype_and_cost_less(folder, world):
+    policy = build_policy(config_of(folder, compute_dtype="bfloat16"), world)
+    for name, parameter in policy.hf.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+    whole = build_policy(ModelConfig(path=str(folder)), world)
+    num_base = sum(p.numel() for p in whole.hf.model.layers.parameters())
+    num_adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    batches = microbatches()
+    tokens, rows = (sum(len(getattr(b, n)) for b in batches) for n in ("input_ids", "labels"))
+    saved = 2 * (num_base * tokens + whole.hf.lm_head.weight.numel() * rows)
+    found = training_flop(whole, batches) - training_flop(policy, batches)
+    assert found == saved - 6 * num_adapter * tokens
+
+
+def test_layers_that_are_not_there_are_named(folder, world):
+    with pytest.raises(ConfigError, match="lora_targets: lm_head, w is no linear layer.*q_proj"):
+        build_policy(config_of(folder, lora_targets=("lm_head", "q_proj", "w")), world)
+
+
+def test_a_missing_peft_is_named(folder, world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'laser-fast\[lora\]'"):
+        build_policy(config_of(folder), world)
