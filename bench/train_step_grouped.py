@@ -85,7 +85,7 @@ def prepare(policy: Policy, batches: list[Microbatch], repeated: list[Microbatch
 
     def body(number: int) -> None:
         for batch in batches:
-            policy(batch, lambda hidden_states, weight: hidden_states.float().sum()).backward()
+            policy(batch, lambda hidden_states, head: hidden_states.float().sum()).backward()
         policy.zero_grad(set_to_none=True)
 
     def step(number: int) -> None:

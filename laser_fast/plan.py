@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 RESERVE_GB = 4.0
 VLLM_FORWARD_GB = 2.0
 WORKSPACE_MB = 2600.0  # laser_kernels' default on a GPU
+FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")  # around attention and MLP
+NORMS_OF_HEADS = ("gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_moe")
 
 
 class Term(NamedTuple):
@@ -119,7 +121,7 @@ class Plan:
             keys_per_token=config.rollout.group_size,  # each completion repeats its prompt's
         )
         # Gradients of two MLP-wide and two hidden-wide tensors exist while a block runs backward.
-        G = 2 * c * (model.intermediate_size + D)
+        G = 2 * c * (_mlp_width(model) + D)
         activations = Term("activations", T * L * A, f"T L A, A = {A}")
         block = Term("block at work", T * G, f"T G, G = {G}")
         if config.model.gradient_checkpointing:
@@ -239,12 +241,18 @@ def activation_bytes_per_token(
     most `keys_per_token` of them, the size of a group whose completions are short.
     """
     query, key = _head_widths(model)
-    norms = 2 * (4 + 2 * c) * model.hidden_size
-    if model.model_type == "qwen3":  # normalizes the heads of query and key
+    norms = (4 if model.model_type in FOUR_NORMS else 2) * (4 + 2 * c) * model.hidden_size
+    if model.model_type in NORMS_OF_HEADS:  # of query and key
         norms += (4 + c) * (query + key)
     kept_keys = keys_per_token * (query if repeats_keys else key)
     attention = 2 * c * (query + kept_keys) + 4 * model.num_attention_heads
-    return norms + attention + 4 * c * model.intermediate_size
+    return norms + attention + 4 * c * _mlp_width(model)
+
+
+def _mlp_width(model: PretrainedConfig) -> int:
+    """F; of a mixture of experts that of those that a token meets."""
+    chosen = getattr(model, "num_experts_per_tok", None)
+    return chosen * model.moe_intermediate_size if chosen else model.intermediate_size
 
 
 def _head_widths(model: PretrainedConfig) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def _small(family, **changes):
 
 
 def _model(config, **options):
-    return AutoModelForCausalLM.from_config(config, attn_implementation="laser_sdpa", **options)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="laser_torch", **options)
 
 
 def _storages(tensors) -> int:
@@ -150,14 +150,14 @@ def test_sharded_terms_are_what_a_training_step_allocates():
         )
         batch = packer.pack(make_sequences(1))
 
-        def head(hidden_states, weight):
+        def read(hidden_states, head):
             # The root is gathered here: this is R of the plan, as far as the table goes.
-            assert weight.shape == (config.vocab_size, config.hidden_size)
+            assert head.weight.shape == (config.vocab_size, config.hidden_size)
             return linear_logprob_loss(
-                hidden_states, weight, batch.labels, lambda logprobs, rows: logprobs.sum()
+                hidden_states, head.weight, batch.labels, lambda logprobs, rows: logprobs.sum()
             )
 
-        policy(batch, head).backward()
+        policy(batch, read).backward()
         gradients = _storages(parameter.grad for parameter in policy.parameters())
         optimizer.step()
         moments = [s for state in optimizer.state.values() for s in state.values() if s.ndim]

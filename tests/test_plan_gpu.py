@@ -90,14 +90,14 @@ def _measure(plan):
         found["parameters"] = allocated() - nothing
         optimizer, batch = torch.optim.AdamW(policy.parameters(), lr=1e-6), _batch(device)
 
-        def head(hidden_states, weight):
+        def read(hidden_states, head):
             # The root is gathered, the blocks are not any more.
             bodys = allocated() - before - hidden_states.nbytes
-            found["activations"] = bodys - weight.element_size() * root
+            found["activations"] = bodys - head.weight.element_size() * root
             reset()
             start = allocated() - hidden_states.nbytes
             loss = linear_logprob_loss(
-                hidden_states, weight, batch.labels, lambda logprobs, rows: logprobs.sum()
+                hidden_states, head.weight, batch.labels, lambda logprobs, rows: logprobs.sum()
             )
             found["head"] = largest() - start
             return loss
@@ -106,7 +106,7 @@ def _measure(plan):
             clean = allocated()
             for _ in range(2):  # the second microbatch finds gradients
                 before = allocated()
-                loss = policy(batch, head)
+                loss = policy(batch, read)
                 peaks = [largest()]  # since the head began; the body before it holds less
                 reset()
                 loss.backward()

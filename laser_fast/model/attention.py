@@ -8,7 +8,7 @@ A group's prompt is packed once, with its first completion; the others continue 
 That is exact, also in the gradient, which adds up in the prompt's keys and values (Prefix Grouper,
 arXiv 2506.05433). Only keys and values of prefixes are repeated, and no [T, T] mask exists.
 
-"laser_sdpa" runs torch's scaled_dot_product_attention on any device: segments of similar length
+"laser_torch" runs torch's scaled_dot_product_attention on any device: segments of similar length
 after prefixes of equal length are padded into one batch. "laser_varlen" is
 torch.nn.attention.varlen on a GPU, "laser_fa2" the package flash-attn.
 """
@@ -110,9 +110,7 @@ def packed_sdpa(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """One call of torch's attention per bucket."""
-    if softcap is not None:
-        raise _no_softcap("sdpa")
+    """One call of torch's attention per bucket, which has no softcap: that takes its scores."""
     shapes, queries, keys, inverse = layout.buckets
     # One gather for all buckets: the backward of each fills a gradient of all T tokens.
     all_q = _gather(query, queries).split([b * L for b, L, _ in shapes])
@@ -122,12 +120,16 @@ def packed_sdpa(
     outputs = []
     for (b, L, S), *rows in zip(shapes, all_q, all_k, all_v, strict=True):
         q, k, v = (tensor.unflatten(0, (b, -1)).transpose(1, 2) for tensor in rows)
-        output = scaled_dot_product_attention(
-            *(q, k, v),
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-            **_causal(L, S, window, layout.device),
-        )
+        if softcap is not None:
+            seen = _seen(L, S, window, layout.device)
+            output = _capped_attention(q, k, v, seen, scaling, softcap)
+        else:
+            output = scaled_dot_product_attention(
+                *(q, k, v),
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+                **_causal(L, S, window, layout.device),
+            )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [b * L, heads, head_dim]
     return torch.cat(outputs)[inverse][None]
 
@@ -137,12 +139,37 @@ def _causal(
 ) -> dict[str, Any]:
     """How sdpa is told that the last query sees the last key, and each `window` keys at most."""
     if window is not None and window < num_keys:
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-        last = num_keys - num_queries
-        return {"attn_mask": seen.tril(last).triu(last - window + 1)}
+        return {"attn_mask": _seen(num_queries, num_keys, window, device)}
     if num_queries == num_keys:
         return {"is_causal": True}
     return {"attn_mask": causal_lower_right(num_queries, num_keys)}
+
+
+def _seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """The same as a mask [num_queries, num_keys], True where a query sees a key."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    last = num_keys - num_queries
+    return seen.tril(last).triu(last - (window or num_keys) + 1)
+
+
+def _capped_attention(
+    q: Tensor,  # [b, heads, L, head_dim]
+    k: Tensor,  # [b, key_value_heads, S, head_dim]
+    v: Tensor,
+    seen: Tensor,  # broadcast to [b, heads, L, S]
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention by its definition, since torch's has no softcap."""
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
+    scores = softcap * (scores / softcap).tanh()
+    # A padded prompt's first tokens see nothing: they may read anything, but no NaN.
+    lowest = torch.finfo(scores.dtype).min
+    weights = scores.masked_fill(~seen, lowest).softmax(
+        -1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    return weights.to(v.dtype) @ v
 
 
 def packed_varlen(
@@ -158,7 +185,10 @@ def packed_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None:
-        raise _no_softcap("varlen")
+        raise ValueError(
+            'model.attention = "varlen" has no softcap of attention, which this model uses; set '
+            'model.attention = "flash_attention_2", or "sdpa"'
+        )
     q, k, v = _gathered(query, key, value, layout)
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
     repeats = q.shape[1] // k.shape[1]
@@ -213,21 +243,19 @@ def _gather(tensor: Tensor, places: Tensor) -> Tensor:
     return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
 
 
-def _no_softcap(name: str) -> ValueError:
-    return ValueError(
-        f'model.attention = "{name}" has no softcap of attention, which this model uses; set '
-        'model.attention = "flash_attention_2"'
-    )
-
-
 def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask for packed training input; transformers' sdpa mask for padded generation."""
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
 KERNELS = {"sdpa": packed_sdpa, "varlen": packed_varlen, "flash_attention_2": packed_flash}
-# transformers looks for a package behind a name that contains "flash".
-IMPLEMENTATIONS = {"sdpa": "laser_sdpa", "varlen": "laser_varlen", "flash_attention_2": "laser_fa2"}
+# transformers looks for a package behind a name that contains "flash", and refuses one with "sdpa"
+# for models whose attention has a softcap.
+IMPLEMENTATIONS = {
+    "sdpa": "laser_torch",
+    "varlen": "laser_varlen",
+    "flash_attention_2": "laser_fa2",
+}
 
 
 def _register(name: str, kernel: Kernel) -> None:
@@ -249,8 +277,14 @@ def _register(name: str, kernel: Kernel) -> None:
     ) -> tuple[Tensor, None]:
         if layout is not None:
             return kernel(query, key, value, layout, scaling, sliding_window, softcap), None
+        if softcap is not None:  # which transformers' sdpa would leave out
+            seen = attention_mask
+            if seen is None:
+                seen = _seen(query.shape[2], key.shape[2], sliding_window, query.device)
+            output = _capped_attention(query, key, value, seen, scaling, softcap)
+            return output.transpose(1, 2).contiguous(), None
         inputs = (module, query, key, value, attention_mask)
-        kwargs |= {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {"sliding_window": sliding_window}
         return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
 
     AttentionInterface.register(name, attention)

@@ -1,6 +1,6 @@
 """What the policy says of given tokens: the one reader of log-probs, without gradients.
 
-    log pi(z | ids) = h . w_z - logsumexp(W h),   h the hidden state of the last id
+    log pi(z | ids) = l_z - logsumexp(l),   l the logits of the last id's hidden state
 
 Everything is read from packed rows through the fused head, so that [tokens, vocabulary] logits
 never exist. Each function is collective: every rank calls it, with any number of sequences.
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from laser_fast.model.distributed import World
+from laser_fast.model.families import LmHead
 from laser_fast.model.packing import Ids, Packer
-from laser_fast.model.policy import Policy
+from laser_fast.model.policy import Head, Policy
 from laser_fast.records import Group, Microbatch, ScorePosition, TrainingSequence
 from laser_kernels import linear_logprob
 
@@ -91,8 +92,7 @@ def last_token_logprobs(
     """Log-probs of each of C tokens at the end of each of N sequences, [N, C] float32 on the CPU.
 
     One row per sequence gives the first token, and the others by their logit differences:
-    log pi(z) = log pi(z_0) + h . (w_z - w_{z_0}). So a scan of all reserved tokens costs one
-    forward.
+    log pi(z) = log pi(z_0) + l_z - l_{z_0}. So a scan of all reserved tokens costs one forward.
 
     Args:
         policy: the model.
@@ -122,14 +122,14 @@ def last_token_logprobs(
         agree=world.max,
     )
 
-    def head_of(batch: Microbatch) -> Callable[[Tensor, Tensor], Tensor]:
-        def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    def head_of(batch: Microbatch) -> Head[Tensor]:
+        def read(hidden_states: Tensor, head: LmHead) -> Tensor:
             labels = torch.full((len(hidden_states),), token_ids[0], device=hidden_states.device)
-            first = linear_logprob(hidden_states, weight, labels)
-            logits = hidden_states.float() @ weight[list(token_ids)].float().T
+            first = linear_logprob(hidden_states, head.weight, labels, **head.at(1.0))
+            logits = head.logits(hidden_states, list(token_ids))
             return first[:, None] + logits - logits[:, :1]
 
-        return head
+        return read
 
     bins = packer.bins(rows)
     batches = (packer.pack([rows[index] for index in members]) for members in bins)
@@ -138,17 +138,16 @@ def last_token_logprobs(
     return result
 
 
-def _labels_head(batch: Microbatch) -> Callable[[Tensor, Tensor], Tensor]:
-    def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
-        return linear_logprob(hidden_states, weight, batch.labels, temperature=batch.temperature)
+def _labels_head(batch: Microbatch) -> Head[Tensor]:
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+        options = head.at(batch.temperature)
+        return linear_logprob(hidden_states, head.weight, batch.labels, **options)
 
-    return head
+    return read
 
 
 def _read(
-    policy: Policy,
-    batches: Iterable[Microbatch],
-    head_of: Callable[[Microbatch], Callable[[Tensor, Tensor], Tensor]],
+    policy: Policy, batches: Iterable[Microbatch], head_of: Callable[[Microbatch], Head[Tensor]]
 ) -> Iterator[Tensor]:
     """What the head function says of each microbatch."""
     for batch in batches:

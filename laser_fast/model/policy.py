@@ -31,20 +31,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from laser_fast.config_errors import ConfigError, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
+from laser_fast.model.families import LmHead, check_family, checkpoint_entries, head_form
 from laser_fast.model.lora import add_adapters, merged, set_adapters
 from laser_fast.model.packing import Packer
 from laser_fast.model.weights import load_weights
-from laser_fast.records import Microbatch
+from laser_fast.records import Microbatch, TrainingSequence
+from laser_kernels import linear_logprob
 
 if TYPE_CHECKING:
     from laser_fast.config import MeasureConfig, ModelConfig
 
-# Architectures whose logits are lm_head(body(x)) without bias, scaling, soft-capping or sliding
-# windows, so that a fused head on lm_head.weight is the whole head.
-SUPPORTED = ("llama", "qwen2", "qwen3")
-
 Output = TypeVar("Output")
-Head = Callable[[Tensor, Tensor], Output]  # (hidden_states [N, D], weight [V, D]) -> outputs
+Head = Callable[[Tensor, LmHead], Output]  # (hidden_states [N, D], its head) -> outputs
+
+# Largest mean difference, in nats, of a token's log-prob from the model's own logits. These are
+# rounded to bfloat16, at 30 by 0.06.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Policy(nn.Module):
@@ -54,9 +56,10 @@ class Policy(nn.Module):
         super().__init__()
         self.hf = hf
         self.compute_dtype = compute_dtype
+        self.head_form = head_form(hf.config)
 
     def forward(self, batch: Microbatch, head: Head[Output]) -> Output:
-        """Hidden states of the labelled rows and the head's weight, through `head`."""
+        """Hidden states of the labelled rows and the model's own head, through `head`."""
         device = batch.input_ids.device
         hidden_states = self.hf.model(
             input_ids=batch.input_ids[None],
@@ -65,7 +68,8 @@ class Policy(nn.Module):
             **attention_kwargs(batch.segments, device),
         ).last_hidden_state[0]
         # Rows repeat; an embedding's backward adds them up in a fixed order.
-        return head(embedding(batch.rows, hidden_states), self.hf.lm_head.weight)
+        lm_head = LmHead(self.hf.lm_head.weight, *self.head_form)
+        return head(embedding(batch.rows, hidden_states), lm_head)
 
     def expect_backward(self, *, is_last: bool) -> None:
         """Add gradients up over replicas in the last backward before an update only."""
@@ -105,9 +109,9 @@ class Policy(nn.Module):
             set_adapters(self.hf, enabled=True)
 
     def stream_weights(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Every entry of the model's own state_dict in the compute dtype, gathered one at a time.
+        """Every tensor of a checkpoint in the compute dtype, gathered one at a time.
 
-        A tied head comes under both names, adapters are merged. Collective: each item is an
+        A tied head comes under both names, adapters are merged. Collective: each item may be an
         all-gather, so every rank must exhaust the iterator.
         """
 
@@ -116,23 +120,14 @@ class Policy(nn.Module):
             return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
         for name, tensor in merged(self.hf.state_dict(), self.hf, gather):
-            yield name, tensor.to(self.compute_dtype)
+            yield from checkpoint_entries(name, tensor.to(self.compute_dtype))
 
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     with reading(f'model.path: cannot load "{config.path}"'):
         model_config = AutoConfig.from_pretrained(config.path)
-    if model_config.model_type not in SUPPORTED:
-        raise ConfigError(
-            f'model.path: "{config.path}" is a {model_config.model_type} model; expected one of '
-            f"{', '.join(SUPPORTED)}"
-        )
-    layer_types = getattr(model_config, "layer_types", None) or ["full_attention"]
-    if getattr(model_config, "use_sliding_window", False) or {*layer_types} != {"full_attention"}:
-        raise ConfigError(
-            f'model.path: "{config.path}" uses sliding windows; set it to full attention'
-        )
+    check_family(config.path, model_config)
     dtype = model_config.dtype
     is_plain = dtype is None or (dtype.is_floating_point and dtype.itemsize > 1)
     if not is_plain or getattr(model_config, "quantization_config", None) is not None:
@@ -198,7 +193,7 @@ def build_policy(config: ModelConfig, world: World) -> Policy:
         value = buffers[name].to(world.device)
         dist.broadcast(value, src=0)
         buffer.copy_(value)
-    _settle_root(policy, world)
+    _prove_head(policy, config, world)
     return policy
 
 
@@ -224,16 +219,47 @@ def shard(policy: Policy, config: ModelConfig, world: World) -> None:
 
 
 @torch.no_grad()
-def _settle_root(policy: Policy, world: World) -> None:
-    """Run one token, because the first module to run forward becomes FSDP2's root.
+def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
+    """Refuse a model of which packed rows and the fused head do not give the own log-probs.
 
-    Without it the engine's direct use of the model would make a root of every block.
+    It is the first forward, too, and its module becomes FSDP2's root: the engine's direct use of
+    the model would make one of every block.
     """
-    packer = Packer(
-        budget=1, score_token_id=0, score_at="eos", temperature=1.0, device=world.device
-    )
-    policy(packer.pack([]), lambda hidden_states, weight: None)
+    device, vocab_size = world.device, policy.hf.config.vocab_size
+    packer = Packer(budget=64, score_token_id=0, score_at="eos", temperature=1.0, device=device)
+    ids = [(7919 * place + 104729) % vocab_size for place in range(1, 49)]
+    rows = [(ids[:16], ids[16:24]), (ids[:16], ids[24:36]), (ids[36:40], ids[40:])]
+    batch = packer.pack([
+        TrainingSequence(
+            prompt_ids=tuple(prompt),
+            completion_ids=tuple(response),
+            rollout_logprobs=(0.0,) * len(response),
+            score_at=None,
+        )
+        for prompt, response in rows
+    ])  # fmt: skip
+
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+        return linear_logprob(hidden_states, head.weight, batch.labels, **head.at(1.0))
+
+    packed = policy(batch, read)
     policy.release()  # the optimizer must find the shards
+    own = []
+    with policy.unsharded():
+        for prompt, response in rows:
+            inputs = torch.tensor([prompt + response], device=device)
+            mask = torch.ones_like(inputs, dtype=torch.bool)
+            logits = policy.hf(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+            labels = inputs[0, len(prompt) :, None]
+            found = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            own.append(found.gather(1, labels)[:, 0])
+    difference = float((packed - torch.cat(own)).abs().mean())
+    if not difference <= _TOLERANCE.get(policy.compute_dtype, 0.1):
+        raise ConfigError(
+            f'model.path: log-probs of "{config.path}" from packed rows and lm_head.weight differ '
+            f"from those of its own logits by {difference:.3g} nats a token; a "
+            f"{policy.hf.config.model_type} model has a head or an attention that is not supported"
+        )
 
 
 def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -10,7 +10,6 @@
 Both weights already hold global denominators, so L is summed over microbatches and ranks.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +19,8 @@ from torch import Tensor
 from laser_fast.algorithm.loss import kl_penalty, policy_loss, tis_weights
 from laser_fast.algorithm.score import SelfScore, score_loss
 from laser_fast.config import LossConfig
+from laser_fast.model.families import LmHead
+from laser_fast.model.policy import Head
 from laser_fast.records import Microbatch
 from laser_kernels import linear_logprob, linear_logprob_entropy, linear_logprob_loss
 
@@ -45,7 +46,7 @@ class HeadResult(NamedTuple):
     score_loss: Tensor  # scalar, before score_coef
 
 
-def joint_loss(objective: Objective, batch: Microbatch) -> Callable[[Tensor, Tensor], HeadResult]:
+def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
     """Head function that forms the loss and its gradients in one call.
 
     A row-separable loss takes the three-GEMM form; "gspo" couples the rows of a sequence and the
@@ -53,7 +54,7 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Callable[[Tensor, Ten
     """
     config = objective.loss
 
-    def head(hidden_states: Tensor, weight: Tensor) -> HeadResult:
+    def read(hidden_states: Tensor, head: LmHead) -> HeadResult:
         measured = HeadResult(
             loss=hidden_states.new_zeros((), dtype=torch.float32),
             logprobs=hidden_states.new_zeros(len(batch.labels), dtype=torch.float32),
@@ -68,20 +69,20 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Callable[[Tensor, Ten
             measured.score_loss.add_(score_term.detach())
             return policy_term + objective.score_coef * score_term
 
-        arguments = (hidden_states, weight, batch.labels)
+        arguments, options = (hidden_states, head.weight, batch.labels), head.at(batch.temperature)
         everything = slice(0, len(batch.labels))
         if config.entropy_coef > 0:
-            logprobs, entropy = linear_logprob_entropy(*arguments, temperature=batch.temperature)
+            logprobs, entropy = linear_logprob_entropy(*arguments, **options)
             weighted = (batch.policy.weights * entropy[: len(batch.policy)]).sum()
             loss = loss_fn(logprobs, everything) - config.entropy_coef * weighted
         elif config.kind == "gspo":
-            logprobs = linear_logprob(*arguments, temperature=batch.temperature)
+            logprobs = linear_logprob(*arguments, **options)
             loss = loss_fn(logprobs, everything)
         else:
-            loss = linear_logprob_loss(*arguments, loss_fn, temperature=batch.temperature)
+            loss = linear_logprob_loss(*arguments, loss_fn, **options)
         return measured._replace(loss=loss)
 
-    return head
+    return read
 
 
 def _row_losses(

@@ -27,6 +27,7 @@ from laser_fast.log.run_folder import resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World, stop_at_sigterm
+from laser_fast.model.families import LmHead
 from laser_fast.model.packing import Ids, Packer, plan_shares
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
@@ -71,13 +72,14 @@ def supervised_sequences(rows: Sequence[tuple[Ids, Ids]], world: World) -> list[
 def supervised_loss(policy: Policy, batch: Microbatch) -> Tensor:
     """The part of L, scalar float32, that the sequences of a microbatch add."""
 
-    def head(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
         def loss_fn(logprobs: Tensor, rows: slice) -> Tensor:
             return -(batch.policy.weights[rows] * logprobs).sum()
 
-        return linear_logprob_loss(hidden_states, weight, batch.labels, loss_fn)
+        arguments = (hidden_states, head.weight, batch.labels)
+        return linear_logprob_loss(*arguments, loss_fn, **head.at(1.0))
 
-    return policy(batch, head)
+    return policy(batch, read)
 
 
 @dataclass(kw_only=True)

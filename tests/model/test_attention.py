@@ -88,9 +88,10 @@ def test_packed_attention_is_attention_within_sequences(lengths, key_value_heads
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 40])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", GROUPS)
-def test_completions_see_their_prompt_and_themselves(segments, window):
-    check(packed_sdpa, segments, 2, window=window)
+def test_completions_see_their_prompt_and_themselves(segments, softcap, window):
+    check(packed_sdpa, segments, 2, window=window, softcap=softcap)
 
 
 def fake_flash(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap):
@@ -130,11 +131,10 @@ def test_varlen_gets_the_keys_of_every_segment(segments, monkeypatch):
     check(packed_varlen, segments, 2, window=3)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [(packed_sdpa, "sdpa"), (packed_varlen, "varlen")])
-def test_what_a_kernel_cannot_do_is_refused(kernel, name):
+def test_what_a_kernel_cannot_do_is_refused():
     inputs, layout = make_inputs(GROUPS[0], 2), PackedLayout(GROUPS[0], CPU)
-    with pytest.raises(ValueError, match=f'model.attention = "{name}" has no softcap'):
-        kernel(*inputs, layout, softcap=2.0)
+    with pytest.raises(ValueError, match='model.attention = "varlen" has no softcap'):
+        packed_varlen(*inputs, layout, softcap=2.0)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.values())
@@ -178,7 +178,7 @@ def test_a_table_is_made_for_the_kernel_that_asks(monkeypatch):
 def test_a_packed_model_is_the_model_on_each_sequence(family):
     model = make_model(family)
     reference = make_model(family).double()
-    model.set_attn_implementation("laser_sdpa")
+    model.set_attn_implementation("laser_torch")
     sequences = [torch.arange(10, 10 + n) * 7 % 97 for n in (3, 1, 9, 4)]
     lengths = tuple(map(len, sequences))
     packed = model.model(
@@ -193,7 +193,7 @@ def test_a_packed_model_is_the_model_on_each_sequence(family):
 
 def test_without_a_layout_it_is_ordinary_attention():
     model, reference = make_model(), make_model()
-    model.set_attn_implementation("laser_sdpa")
+    model.set_attn_implementation("laser_torch")
     ids = torch.tensor([[2, 2, 11, 12, 13], [21, 22, 23, 24, 25]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     actual = model(ids, attention_mask=mask).logits

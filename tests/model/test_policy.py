@@ -172,7 +172,7 @@ def test_only_labelled_rows_reach_the_head(world, model_folders):
     batch = packer.pack(SEQUENCES[:3])
     num_scored = sum(s.score_at is not None for s in SEQUENCES[:3])
     num_rows = sum(len(s.completion_ids) for s in SEQUENCES[:3]) + num_scored
-    shapes = policy(batch, lambda hidden_states, weight: (hidden_states.shape, weight.shape))
+    shapes = policy(batch, lambda hidden_states, head: (hidden_states.shape, head.weight.shape))
     assert shapes == ((num_rows, 32), (97, 32))
 
 
@@ -208,8 +208,10 @@ def test_lengths_must_fit_the_model():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "gpt2"}', "is a gpt2 model; expected one of llama, qwen2, qwen3"),
-        ('{"model_type": "qwen2", "use_sliding_window": true}', "uses sliding windows"),
+        ('{"model_type": "gpt2"}', "is a gpt2 model; expected a causal language model for text"),
+        ('{"model_type": "gemma3"}', "is a gemma3 model; expected"),
+        ('{"model_type": "t5"}', "is a t5 model; expected"),
+        ('{"model_type": "qwen3_next"}', "has layers of linear_attention"),
         (None, "model.path: cannot load"),
     ],
 )

@@ -57,7 +57,7 @@ def test_logprobs_and_scores_equal_transformers(engine, tiny, temperature, score
 
 
 def test_a_score_of_the_last_row_is_what_the_policy_reads_there(engine, tiny):
-    hf = AutoModelForCausalLM.from_pretrained(tiny.path, attn_implementation="laser_sdpa")
+    hf = AutoModelForCausalLM.from_pretrained(tiny.path, attn_implementation="laser_torch")
     policy = Policy(hf, compute_dtype=torch.float32)
     packer = Packer(
         budget=256,

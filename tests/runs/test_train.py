@@ -52,7 +52,7 @@ def test_runs_are_not_trivial(one_rank, name):
     truncated = [line["rollout/truncated"] for line in lines]
     assert 0 < max(truncated) < 1
     if name != "plain":
-        assert lines[0]["loss/kl"] < 1e-9 < 1e-6 < lines[-1]["loss/kl"]
+        assert lines[-1]["loss/kl"] > 1e-6
         assert all(abs(line["score/coef"] - 1) > 0.01 for line in lines[2:])  # the cap acts
 
 

@@ -19,7 +19,7 @@ def hardly_trained(tmp_path_factory):
 
 def load(folder):
     """The model, with the attention that reads packed rows, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="laser_sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="laser_torch")
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -25,7 +25,7 @@ def two_chunks(monkeypatch):
 @pytest.fixture(scope="module")
 def policy():
     hf = make_model()
-    hf.set_attn_implementation("laser_sdpa")
+    hf.set_attn_implementation("laser_torch")
     return Policy(hf, compute_dtype=torch.float32)
 
 

@@ -68,7 +68,7 @@ def make_policy(family, dtype):
                 weight=norm.weight,
                 eps=norm.variance_epsilon,
             )
-    hf.set_attn_implementation("laser_sdpa")
+    hf.set_attn_implementation("laser_torch")
     return Policy(hf, compute_dtype=dtype)
 
 

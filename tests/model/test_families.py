@@ -1,0 +1,153 @@
+"""A tiny model of every family: packed rows, fused head and engine agree with its logits."""
+
+import pytest
+import torch
+from policy_ranks import (
+    OBJECTIVE,
+    PROMPTS,
+    SAMPLING,
+    SEQUENCES,
+    TEMPERATURE,
+    backward,
+    full,
+    make_engine,
+)
+from tiny_models import SCORE_TOKEN, VOCAB, naive_loss
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.model.families import checkpoint_entries
+from laser_fast.model.logprobs import last_token_logprobs, policy_logprobs
+from laser_fast.model.packing import Packer
+from laser_fast.model.policy import build_policy
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+FAMILIES = {
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **WINDOWS},
+    "gemma3_text": {"query_pre_attn_scalar": 8, **WINDOWS},
+    "glm4": {},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    "mistral": {"sliding_window": 4},
+    "olmo2": {},
+    "olmo3": WINDOWS,
+    "phi3": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """The folder of a random model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **SIZES | FAMILIES[request.param])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(family, world):
+    return build_policy(ModelConfig(path=str(family)), world)
+
+
+def load(family):
+    """The model with transformers' own attention by definition, in float64."""
+    return AutoModelForCausalLM.from_pretrained(
+        family, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def test_a_step_is_that_of_plain_logits(policy, family, world):
+    exact = load(family)
+    loss = naive_loss(exact, SEQUENCES, OBJECTIVE, temperature=TEMPERATURE)
+    loss.backward()
+    found = backward(policy, world, SEQUENCES)
+    torch.testing.assert_close(found["loss"].double(), loss.detach(), rtol=1e-5, atol=0)
+    gradients = {name: p.grad for name, p in exact.named_parameters()}
+    for name, parameter in policy.hf.named_parameters():
+        want = gradients[name]
+        error = (full(parameter.grad).double() - want).norm() / want.norm()
+        assert error < 1e-4, name
+    policy.zero_grad()
+
+
+def test_the_engine_samples_what_the_policy_reads(policy, world):
+    groups = make_engine(policy.hf, unsharded=policy.unsharded).generate(PROMPTS, SAMPLING)
+    packer = Packer(
+        budget=64,
+        score_token_id=SCORE_TOKEN,
+        score_at="eos",
+        temperature=SAMPLING.temperature,
+        device=world.device,
+    )
+    completions = [c for group in groups for c in group.completions]
+    for completion, (read, _) in zip(
+        completions, policy_logprobs(policy, groups, packer), strict=True
+    ):
+        assert completion.rollout_logprobs == pytest.approx(read, abs=1e-4)
+
+
+def test_several_tokens_are_read_at_once(policy, family, world):
+    prompt, completion, tokens = (7, 8, 9), (10, 11, 2), [5, 30, 60]
+    found = last_token_logprobs(
+        policy, [(prompt, completion)], tokens, world, score_at="eos", budget=64
+    )
+    with torch.no_grad():
+        logits = load(family)(input_ids=torch.tensor([prompt + completion])).logits
+    expected = logits[0, -1].log_softmax(-1)[tokens]
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_weights_go_by_the_names_of_a_checkpoint(policy, family):
+    from safetensors.torch import load_file
+
+    written = load_file(family / "model.safetensors")
+    streamed = dict(policy.stream_weights(torch.device("cpu")))
+    tied = {"lm_head.weight"} - written.keys()
+    assert streamed.keys() - tied == written.keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in written.items())
+
+
+def test_experts_are_taken_apart():
+    stacked = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
+    found = dict(checkpoint_entries("layers.0.mlp.experts.gate_up_proj", stacked))
+    assert list(found) == [
+        f"layers.0.mlp.experts.{e}.{part}_proj.weight" for e in (0, 1) for part in ("gate", "up")
+    ]
+    assert torch.equal(found["layers.0.mlp.experts.1.up_proj.weight"], stacked[1, 2:])
+
+
+def test_a_head_that_is_not_known_is_refused(tmp_path, world, monkeypatch):
+    """Its logits are scaled by something of which no config speaks."""
+    from transformers import Qwen2ForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SIZES)).save_pretrained(
+        tmp_path
+    )
+    forward = Qwen2ForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
+    with pytest.raises(ConfigError, match=r"differ .* nats a token; a qwen2 model has a head or"):
+        build_policy(ModelConfig(path=str(tmp_path)), world)
