@@ -112,6 +112,16 @@ class RolloutConfig(Section):
     """Sampling temperature; policy log-probs are of the same tempered distribution."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest completion, EOS included."""
+    eval_temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of evaluations; 0: that of training."""
+    eval_max_new_tokens: int = Field(0, ge=0)
+    """Longest completion of evaluations; 0: that of training."""
+    eval_top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of evaluations; training samples the whole distribution, as its ratios assume."""
+    eval_top_k: int = Field(0, ge=0)
+    """Most probable tokens of which evaluations draw; 0: all."""
+    eval_min_p: float = Field(0.0, ge=0, lt=1)
+    """Least probability of a token in evaluations, as a share of the most probable one's."""
     max_num_seqs: int = Field(256, ge=1)
     """Completions sampled at once by one engine."""
     score: Literal["auto", "inline", "off"] = "auto"
@@ -334,8 +344,9 @@ class MeasureConfig(Section):
     @property
     def max_sequence_tokens(self) -> int:
         """Positions of the longest sequence: prompt, completion and a score token after it."""
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        return longest + (self.score.position == "eos")
+        rollout = self.rollout
+        longest = max(rollout.max_new_tokens, rollout.eval_max_new_tokens)
+        return self.data.max_prompt_tokens + longest + (self.score.position == "eos")
 
 
 class Config(MeasureConfig):

@@ -63,7 +63,8 @@ class Sampling:
     """How completions are drawn: pure sampling from the tempered distribution.
 
     `seed` names the draw: the same engine, weights, prompts and seed give the same completions.
-    `score_at` asks for the score log-prob of every finished completion, read there.
+    `score_at` asks for the score log-prob of every finished completion, read there. `min_p`,
+    `top_k` and `top_p` leave tokens out, in this order, and log-probs as they are.
     """
 
     group_size: int
@@ -71,6 +72,9 @@ class Sampling:
     max_new_tokens: int
     seed: int
     score_at: ScorePosition | None = "eos"
+    top_p: float = 1.0
+    top_k: int = 0  # all
+    min_p: float = 0.0
 
     @property
     def num_steps(self) -> int:

@@ -43,7 +43,7 @@ def test_sections_and_number_of_keys():
         + ["checkpoint", "log"]
     )
     assert [key for key in all_keys() if "." not in key] == ["seed", "output_dir"]
-    assert len(all_keys()) <= 90
+    assert len(all_keys()) <= 110
 
 
 def test_keys_that_users_rely_on():

@@ -27,7 +27,7 @@ from laser_fast.model.policy import build_policy, check_lengths, load_model_conf
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.records import Prompt
 from laser_fast.rewards import grade_groups
-from laser_fast.rollout.engine import Engine, make_engine, make_sampling
+from laser_fast.rollout.engine import Engine, eval_sampling, make_engine
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class _Part:
         settings = {
             "source": benchmark.source,
             "samples": samples,
-            "max_new_tokens": rollout.max_new_tokens,
+            "max_new_tokens": rollout.eval_max_new_tokens or rollout.max_new_tokens,
             "reward": reward.kind,
             "format_gate": reward.format_gate,
             "num_prompts": len(prompts),
@@ -161,7 +161,7 @@ class _Part:
         """Sample, grade and append the problems from `done` on. Collective."""
         config, world, total = task.config, self.world, len(task.prompts)
         group_size, needs_score = task.samples, self.needs_score
-        sampling = make_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
+        sampling = eval_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
         decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
         self.on_progress(task.name, done, total)
         for start in range(done, total, task.chunk):
@@ -201,7 +201,8 @@ def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool)
         "engine": config.rollout.engine,
         "compute_dtype": config.model.compute_dtype,
         "seed": config.seed,
-        "temperature": config.rollout.temperature,
+        "temperature": config.rollout.eval_temperature or config.rollout.temperature,
+        **{key: getattr(config.rollout, f"eval_{key}") for key in ("top_p", "top_k", "min_p")},
         "score_token": vocabulary.tokenizer.convert_ids_to_tokens(token_id),
         "score_position": config.score.position,
         "needs_score": needs_score,

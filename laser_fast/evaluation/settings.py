@@ -87,6 +87,9 @@ def build_config(
     values |= _of_file(config, is_calibration)
     values |= {key: value for key in _ROWS if (value := fields.get(key.partition(".")[2]))}
     values |= {"model.path": model} | options
+    for key in ("temperature", "max_new_tokens"):  # what is typed wins against the file's
+        if f"rollout.{key}" in options and f"rollout.eval_{key}" not in options:
+            values.pop(f"rollout.eval_{key}", None)
     if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
         values.pop("rollout.tensor_parallel", None)
     layers: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from laser_fast.config_errors import RunError
@@ -127,6 +128,22 @@ def make_sampling(
         max_new_tokens=config.rollout.max_new_tokens,
         seed=draw_seed(config.seed, *draw),
         score_at=config.score.position if needs_score else None,
+    )
+
+
+def eval_sampling(
+    config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
+) -> Sampling:
+    """The same of an evaluation, which may sample otherwise than training does."""
+    rollout = config.rollout
+    sampling = make_sampling(config, *draw, group_size=group_size, needs_score=needs_score)
+    return replace(
+        sampling,
+        temperature=rollout.eval_temperature or rollout.temperature,
+        max_new_tokens=rollout.eval_max_new_tokens or rollout.max_new_tokens,
+        top_p=rollout.eval_top_p,
+        top_k=rollout.eval_top_k,
+        min_p=rollout.eval_min_p,
     )
 
 

@@ -21,6 +21,7 @@ size or a resume.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
@@ -107,9 +108,8 @@ class HfEngine(Engine):
             poll()
             logits = context.logits
             tempered = logits / sampling.temperature
-            noisy = tempered - noise.step(row, tempered)
-            noisy[:, banned_ids] = -torch.inf
-            choice = noisy.argmax(1)
+            allowed = truncate(tempered.index_fill(1, banned_ids, -torch.inf), sampling)
+            choice = (allowed - noise.step(row, tempered)).argmax(1)
             logprob = tempered.gather(1, choice[:, None])[:, 0] - tempered.logsumexp(1)
             if sampling.score_at:
                 scores[row, step] = logits[:, score_token_id] - logits.logsumexp(1)
@@ -143,6 +143,23 @@ class HfEngine(Engine):
         context.read(torch.tensor(ids, device=device), torch.tensor(is_read, device=device))
         context.select(torch.tensor([place[p.prompt_ids] for p in prompts], device=device))
         return context
+
+
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [R, V] without the tokens that a sampling leaves out, as vLLM does."""
+    if sampling.min_p > 0:
+        least = logits.amax(1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_k > 0:
+        largest = logits.topk(min(sampling.top_k, logits.shape[1])).values
+        logits = logits.masked_fill(logits < largest[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, places = logits.sort(dim=1, descending=True)
+        shares = ordered.softmax(1)
+        is_left_out = shares.cumsum(1) - shares >= sampling.top_p  # by those before it
+        ordered = ordered.masked_fill(is_left_out, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(1, places, ordered)
+    return logits
 
 
 class _Context:

@@ -82,6 +82,9 @@ def request_fields(
     forcing, stopping = (eos_token_ids, []) if sampling.score_at == "eos" else ([], eos_token_ids)
     fields = {
         "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "max_tokens": sampling.num_steps,
         "ignore_eos": True,
         "stop_token_ids": [tokens.score_token_id, *stopping],

@@ -37,10 +37,8 @@ from laser_fast.stopping import StopRun, poll_until_done
 OLDEST, NEWEST = (0, 28), (0, 32)  # the version of the weights is asked for since 0.28
 # Groups in flight from one rank; the server batches them as it likes.
 _MAX_REQUESTS = 64
-# The distribution that is trained. What a request leaves out, the server takes from the model's
-# generation_config.json.
-_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-_NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+# What a request leaves out, the server takes from the model's generation_config.json.
+_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -62,10 +60,11 @@ class VllmServerEngine(CopyingEngine):
         max_model_len: int,  # longest prompt + config.max_new_tokens, and 1 for a score token
         timeout_s: float = 1800.0,  # for a group of completions or a piece of weights
     ) -> None:
-        if config.temperature != 1.0:
+        if {config.temperature, config.eval_temperature or 1.0} != {1.0}:
             raise ConfigError(
-                f'rollout.engine = "vllm_server" samples at temperature 1, got '
-                f"rollout.temperature = {config.temperature:g}: a server reports log-probs of "
+                'rollout.engine = "vllm_server" samples at temperature 1, got '
+                f"rollout.temperature = {config.temperature:g} and rollout.eval_temperature = "
+                f"{config.eval_temperature or config.temperature:g}: a server reports log-probs of "
                 'temperature 1 only; use rollout.engine = "vllm"'
             )
         self._url, self._is_seeded = config.server_url, config.seeded

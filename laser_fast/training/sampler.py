@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,13 @@ from laser_fast.model.policy import Policy
 from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Completion, Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
-from laser_fast.rollout.engine import CopyingEngine, Engine, check_agreement, make_sampling
+from laser_fast.rollout.engine import (
+    CopyingEngine,
+    Engine,
+    check_agreement,
+    eval_sampling,
+    make_sampling,
+)
 from laser_fast.stopping import poll_until_done
 from laser_fast.training.schedule import is_due
 
@@ -178,11 +185,12 @@ class Sampler:
             return grade_groups(self.grader, groups, self.vocabulary.decode)
 
     def sample_scored(
-        self, prompts: Sequence[Prompt], *draw: int | str, group_size: int
+        self, prompts: Sequence[Prompt], draw: Literal["calibrate", "eval"], *, group_size: int
     ) -> list[Group]:
         """Groups outside of training, with scores by engine or policy; call `sync` before."""
         is_off = self.config.rollout.score == "off"
-        sampling = make_sampling(self.config, *draw, group_size=group_size, needs_score=not is_off)
+        how = eval_sampling if draw == "eval" else make_sampling
+        sampling = how(self.config, draw, group_size=group_size, needs_score=not is_off)
         with self.stage("rollout"):
             groups = self.engine.generate(prompts, sampling)
         self.engine.sleep()
