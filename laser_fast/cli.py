@@ -196,7 +196,7 @@ def calibrate(
     overrides: Overrides = None,
     token: Annotated[str | None, Option(help="z_c; without it all reserved compete.")] = None,
     beta: Beta = None,
-    prompts: Annotated[int, Option(min=1, help="Prompts, at most those of the data.")] = 64,
+    limit: Annotated[int, Option(min=1, help="Prompts, at most those of the data.")] = 64,
     samples: Annotated[int, Option(min=1, help="Completions per prompt.")] = 4,
     template: Annotated[list[str] | None, Option(help="chat, or a text with {prompt}.")] = None,
     data_dir: DataDir = None,
@@ -211,7 +211,7 @@ def calibrate(
     layers = {"config": config, "is_calibration": True}
     options = _as_overrides(overrides, rollout__engine=engine, seed=seed)
     [(benchmark, measured)] = _measured([data], data_dir, model, overrides=options, **layers)
-    sizes = {"prompts": prompts, "samples": samples}
+    sizes = {"prompts": limit, "samples": samples}
     found = run_calibration(measured, benchmark, token=token, templates=template or (), **sizes)
     if found is not None:
         print_calibration(found, beta=beta)

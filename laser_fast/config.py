@@ -13,11 +13,9 @@ with needs_train():
     import tomli_w
     from pydantic import Field
 
-from laser_fast.algorithm.loss import Aggregation, check_gspo
-from laser_fast.algorithm.score import check_score_target
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_algorithm import AdvantageConfig, LossConfig, ScoreConfig
+from laser_fast.config_errors import ConfigError as ConfigError  # of wrong values of the keys
 from laser_fast.config_section import Section, UserPath, section_keys
-from laser_fast.records import ScorePosition
 
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -52,12 +50,14 @@ class ModelConfig(Section):
 class WordingConfig(Section):
     """How the rows of a data set become prompts."""
 
-    prompt_field: str = "problem"
-    """Field that holds the question."""
-    answer_field: str = "answer"
-    """Field that holds the gold answer, handed to the reward as text."""
+    prompt_field: str = "auto"
+    """Field of the question, text or messages; auto: problem, prompt, question, ... of the data."""
+    answer_field: str = "auto"
+    """Field of the gold answer; auto: answer, reward_model.ground_truth, ... of the data."""
     template: str = "chat"
     """The word chat for the tokenizer's chat template, or a text with {prompt} in it."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """What the chat template is told, such as {enable_thinking = false}."""
     prompt_suffix: str = ""
     """Appended to the question before the template."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -85,6 +85,8 @@ class DataConfig(PromptConfig):
     """Hub data set id, local jsonl, json, parquet or csv file, "sandbox" or "sandbox-hard"."""
     train_split: str = "train"
     """Split of a hub data set."""
+    where: dict[str, list[str | int | float]] = {}
+    """Train on rows that have these values of a field only, such as {level = [4, 5]}."""
     eval: UserPath = ""
     """Held-out prompts, given like `train`; empty: no evaluation."""
     eval_prompt_field: str = ""
@@ -190,74 +192,6 @@ class RewardConfig(Section):
         low, high = self.range
         if not low < high:
             yield f"reward.range = [{low:g}, {high:g}] must be [lowest, highest], such as [-1, 1]"
-
-
-class ScoreConfig(Section):
-    """The last-token self-score and its loss term."""
-
-    token: str = "<|vision_start|>"
-    """The reserved token z_c: unused in ordinary text, never sampled."""
-    beta: float = Field(0.1, gt=0)
-    """Scale of the score: r_s = beta (log pi(z_c | x, y) - ref_logprob)."""
-    position: ScorePosition = "eos"
-    """Row that the score is read from: the EOS's, or the "last" before it, at no extra token."""
-    ref_logprob: float | Literal["auto", "floating"] = "auto"
-    """c_ref; "auto": the untrained model's log pi(z_c | x, y); "floating": refitted each step."""
-    loss_coef: float = Field(0.1, ge=0)
-    """alpha, weight of the score's MSE; 0 trains plain GRPO."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps before the MSE joins the loss."""
-    max_class_weight: float = Field(5.0, ge=1)
-    """Ceiling of the class-balancing weight."""
-    max_grad_ratio: float = Field(0.0, ge=0)
-    """Cap of the score term's gradient norm relative to the policy term's; 0: no cap."""
-
-    def check_target(self, ref_logprob: float) -> None:
-        """Refuse a beta, if it is trained, whose target for a correct answer is not improbable."""
-        try:
-            if self.loss_coef > 0:
-                check_score_target(beta=self.beta, ref_logprob=ref_logprob)
-        except ValueError as error:
-            raise ConfigError(f"score.beta = {self.beta:g}: {error}") from None
-
-
-class AdvantageConfig(Section):
-    """From rewards and scores to advantages."""
-
-    scale: Literal["std", "none"] = "std"
-    """Divide by the group's standard deviation, or do not (Dr.GRPO)."""
-    score_coef: float = Field(0.1, ge=0, le=1)
-    """tau, share of the advantage that comes from scores; 0: only rewards."""
-    score_min_std: float = Field(0.1, ge=0)
-    """Groups whose scores spread no more than this keep the reward advantage."""
-    score_warmup_steps: int = Field(0, ge=0)
-    """Steps after `score.warmup_steps` before scores join the advantage."""
-
-
-class LossConfig(Section):
-    """The policy loss."""
-
-    kind: Literal["grpo", "gspo", "cispo"] = "grpo"
-    """Policy loss; gspo clips sequence ratios, cispo clips the weight and keeps every gradient."""
-    clip_low: float = Field(0.2, ge=0, le=1)
-    """Ratios below 1 - clip_low are clipped."""
-    clip_high: float = Field(0.2, ge=0)
-    """Ratios above 1 + clip_high are clipped."""
-    clip_dual: float = Field(3.0, ge=0)
-    """Dual clip: bound of the ratio where the advantage is negative; 0: none."""
-    aggregation: Aggregation = "token-mean"
-    """How token losses become one number; denominators are global."""
-    tis_cap: float = Field(2.0, ge=0)
-    """Truncated importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the k3 KL penalty to the initial model, which is then kept in memory."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus; above 0 the head recomputes its logits in the backward."""
-
-    def _problems(self) -> Iterator[str]:
-        if self.kind == "gspo":
-            check_gspo(max(self.clip_low, self.clip_high), self.aggregation)
-        yield from ()
 
 
 class ForwardConfig(Section):

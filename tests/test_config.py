@@ -172,7 +172,7 @@ def test_wrong_type_names_path_expected_and_got(keys, message):
 
 def test_every_section_is_strict():
     for key in all_keys():
-        if "." in key:
+        if "." in key and key != "data.chat_template_kwargs":  # which holds what a template names
             assert f'"{key}"' in refusal(smallest(**{key.replace(".", "__"): {"not": "this"}}))
 
 

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -37,7 +37,8 @@ from filelock import FileLock
 
 from laser_fast.config import ConfigError, DataConfig, WordingConfig
 from laser_fast.config_errors import reading
-from laser_fast.data.rows import RowSource, answer_text, open_rows, question_text
+from laser_fast.data.fields import AUTO, Question, answer_text, find_fields, kept, question_of
+from laser_fast.data.rows import RowSource, open_rows
 from laser_fast.records import Prompt
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class PromptSource:
 
 def train_prompts(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> PromptSource:
     """The prompts that a run trains on."""
-    rows = open_rows(config.train, split=config.train_split)
+    rows = kept(open_rows(config.train, split=config.train_split), config.where)
     per_step = config.prompts_per_step
     return PromptSource(config, tokenizer, rows, name="train", seed=seed, per_step=per_step)
 
@@ -197,6 +198,10 @@ def _load(
                 f"{_CHAT_FAILS}: it leaves the question out, or words it at random; set "
                 "data.template to a text with {prompt} in it"
             )
+    fields = find_fields(rows, config.prompt_field, config.answer_field)
+    if AUTO in (config.prompt_field, config.answer_field):
+        _log.info('%s: questions from "%s", answers from "%s"', rows.name, *fields)
+        config = config.model_copy(update={"prompt_field": fields[0], "answer_field": fields[1]})
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
     name, folder = _fingerprint(rows, config, tokenizer), Path(datasets.config.HF_DATASETS_CACHE)
     folder = folder / "laser_fast"
@@ -229,9 +234,9 @@ def _tokenize(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) ->
     fields = {question: "data.prompt_field", answer: "data.answer_field"}
     rows = source.read(fields)
     while batch := list(islice(rows, _BATCH)):
-        questions = [question_text(row, fields, question, place) for place, row in batch]
+        questions = [question_of(row, fields, question, place) for place, row in batch]
         answers = [answer_text(row, fields, answer, place) for place, row in batch]
-        texts = [word(text + config.prompt_suffix) for text in questions]
+        texts = [word(asked) for asked in questions]
         encoded = tokenizer(
             texts,
             # A chat template writes its special tokens itself.
@@ -245,25 +250,53 @@ def _tokenize(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) ->
         yield pa.table([texts, answers, encoded, list(map(len, encoded))], schema=_SCHEMA)
 
 
-def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[str], str]:
+def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question], str]:
     """Return the function from a question to the text that the model reads.
 
-    A chat template has no clock: where it asks for the date, it gets one that stays the same.
+    The suffix goes to the end of the question, or of the last message. A chat template has no
+    clock: where it asks for the date, it gets one that stays the same.
     """
     if config.template != "chat":
-        return lambda question: config.template.replace("{prompt}", question)
+
+        def fill(question: Question) -> str:
+            if not isinstance(question, str):
+                raise ConfigError(
+                    f"data.template = {config.template!r} words text, but {config.prompt_field} "
+                    'holds messages; set data.template = "chat"'
+                )
+            return config.template.replace("{prompt}", question + config.prompt_suffix)
+
+        return fill
     with reading(_CHAT_FAILS):
         template = tokenizer.get_chat_template()
         template = _CLOCK.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
         if re.search(r"strftime_now(?!\s+is\b)", template):
             raise ValueError("it computes the format of a date, which cannot be fixed")
+    if unread := [name for name in config.chat_template_kwargs if name not in template]:
+        raise ConfigError(
+            f"data.chat_template_kwargs: the chat template reads no {', '.join(unread)}; leave it "
+            "out, or check the spelling"
+        )
 
-    def word(question: str) -> str:
-        chat = [{"role": "user", "content": question}]
+    options: dict[str, Any] = config.chat_template_kwargs
+
+    def word(question: Question) -> str:
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        *history, last = asked
+        if last["role"] == "assistant":
+            raise ConfigError(
+                "a prompt of messages ends with the assistant's, which is the answer to learn; end "
+                f"it with the question: {last['content']!r:.60}"
+            )
+        chat: list[Any] = [*history, {**last, "content": last["content"] + config.prompt_suffix}]
         with reading(_CHAT_FAILS):
             return str(
                 tokenizer.apply_chat_template(
-                    chat, chat_template=template, tokenize=False, add_generation_prompt=True
+                    chat,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **options,
                 )
             )
 
@@ -273,6 +306,7 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[str], str]
 def _fingerprint(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
+    keys.append(json.dumps(config.chat_template_kwargs, sort_keys=True))
     versions = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
     parts = [_FORMAT, source.identity, *keys, *versions, str(_TODAY)]
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16)

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser_fast.config import ConfigError
 from laser_fast.config_errors import reading
+from laser_fast.data.fields import check_fields, columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +41,7 @@ class RowSource:
     """A data set that can be read from its first row, any number of times.
 
     `name` is for messages. `identity` changes when the content may have changed. `read(fields)`
-    yields rows that hold at least `fields`, unless the data lacks them.
+    yields rows that hold at least `fields`, unless the data lacks them; without any, all of them.
     """
 
     name: str
@@ -77,60 +76,6 @@ def _open_files(name: str, paths: list[Path]) -> RowSource:
         numbers = facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
         identity.extend((str(path.resolve()), *map(str, numbers)))
     return RowSource(name, tuple(identity), read)
-
-
-def question_text(row: Any, fields: Fields, field: str, place: str) -> str:
-    """Return the question of a row; a ConfigError names the place, the field and its fault."""
-    value, about = _value(row, fields, field, place)
-    if not isinstance(value, str):
-        raise ConfigError(f"{about}: expected text, got {type(value).__name__}")
-    return value
-
-
-def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
-    """Return the gold answer of a row as text.
-
-    Numbers become digits that read back exactly (70, 0.5, 0.00001 and not 1e-05). A list is
-    several values, joined by ", ", as sets of olympiad problems write them.
-    """
-    value, about = _value(row, fields, field, place)
-    items = value if isinstance(value, list) else [value]
-    for item in items or [None]:
-        if isinstance(item, bool) or not isinstance(item, (str, int, float, Decimal)):
-            raise ConfigError(
-                f"{about}: expected text, a number or a list of them, got {value!r:.60}"
-            )
-    return ", ".join(
-        f"{Decimal(str(item)):f}" if isinstance(item, (float, Decimal)) else str(item)
-        for item in items
-    )
-
-
-def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:
-    """A value that is not empty, and how messages name it."""
-    if not isinstance(row, dict):
-        raise ConfigError(f"{place}: expected an object with fields, got {type(row).__name__}")
-    _check_fields(place, {field: fields[field]}, row)
-    value = row[field]
-    about = f'{place}: field "{field}" ({fields[field]})'
-    for item in value if isinstance(value, list) else [value]:
-        # nan is the null of a column of floats.
-        if item is None or (isinstance(item, float) and not math.isfinite(item)):
-            raise ConfigError(f"{about} is null or not finite; fill it in or remove the row")
-        if isinstance(item, str) and not item.strip():
-            raise ConfigError(f"{about} is empty; fill it in or remove the row")
-        try:
-            str(item).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
-    return value, about
-
-
-def _check_fields(place: str, fields: Fields, there: Collection[str]) -> None:
-    for field, key in fields.items():
-        if field not in there:
-            names = ", ".join(there)
-            raise ConfigError(f'{place}: no field "{field}" ({key}); the fields are {names}')
 
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
@@ -215,8 +160,9 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_fields(str(path), fields, file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=_BATCH, columns=list(fields))
+            names = file.schema_arrow.names
+            check_fields(str(path), fields, names)
+            batches = file.iter_batches(batch_size=_BATCH, columns=columns(fields, names) or None)
             yield from _number(batches, file.schema_arrow, str(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: not a readable parquet file: {error}") from None
@@ -237,9 +183,10 @@ def _open_hub(name: str, split: str) -> RowSource:
         rows = datasets.load_dataset(repository, configuration or None, split=split)
 
     def read(fields: Fields) -> Iterator[Row]:
-        _check_fields(name, fields, rows.column_names)
-        columns = rows.select_columns(list(fields)).with_format("arrow")
-        yield from _number(columns.iter(_BATCH), columns.features.arrow_schema, name)
+        names = rows.column_names
+        check_fields(name, fields, names)
+        table = rows.select_columns(columns(fields, names) or names).with_format("arrow")
+        yield from _number(table.iter(_BATCH), table.features.arrow_schema, name)
 
     # Cache files carry the revision of the data set in their path.
     identity = (name, split, *(file["filename"] for file in rows.cache_files))

@@ -89,7 +89,7 @@ def find_benchmark(
     path = Path(name.rstrip("/"))
     own_name = path.stem if path.is_file() else path.name
     # The name is also that of the folder with the samples.
-    return Benchmark(re.sub(r"[^\w.-]+", "_", own_name), name)
+    return Benchmark(re.sub(r"[^\w.-]+", "_", own_name), name, prompt_suffix="")
 
 
 def _in_folder(known: Benchmark, folder: Path) -> Benchmark:

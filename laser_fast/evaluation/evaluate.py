@@ -123,6 +123,7 @@ class _Part:
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         source = PromptSource(config.data, self.vocabulary.tokenizer, rows, name=name, limit=limit)
         prompts = source.all()
+        logger.info("%s: the first prompt is %r", name, prompts[0].text)
         content = repr([(prompt.prompt_ids, prompt.answer) for prompt in prompts]).encode()
         settings = {
             "source": benchmark.source,

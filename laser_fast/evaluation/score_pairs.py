@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
+from laser_fast.data.fields import Question, question_of
 from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
@@ -114,16 +115,20 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
     if not isinstance(fields, dict):
         raise ConfigError(f"{place}: expected an object, got {type(fields).__name__}")
     tokenizer, eos_token_ids = vocabulary.tokenizer, vocabulary.special.eos_token_ids
-    prompt = _part(place, fields, "prompt", "prompt_ids", num_ids)
+    prompt: Question | tuple[int, ...] = (
+        question_of(fields, {"prompt": "messages"}, "prompt", place)
+        if isinstance(fields.get("prompt"), list) and "prompt_ids" not in fields
+        else _part(place, fields, "prompt", "prompt_ids", num_ids)
+    )
     response = _part(place, fields, "response", "completion_ids", num_ids)
-    if isinstance(prompt, str):
+    if not isinstance(prompt, tuple):
         is_chat = data.template == "chat"
         if is_chat and not tokenizer.chat_template:
             raise ConfigError(
                 f'{place}: data.template = "chat", but the tokenizer has no chat template; '
                 "give prompt_ids, or set data.template={prompt} for prompts already worded"
             )
-        worded = wording(data, tokenizer)(prompt + data.prompt_suffix)
+        worded = wording(data, tokenizer)(prompt)
         prompt = tuple(tokenizer(worded, add_special_tokens=not is_chat)["input_ids"])
     if not prompt:
         raise ConfigError(f"{place}: the prompt has no token")

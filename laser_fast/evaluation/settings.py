@@ -51,7 +51,7 @@ _NOT_CALIBRATED = {
     "score.token": "say --token",
     "score.beta": "say --beta",
     "score.ref_logprob": "it is what calibrate measures",
-    "data.prompts_per_step": "say --prompts",
+    "data.prompts_per_step": "say --limit",
 }
 
 

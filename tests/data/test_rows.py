@@ -9,7 +9,8 @@ import pytest
 
 from laser_fast.config import ConfigError
 from laser_fast.data import rows
-from laser_fast.data.rows import answer_text, open_rows, question_text
+from laser_fast.data.fields import answer_text, question_of
+from laser_fast.data.rows import open_rows
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def cache(tmp_path_factory, monkeypatch):
 def read(path, question="problem", answer="answer", split="train"):
     fields = {question: "data.prompt_field", answer: "data.answer_field"}
     return [
-        (question_text(row, fields, question, place), answer_text(row, fields, answer, place))
+        (question_of(row, fields, question, place), answer_text(row, fields, answer, place))
         for place, row in open_rows(str(path), split=split).read(fields)
     ]
 
@@ -136,7 +137,7 @@ def test_the_identity_follows_the_content(tmp_path):
         ("a.jsonl", '{"problem": "a", "answer": null}', 'a.jsonl:1: field "answer" .* is null'),
         ("a.jsonl", '{"problem": "a", "answer": NaN}', 'a.jsonl:1: field "answer" .* is null'),
         ("a.jsonl", '{"problem": " ", "answer": "1"}', 'a.jsonl:1: field "problem" .* is empty'),
-        ("a.jsonl", '{"problem": ["a"], "answer": 1}', "expected text, got list"),
+        ("a.jsonl", '{"problem": ["a"], "answer": 1}', "expected text or a list of messages"),
         ("a.jsonl", '{"problem": "a", "answer": {"b": 1}}', "expected text, a number or a list"),
         ("a.jsonl", '{"problem": "a", "answer": true}', "expected text, a number or a list"),
         ("a.jsonl", '{"problem": "a", "answer": []}', "expected text, a number or a list"),

@@ -3,7 +3,8 @@
 import pytest
 
 from laser_fast.config import RewardConfig
-from laser_fast.data.rows import answer_text, open_rows
+from laser_fast.data.fields import answer_text
+from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import answer_of, check_golds, find_benchmark
 from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rewards import Grader, grade_groups

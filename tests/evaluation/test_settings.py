@@ -48,7 +48,7 @@ def test_later_layers_win(tmp_path):
     typed = build(find_benchmark("x/y"), "data.prompt_field=p", config=file)
     assert (typed.data.prompt_field, typed.data.answer_field) == ("p", "key")
     like_training = build_config("m", find_benchmark("x/y"), config=file, is_calibration=True)
-    assert (like_training.data.prompt_field, like_training.data.answer_field) == ("q", "answer")
+    assert (like_training.data.prompt_field, like_training.data.answer_field) == ("q", "auto")
     typed = ["score.beta=0.3", "data.prompt_field=p", "reward.kind=math"]
     changed = build(find_benchmark("gsm8k"), *typed, config=file)
     assert changed.score.beta == 0.3
