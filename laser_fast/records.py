@@ -49,13 +49,15 @@ class Prompt:
     """One question, tokenized.
 
     Example: `Prompt(prompt_id="train-17", text="2+3=", prompt_ids=(12, 4, 13, 9), answer="5")`.
-    `prompt_id` is unique in its data set; sampling noise is keyed by it.
+    `prompt_id` is unique in its data set; sampling noise is keyed by it. `fields` is a JSON object
+    of what a reward function asks for besides.
     """
 
     prompt_id: str
     text: str
     prompt_ids: tuple[int, ...]
     answer: str
+    fields: str = "{}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -98,6 +98,11 @@ def answer_text(row: Any, fields: Fields, field: str, place: str) -> str:
     )
 
 
+def fields_of(row: Any, names: Sequence[str], place: str) -> dict[str, Any]:
+    """What a row holds under the names that a reward function asks for."""
+    return {name: _get(place, row, name, "which the reward function asks for") for name in names}
+
+
 def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:
     """A value that is not empty, and how messages name it."""
     value = _get(place, row, field, fields[field])

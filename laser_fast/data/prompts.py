@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import lru_cache
 from importlib.metadata import version
@@ -37,7 +37,15 @@ from filelock import FileLock
 
 from laser_fast.config import ConfigError, DataConfig, WordingConfig
 from laser_fast.config_errors import reading
-from laser_fast.data.fields import AUTO, Question, answer_text, find_fields, kept, question_of
+from laser_fast.data.fields import (
+    AUTO,
+    Question,
+    answer_text,
+    fields_of,
+    find_fields,
+    kept,
+    question_of,
+)
 from laser_fast.data.rows import RowSource, open_rows
 from laser_fast.records import Prompt
 
@@ -45,12 +53,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Part of the cache's name: raise it when the same inputs give other prompts.
-_FORMAT = 2
+_FORMAT = 3
 _BATCH = 1000
 _SCHEMA = pa.schema(
     {
         "text": pa.string(),
         "answer": pa.string(),
+        "fields": pa.string(),
         "prompt_ids": pa.list_(pa.int32()),
         "num_tokens": pa.int32(),
     }
@@ -73,9 +82,9 @@ class PromptSource:
     that comes again, even in the same step, is answered differently.
 
     `name` opens every prompt_id and names the order together with `seed`. A step has `per_step`
-    prompts over all ranks. With a `limit` only the first prompts are taken. `digest` names the
-    texts, answers and tokens of all rows. A ConfigError names what is wrong with the data set, or
-    with the chat template.
+    prompts over all ranks. With a `limit` only the first prompts are taken. `asked` are the fields
+    that a reward function asks for. `digest` names the texts, answers, fields and tokens of all
+    rows. A ConfigError names what is wrong with the data set, or with the chat template.
     """
 
     def __init__(
@@ -88,9 +97,10 @@ class PromptSource:
         seed: int = 0,
         per_step: int = 1,
         limit: int = 0,
+        asked: Sequence[str] = (),
     ) -> None:
         self._name, self._seed, self._per_step = name, seed, per_step
-        self._table, self.digest = _load(config, tokenizer, rows)
+        self._table, self.digest = _load(config, tokenizer, rows, asked)
         num_tokens = self._table.data.column("num_tokens").to_numpy()
         self._rows = np.flatnonzero(num_tokens <= config.max_prompt_tokens)
         self.num_dropped = len(num_tokens) - len(self._rows)
@@ -152,10 +162,16 @@ class PromptSource:
 
     def _fetch(self, rows: list[int], names: list[str]) -> list[Prompt]:
         table = self._table[rows]
-        columns = zip(names, table["text"], table["prompt_ids"], table["answer"], strict=True)
+        columns = (table[name] for name in ("text", "prompt_ids", "answer", "fields"))
         return [
-            Prompt(prompt_id=f"{self._name}-{name}", text=text, prompt_ids=tuple(ids), answer=gold)
-            for name, text, ids, gold in columns
+            Prompt(
+                prompt_id=f"{self._name}-{name}",
+                text=text,
+                prompt_ids=tuple(ids),
+                answer=gold,
+                fields=fields,
+            )
+            for name, text, ids, gold, fields in zip(names, *columns, strict=True)
         ]
 
     def _draw_order(self, stream: str, epoch: int) -> torch.Tensor:
@@ -166,24 +182,31 @@ class PromptSource:
         return torch.randperm(self.num_prompts, generator=generator)
 
 
-def train_prompts(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> PromptSource:
+def train_prompts(
+    config: DataConfig, tokenizer: Tokenizer, *, seed: int, asked: Sequence[str] = ()
+) -> PromptSource:
     """The prompts that a run trains on."""
     rows = kept(open_rows(config.train, split=config.train_split), config.where)
-    per_step = config.prompts_per_step
-    return PromptSource(config, tokenizer, rows, name="train", seed=seed, per_step=per_step)
+    size = config.prompts_per_step
+    return PromptSource(
+        config, tokenizer, rows, name="train", seed=seed, per_step=size, asked=asked
+    )
 
 
-def held_out_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSource:
+def held_out_prompts(
+    config: DataConfig, tokenizer: Tokenizer, *, asked: Sequence[str] = ()
+) -> PromptSource:
     """The prompts that a run is evaluated on, which may have fields of their own."""
     question = config.eval_prompt_field or config.prompt_field
     answer = config.eval_answer_field or config.answer_field
     own = config.model_copy(update={"prompt_field": question, "answer_field": answer})
     rows = open_rows(config.eval, split=config.eval_split)
-    return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit)
+    limit = config.eval_limit
+    return PromptSource(own, tokenizer, rows, name="eval", limit=limit, asked=asked)
 
 
 def _load(
-    config: WordingConfig, tokenizer: Tokenizer, rows: RowSource
+    config: WordingConfig, tokenizer: Tokenizer, rows: RowSource, asked: Sequence[str]
 ) -> tuple[datasets.Dataset, str]:
     """The worded and tokenized rows of a data set, over-long ones included, and their digest."""
     if config.template == "chat":
@@ -203,12 +226,12 @@ def _load(
         _log.info('%s: questions from "%s", answers from "%s"', rows.name, *fields)
         config = config.model_copy(update={"prompt_field": fields[0], "answer_field": fields[1]})
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
-    name, folder = _fingerprint(rows, config, tokenizer), Path(datasets.config.HF_DATASETS_CACHE)
-    folder = folder / "laser_fast"
+    name = _fingerprint(rows, config, tokenizer, asked)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "laser_fast"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         if not (found := list(folder.glob(f"{name}-*.arrow"))):
-            found = [_write(folder / name, _tokenize(rows, config, tokenizer))]
+            found = [_write(folder / name, _tokenize(rows, config, tokenizer, asked))]
     table = datasets.Dataset.from_file(str(found[0]))
     if not len(table):
         raise ConfigError(f"{rows.name}: the data set has no rows")
@@ -221,17 +244,20 @@ def _write(path: Path, tables: Iterator[pa.Table]) -> Path:
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for table in tables:
             writer.write_table(table)
-            texts = [table["text"].to_pylist(), table["answer"].to_pylist()]
+            texts = [table[name].to_pylist() for name in ("text", "answer", "fields")]
             digest.update(json.dumps(texts).encode())
             for numbers in (table["num_tokens"], table["prompt_ids"].combine_chunks().flatten()):
                 digest.update(numbers.to_numpy().tobytes())
     return partial.rename(path.with_name(f"{path.name}-{digest.hexdigest()}.arrow"))
 
 
-def _tokenize(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]:
+def _tokenize(
+    source: RowSource, config: WordingConfig, tokenizer: Tokenizer, asked: Sequence[str]
+) -> Iterator[pa.Table]:
     """Yield tables of `_SCHEMA`."""
     question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
     fields = {question: "data.prompt_field", answer: "data.answer_field"}
+    fields = dict.fromkeys(asked, "which the reward function asks for") | fields
     rows = source.read(fields)
     while batch := list(islice(rows, _BATCH)):
         questions = [question_of(row, fields, question, place) for place, row in batch]
@@ -247,7 +273,9 @@ def _tokenize(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) ->
         for (place, _), text, ids in zip(batch, texts, encoded, strict=True):
             if not ids:
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
-        yield pa.table([texts, answers, encoded, list(map(len, encoded))], schema=_SCHEMA)
+        further = [json.dumps(fields_of(row, asked, place), default=str) for place, row in batch]
+        columns = [texts, answers, further, encoded, list(map(len, encoded))]
+        yield pa.table(columns, schema=_SCHEMA)
 
 
 def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question], str]:
@@ -303,10 +331,12 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question],
     return word
 
 
-def _fingerprint(source: RowSource, config: WordingConfig, tokenizer: Tokenizer) -> str:
+def _fingerprint(
+    source: RowSource, config: WordingConfig, tokenizer: Tokenizer, asked: Sequence[str]
+) -> str:
     """A name for everything that decides what `_tokenize` yields."""
     keys = [config.prompt_field, config.answer_field, config.prompt_suffix, config.template]
-    keys.append(json.dumps(config.chat_template_kwargs, sort_keys=True))
+    keys.append(json.dumps([config.chat_template_kwargs, *asked], sort_keys=True))
     versions = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
     parts = [_FORMAT, source.identity, *keys, *versions, str(_TODAY)]
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16)

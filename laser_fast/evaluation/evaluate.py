@@ -121,7 +121,8 @@ class _Part:
         name, samples = benchmark.name, benchmark.samples
         rollout, reward = config.rollout, config.reward
         rows = open_rows(benchmark.source, split=config.data.eval_split)
-        source = PromptSource(config.data, self.vocabulary.tokenizer, rows, name=name, limit=limit)
+        tokenizer, asked = self.vocabulary.tokenizer, self.graders.of(reward).fields
+        source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)
         prompts = source.all()
         logger.info("%s: the first prompt is %r", name, prompts[0].text)
         content = repr([(prompt.prompt_ids, prompt.answer) for prompt in prompts]).encode()

@@ -62,11 +62,13 @@ class Grader(ExitStack):
         except WorkerStartError as error:
             raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
         self.callback(self._pool.close)
+        self.fields: tuple[str, ...] = ()  # of the data, that the function asks for
         if config.kind not in _BUILT_IN:
-            [fault] = self._run(_CHECK_USER, [(config.kind,)])
-            if fault is not None:
+            [found] = self._run(_CHECK_USER, [(config.kind,)])
+            if not isinstance(found, tuple):
                 self.close()
-                raise ConfigError(f'reward.kind = "{config.kind}": {fault}')
+                raise ConfigError(f'reward.kind = "{config.kind}": {found}')
+            self.fields = found
 
     def grade(
         self,
@@ -74,6 +76,7 @@ class Grader(ExitStack):
         answers: Sequence[str | int | float],
         *,
         prompts: Sequence[str] | None = None,
+        fields: Sequence[str] | None = None,
     ) -> list[float | None]:
         """Return one reward per completion; None for a grade that failed.
 
@@ -89,6 +92,7 @@ class Grader(ExitStack):
             prompts: for a function that asks for them, and for `format_gate`, which wants
                 `<answer>` tags where the prompt asks for them; without prompts it wants exactly
                 one box.
+            fields: `Prompt.fields`, for a function that asks for them.
 
         Raises:
             RewardError: if a user's function raises, or returns anything but one finite number or
@@ -107,7 +111,7 @@ class Grader(ExitStack):
         if self._config.kind in _BUILT_IN:
             outcomes = self._run_built_in(completions)
         else:
-            outcomes = self._run_users(completions, prompts)
+            outcomes = self._run_users(completions, prompts, fields)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         for reason, count in Counter(failure.reason for failure in failures).items():
             example = next(failure.summary for failure in failures if failure.reason == reason)
@@ -145,14 +149,17 @@ class Grader(ExitStack):
         return outcomes
 
     def _run_users(
-        self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] | None
+        self,
+        pairs: Sequence[tuple[str, str]],
+        prompts: Sequence[str] | None,
+        fields: Sequence[str] | None,
     ) -> list[Any]:
         """The mapped reward or a `Failure` for each completion with its gold."""
         if not pairs:
             return []
         kind, config = self._config.kind, self._config
         [outcome] = outcomes = self._pool.run(
-            _USER, [(kind, pairs, prompts)], deadline_s=config.batch_timeout_s
+            _USER, [(kind, pairs, prompts, fields)], deadline_s=config.batch_timeout_s
         )
         if isinstance(outcome, Failure) and outcome.reason != "error" and len(pairs) > 1:
             _log.warning(
@@ -160,8 +167,9 @@ class Grader(ExitStack):
                 "at a time (if it is only slow, raise reward.batch_timeout_s = %g)",
                 *(kind, len(pairs), outcome.summary, config.batch_timeout_s),
             )
+            places = [slice(i, i + 1) for i in range(len(pairs))]
             singly = [
-                (kind, pairs[i : i + 1], prompts and prompts[i : i + 1]) for i in range(len(pairs))
+                (kind, pairs[i], prompts and prompts[i], fields and fields[i]) for i in places
             ]
             outcomes = self._run(_USER, singly)
         for error in outcomes:
@@ -199,6 +207,7 @@ def grade_groups(
             [decode(completion.completion_ids) for _, completion in members],
             [prompt.answer for prompt, _ in members],
             prompts=[prompt.text for prompt, _ in members],
+            fields=[prompt.fields for prompt, _ in members],
         )
     )
     return [replace(g, rewards=tuple(islice(rewards, len(g.completions)))) for g in groups]

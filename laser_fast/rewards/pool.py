@@ -81,7 +81,8 @@ class WorkerPool:
         # Runs at the end of the interpreter or of this object, whichever comes first.
         self._finalizer = weakref.finalize(self, _close_all, self._workers, os.getpid())
         self._workers.append(_Worker(*self._start))
-        self._collect([], deque())
+        while any(_START in worker.calls for worker in self._workers):
+            self._collect([], deque())
 
     def close(self) -> None:
         """End the workers; a closed pool runs nothing more."""

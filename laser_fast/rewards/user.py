@@ -2,14 +2,18 @@
 
     def reward(completions: list[str], answers: list[str]) -> list[float]
     def reward(prompts, completions, answer, **kwargs) -> list[float]     # as TRL calls it
+    async def reward(completions, level) -> list[float]                   # level: of the data
 
 It gets what its parameters ask for by name: prompts, completions and answers, or answer, which is
-the same list; `**kwargs` gets them all. It returns one finite number per completion, in order; None
-says that this one could not be graded. Nothing else is accepted: a list of another length would
+the same list, and any field of the data; `**kwargs` gets them all but the fields. It may be async,
+as a judge behind a network is. It returns one finite number per completion, in order; None says
+that this one could not be graded. Nothing else is accepted: a list of another length would
 otherwise be broadcast over the batch.
 """
 
+import asyncio
 import inspect
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,33 +28,43 @@ class RewardError(RunError):
     """The user's reward function is broken; the message names the function and the fault."""
 
 
-def check_signature(kind: str) -> str | None:
-    """What is wrong with the parameters of the function that `kind` names, or None."""
+def check_signature(kind: str) -> str | tuple[str, ...]:
+    """The fields of the data that the function asks for; or what is wrong with its parameters."""
     asked, takes_all = _parameters(kind)
-    unknown = [p.name for p in asked if p.name not in _OFFERED and p.default is p.empty]
+    fields = [p.name for p in asked if p.name not in _OFFERED and p.default is p.empty]
     by_place = [p.name for p in asked if p.kind is p.POSITIONAL_ONLY]
-    if not unknown and not by_place and (takes_all or any(p.name == "completions" for p in asked)):
-        return None
-    names = ", ".join(unknown or by_place or [p.name for p in asked]) or "nothing"
+    if not by_place and (takes_all or any(p.name == "completions" for p in asked)):
+        return tuple(fields)
+    names = ", ".join(fields or by_place or [p.name for p in asked]) or "nothing"
     return (
         f"it asks for {names}; a reward function gets completions, and what else it asks for by "
-        f"name among {', '.join(_OFFERED)}"
+        f"name among {', '.join(_OFFERED)} and the fields of the data"
     )
 
 
 def call(
-    kind: str, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] | None
+    kind: str,
+    pairs: Sequence[tuple[str, str]],
+    prompts: Sequence[str] | None,
+    fields: Sequence[str] | None,
 ) -> list[float | None]:
-    """Call the function that `kind` names with the completions and answers of `pairs`."""
+    """Call the function that `kind` names with the completions and answers of `pairs`.
+
+    `fields` are those of the data, a JSON object for each completion.
+    """
     completions, answers = map(list, zip(*pairs, strict=True))
-    offered = {"completions": completions, "answers": answers, "answer": answers}
+    asked, takes_all = _parameters(kind)
+    rows = [json.loads(row) for row in fields or ()]
+    offered: dict[str, list[Any]] = {n: [row[n] for row in rows] for n in (rows or [{}])[0]}
+    offered |= {"completions": completions, "answers": answers, "answer": answers}
     if prompts is not None:
         offered["prompts"] = list(prompts)
-    asked, takes_all = _parameters(kind)
     if missing := [p.name for p in asked if p.default is p.empty and p.name not in offered]:
         raise RewardError(f'reward function "{kind}": there are no {", ".join(missing)} here')
     names = offered if takes_all else {p.name for p in asked} & offered.keys()
     rewards = resolve(kind)(**{name: offered[name] for name in names})
+    if inspect.iscoroutine(rewards):
+        rewards = asyncio.run(rewards)
     return check_rewards(rewards, len(pairs), kind=kind)
 
 

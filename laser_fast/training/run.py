@@ -113,17 +113,19 @@ def _build_sampler(
     config: Config, world: World, stack: ExitStack, checkpoint: Path | None
 ) -> tuple[Sampler, Policy | None, list[Prompt]]:
     """Check every input, then load the models; also this rank's held-out prompts."""
+    grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
     with world.agreement():
         model_config = load_model_config(config.model)
         check_lengths(config, model_config.max_position_embeddings)
         vocabulary = load_vocabulary(
             config.model.path, score_token=config.score.token, model_config=model_config
         )
-        prompts = train_prompts(config.data, vocabulary.tokenizer, seed=config.seed)
+        tokenizer, asked = vocabulary.tokenizer, grader.fields
+        prompts = train_prompts(config.data, tokenizer, seed=config.seed, asked=asked)
         prompts.check_ids(model_config.vocab_size)
         digests, held_out = {"data.train": prompts.digest}, list[Prompt]()
         if config.data.eval:
-            source = held_out_prompts(config.data, vocabulary.tokenizer)
+            source = held_out_prompts(config.data, tokenizer, asked=asked)
             source.check_ids(model_config.vocab_size)
             held_out = source.all()[world.rank :: world.size]
             digests["data.eval"] = source.digest
@@ -131,7 +133,6 @@ def _build_sampler(
             check_digests(checkpoint, digests)
     if prompts.num_dropped:
         logger.info("dropped %d over-long prompts", prompts.num_dropped)
-    grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
     uses_server = config.rollout.engine == "vllm_server"
     # A server that does not fit is found before the model is loaded.
     engine = make_engine(config, None, vocabulary.special) if uses_server else None

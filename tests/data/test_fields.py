@@ -107,6 +107,19 @@ def test_rows_are_kept_by_their_fields(tmp_path, tokenizer, suffix):
         load(path, tokenizer, where={"level": [9]})
 
 
+def test_fields_that_a_reward_asks_for_come_with_the_prompt(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{**PLAIN, "level": 4, "tags": ["a"]}])
+    config = DataConfig(train=path, eval=path, prompts_per_step=1)
+    assert train_prompts(config, tokenizer, seed=0).all()[0].fields == "{}"
+    for read in (
+        train_prompts(config, tokenizer, seed=0, asked=("level", "tags")),
+        held_out_prompts(config, tokenizer, asked=("level", "tags")),
+    ):
+        assert json.loads(read.all()[0].fields) == {"level": 4, "tags": ["a"]}
+    with pytest.raises(ConfigError, match=r'no field "hint" \(which the reward function asks for'):
+        train_prompts(config, tokenizer, seed=0, asked=("hint",))
+
+
 def test_held_out_rows_have_fields_of_their_own(tmp_path, tokenizer):
     train, held_out = (
         write(tmp_path / f"{n}.jsonl", [row]) for n, row in (("a", VERL), ("b", PLAIN))

@@ -10,6 +10,7 @@ import pytest
 from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.rewards import Grader, RewardError, grade
 from laser_fast.rewards.user import check_rewards
+from laser_fast.stopping import POLL_S
 
 # Neither sympy nor a signal handler gets a word in: the power is one call into C.
 HANG = r"\boxed{9^{9^{9^{9}}}}"
@@ -56,6 +57,11 @@ def as_trl(prompts, completions, **kwargs):
 def by_name(answers, completions):
     return [float(c == a) for c, a in zip(completions, answers)]
 
+async def judge(completions, level, tags):
+    import asyncio
+    await asyncio.gather(*(asyncio.sleep(0) for _ in completions))
+    return [float(len(c) == n) + len(t) for c, n, t in zip(completions, level, tags)]
+
 def optional(completions, prompts=None, threshold=0.5):
     return [0.0 if prompts is None else 1.0] * len(completions)
 
@@ -89,6 +95,8 @@ def user_module(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     (folder / "my_rewards.py").write_text(USER_MODULE)
     (folder / "broken_rewards.py").write_text("import not_installed_anywhere\n")
+    slow = f"import time\ntime.sleep({POLL_S} + 0.5)\nimport not_installed_anywhere\n"
+    (folder / "slowly_broken_rewards.py").write_text(slow)
     sys.path.insert(0, str(folder))
     yield "my_rewards"
     sys.path.remove(str(folder))
@@ -226,6 +234,17 @@ def test_a_user_function_gets_what_it_asks_for_by_name(user_module):
         assert grader.grade(texts, answers, prompts=prompts) == [1.0, 1.0]
 
 
+def test_a_user_function_gets_fields_of_the_data_and_may_be_async(user_module):
+    with Grader(RewardConfig(kind=f"{user_module}:judge")) as grader:
+        assert grader.fields == ("level", "tags")
+        fields = ['{"level": 1, "tags": []}', '{"level": 3, "tags": ["a", "b"]}']
+        assert grader.grade(["5", "66"], ["", ""], fields=fields) == [1.0, 2.0]
+        with pytest.raises(RewardError, match='my_rewards:judge": there are no level, tags here'):
+            grader.grade(["5"], [""])
+    with Grader(RewardConfig(kind=f"{user_module}:optional")) as grader:
+        assert grader.fields == ()
+
+
 def test_prompts_also_come_with_single_calls(user_module):
     config = RewardConfig(kind=f"{user_module}:slow_trl", timeout_s=60.0, batch_timeout_s=1.0)
     with Grader(config) as grader:
@@ -304,6 +323,7 @@ def test_what_a_user_function_may_return():
         ("laser_fast.data.sandbox:reward", 'is now a kind: set it to "sandbox"'),
         ("no_such_module:f", "cannot be loaded: ModuleNotFoundError: .*no_such_module"),
         ("broken_rewards:f", "cannot be loaded: ModuleNotFoundError: .*not_installed_anywhere"),
+        ("slowly_broken_rewards:f", "cannot be loaded: ModuleNotFoundError"),
         ("my_rewards:missing", "cannot be loaded: AttributeError: .*missing"),
         ("my_rewards:other_names", "it asks for texts, golds; a reward function gets completions"),
         ("my_rewards:of_one", "it asks for completion; .* among prompts, completions, answers"),
