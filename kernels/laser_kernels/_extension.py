@@ -84,7 +84,7 @@ def source_folder() -> Path:
         if all((folder / name).is_file() for name in SOURCES):
             return folder
     raise _failure(
-        f"its sources are in neither {folders[0]} nor {folders[1]}; reinstall the package"
+        f"its sources are in neither {folders[0]} nor {folders[1]}; pip install laser-fast has them"
     )
 
 

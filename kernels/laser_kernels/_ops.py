@@ -1,9 +1,9 @@
 """The namespace of the ops: every copy of the package that a process loads has its own.
 
 Of two ops of one name torch runs the later, also for callers of the first. Installed, the namespace
-is `laser_kernels`. A copy under another module name, as Hugging Face's `kernels` loads it, adds its
-folder: that module name changes from process to process, and graphs are cached by names of ops. The
-builder of `kernels` overwrites this file with its own.
+is `laser_kernels`. A copy under another module name adds its folder: that name may change from
+process to process, and graphs are cached by names of ops. A build for Hugging Face's `kernels` has
+a file of its own in place of this one, which kernels/hub.py writes.
 """
 
 from __future__ import annotations
