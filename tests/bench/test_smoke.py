@@ -133,7 +133,7 @@ def test_weight_sync(tmp_path):
 
 @pytest.mark.trl
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["trl_sandbox"], ["trl_memory", "laser"]])
+@pytest.mark.parametrize("arguments", [["trl_sandbox"], ["trl_memory", "laser"], ["grpo_step"]])
 def test_trl(arguments, tmp_path):
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", f"bench.{arguments[0]}", *arguments[1:], "--smoke"]
@@ -141,7 +141,13 @@ def test_trl(arguments, tmp_path):
     subprocess.run([*command, "--json", path], cwd=ROOT, env=environment, check=True)
     result = json.loads(path.read_text())
     assert set(result["header"]) >= HEADER
-    assert {row["trainer"] for row in result["rows"]} <= {"LaSeR", "stock", "laser"}
+    assert {row["trainer"] for row in result["rows"]} <= {
+        "LaSeR",
+        "stock",
+        "laser",
+        "TRL",
+        "laser_fast",
+    }
     assert path.with_suffix(".md").exists()
 
 
