@@ -26,6 +26,7 @@ import ctypes
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -213,6 +214,8 @@ def measure(folder: str, data: list[dict], args: argparse.Namespace) -> dict[str
             lengths = [len(c.completion_ids) for group in groups for c in group.completions]
             counted.append((sum(lengths), {len(group.prompt.prompt_ids) for group in groups}))
             stages.end(OURS, num_tokens)
+            took = (sum(side.steps[-1]["cpu"].values()) for side in (their_stages, stages))
+            print(f"round {number}: CPU s", *(f"{s:.1f}" for s in took), file=sys.stderr)
 
         theirs, their_stages = trl_trainer(folder, data, args, rounds)
         theirs.add_callback(Turns(their_stages, num_tokens, step))
