@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
                 for four in zip(*[iter(rows("train", seed=0))] * 8, strict=False)
             ][: args.prompts]
         found = measure(folder, data, args)
-    name = Path(args.model).resolve().name if args.model else "random Qwen2"
+    name = Path(args.model).name if args.model else "random Qwen2"
     case = (
         f"{name}; {args.prompts} prompts of {args.prompt_tokens} tokens, {args.group_size} "
         f"completions of {args.length} each"
