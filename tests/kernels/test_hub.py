@@ -4,16 +4,22 @@ import base64
 import hashlib
 import importlib.util
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from page_code import code_blocks
 
 import laser_kernels
 
-KERNELS = Path(__file__).parents[2] / "kernels"
-REPO = "org/laser-kernels"
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels"
+PAGE = ROOT / "laser_fast" / "integrations" / "README.md"
+REPO = "ORG/laser-kernels"
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +31,12 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def written(hub, tmp_path_factory):
+def written(tmp_path_factory):
+    """The folder that the page's first command writes."""
     out = tmp_path_factory.mktemp("written")
-    hub.write(out, REPO)
+    command = shlex.split(code_blocks(PAGE, "Hugging Face kernels", "bash")[0].splitlines()[0])
+    assert command == ["python", "kernels/hub.py", REPO, "OUT"]
+    subprocess.run([sys.executable, *command[1:-1], out], cwd=ROOT, check=True)
     return out
 
 
@@ -90,13 +99,20 @@ def op(module, head):
 def test_kernels_loads_versions_that_do_not_cross(hub, written, newer, make_head, monkeypatch):
     """Beside each other and beside the installed package, whichever was imported first."""
     pytest.importorskip("kernels.load", reason="needs Hugging Face's kernels")
-    from kernels import get_kernel, get_loaded_kernels, get_local_kernel
+    from kernels import get_loaded_kernels, get_local_kernel
 
     head = make_head(6, 16, 41, torch.float32)
     expected = laser_kernels.linear_logprob(*head, impl="chunked")
     local = get_local_kernel(written)
+    _, override = code_blocks(PAGE, "Hugging Face kernels", "bash")
+    assert shlex.split(override)[0] == f"LOCAL_KERNELS={REPO}=OUT"
     monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={newer}")
-    named = get_kernel(REPO, version=hub.VERSION)
+    [code] = code_blocks(PAGE, "Hugging Face kernels")
+    assert f"version={hub.VERSION}," in code
+    names = dict(zip(("hidden_states", "weight", "labels"), head, strict=True))
+    exec(code, names)
+    named = names["laser_kernels"]
+    assert torch.equal(names["logprobs"], op(named, head))
     for module, difference in ((named, 1), (local, 0), (laser_kernels, 0), (named, 1)):
         assert torch.equal(op(module, head), expected - difference)
         (gradient,) = torch.autograd.grad(
