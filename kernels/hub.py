@@ -2,17 +2,16 @@
 
     python kernels/hub.py ORG/laser-kernels OUT
 
-    OUT/README.md, OUT/build/CARD.md    the card: how to load it, then kernels/README.md
-    OUT/build/torch-cpu, torch-cuda     the package, once for each backend ("noarch": no binaries)
+OUT gets the card, which says how to load it and repeats kernels/README.md, and the package twice:
+build/torch-cpu and build/torch-cuda, as "noarch" folders, which hold nothing compiled. Each is the
+modules of the package, but
 
-Beside the modules of the package, each of those two folders holds
+    _ops        names a namespace of its ops that is unique for what the folder holds
+    metadata    names that namespace, under which `kernels` imports the folder, as `id`; and name,
+                version, license, backend, and the SHA-256 of every other file
 
-    _ops.py          the namespace of its ops, unique for what the folder holds
-    metadata.json    `id`, which is that namespace, and under which `kernels` imports the folder;
-                     name, version, license, backend; SHA-256 of every file but this one
-
-Layout and fields: docs/source/kernel-requirements.md of github.com/huggingface/kernels at 8ac69fc,
-and `kernels` 0.17.2. A maintainer's script: the installed package has no use for it.
+Layout and fields: the page "Kernel requirements" of github.com/huggingface/kernels at 8ac69fc, and
+`kernels` 0.17.2. A maintainer's script: the installed package has no use for it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAME = "laser-kernels"
-# Counts incompatible changes of what __init__.py exports; Hub's convention keeps 0 for beta.
+# Counts incompatible changes of what the package exports; the Hub's convention keeps 0 for beta.
 VERSION = 0
 BACKENDS = ("cpu", "cuda")
 

@@ -1,10 +1,10 @@
 """Score an answer on an SGLang server: one more request to `/generate`, which draws nothing.
 
 SGLang returns log pi(z_c | ...) of the row behind the last given id, for `token_ids_logprob` and
-`max_new_tokens = 0`, as its own `/v1/score` asks (read in the wheel of 0.5.23: io_struct.py,
-logprob_processor.py, tokenizer_manager_score_mixin.py; no server has run here). Prompt and answer
-are in its prefix cache by then, so that a score costs one prefilled token. `/v1/score` itself
-returns probabilities, and the OpenAI endpoints have no field for a named token.
+`max_new_tokens = 0`, as its own `/v1/score` asks (read in the wheel of 0.5.23: io_struct,
+logprob_processor and tokenizer_manager_score_mixin; no server has run here). Prompt and answer are
+in its prefix cache by then, so that a score costs one prefilled token. `/v1/score` itself returns
+probabilities, and the OpenAI endpoints have no field for a named token.
 """
 
 from __future__ import annotations
