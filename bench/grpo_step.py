@@ -235,7 +235,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for case in dict.fromkeys(row["case"] for row in rows):
         sides = [[r for r in rows if (r["case"], r["trainer"]) == (case, n)] for n in (TRL, LASER)]
-        cells += [[case, *line] for line in lines(*sides)]
+        cells += [[f"{case}; {len(sides[0])} rounds", *line] for line in lines(*sides)]
     return ["case", "", TRL, LASER, f"{TRL} / {LASER} (range)"], cells
 
 
@@ -288,15 +288,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         found = measure(folder, data, args)
     name = Path(args.model).name if args.model else "random Qwen2"
     case = (
-        f"{name}; {args.prompts} prompts of {args.prompt_tokens} tokens, {args.group_size} "
+        f"{name}; {args.prompts} prompt(s) of {args.prompt_tokens} tokens, {args.group_size} "
         f"completions of {args.length} each"
     )
-    rows = [{"trainer": n, "case": case} | step for n, steps in found.items() for step in steps]
+    new = [{"trainer": n, "case": case} | step for n, steps in found.items() for step in steps]
     if args.json and args.json.exists():
         kept = json.loads(args.json.read_text())["rows"]
-        rows = [row for row in kept if row["case"] != case] + rows
-    facts = {"op": "grpo_step"} | header(torch.device("cpu")) | {"rounds": str(args.rounds)}
-    return runner.publish(args, facts, *table(rows), rows)
+        new = [row for row in kept if row["case"] != case] + new
+    facts = {"op": "grpo_step"} | header(torch.device("cpu"))
+    return runner.publish(args, facts, *table(new), new)
 
 
 if __name__ == "__main__":
