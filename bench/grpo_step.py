@@ -282,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             model.save_pretrained(folder)
             write_tokenizer(folder)
             data = [
-                {"problem": "".join(row["problem"] for row in four)[:64], "answer": "1"}
-                for four in zip(*[iter(rows("train", seed=0))] * 8, strict=False)
+                {"problem": "".join(row["problem"] for row in several)[:64], "answer": "1"}
+                for several in zip(*[iter(rows("train", seed=0))] * 8, strict=False)
             ][: args.prompts]
         found = measure(folder, data, args)
     name = Path(args.model).name if args.model else "random Qwen2"
