@@ -32,6 +32,7 @@ BASE = (
     "laser_kernels.",
     "laser_fast.__main__.",
     "laser_fast.algorithm.",
+    "laser_fast.integrations.sglang.",
     "laser_fast.records.",
     "laser_fast.rollout.score_processor.",
     "laser_fast.rollout.score_request.",
