@@ -118,7 +118,7 @@ def calibrate(
         PromptConfig.parse(config.data.model_dump() | {"template": text}, source="--template")
         for text in templates or (config.data.template,)
     ]
-    with open_world() as world:
+    with open_world(config.rollout.timeout_s) as world:
         model = load_model_config(config.model)
         check_world(config, world.size)
         check_lengths(config, model.max_position_embeddings)

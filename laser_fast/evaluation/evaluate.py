@@ -81,7 +81,7 @@ def run_evaluation(
         folder.refuse_finished()
     longest = max(configs, key=lambda config: config.max_sequence_tokens)
     with Graders(longest.reward) as graders:
-        with open_world() as world:
+        with open_world(longest.rollout.timeout_s) as world:
             model = load_model_config(longest.model)
             check_world(longest, world.size)
             check_lengths(longest, model.max_position_embeddings)

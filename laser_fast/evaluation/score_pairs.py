@@ -69,7 +69,7 @@ def score_pairs(
     rows = open_rows(str(source), split="")
     unfinished = out.with_name(f".{out.name}.partial")
     counts: Counter[str] = Counter(scored=0)
-    with open_world() as world:
+    with open_world(config.rollout.timeout_s) as world:
         check_world(config, world.size)
         model, token = load_model_config(config.model), config.score.token
         vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)

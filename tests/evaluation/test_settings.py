@@ -6,6 +6,7 @@ import pytest
 
 from laser_fast.algorithm.vote import Calibrated
 from laser_fast.config import ConfigError, ScoreConfig
+from laser_fast.evaluation import calibrate, evaluate, score_pairs
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, find_benchmark
 from laser_fast.evaluation.settings import (
     build_config,
@@ -15,6 +16,7 @@ from laser_fast.evaluation.settings import (
     store_calibrated,
     write_score_settings,
 )
+from laser_fast.evaluation.statistics import ReportOptions
 
 
 def build(benchmark=None, *overrides, model="owner/model", config=None):
@@ -194,3 +196,26 @@ def test_run_folders_unknown_keys_and_values_in_place_of_sections(tmp_path):
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ConfigError, match="is the folder of a run.*laser-fast export"):
         build(model=str(tmp_path))
+
+
+@pytest.mark.parametrize("module", [calibrate, evaluate, score_pairs])
+def test_ranks_wait_for_one_another_as_long_as_in_training(module, tmp_path, monkeypatch):
+    waits = []
+
+    def open_world(timeout_s=None):
+        waits.append(timeout_s)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "open_world", open_world)
+    benchmark = find_benchmark("x/y")
+    config = build(benchmark, "rollout.timeout_s=7.5", "score.ref_logprob=-9")
+    pairs, out = tmp_path / "in.jsonl", tmp_path / "out"
+    pairs.touch()
+    with pytest.raises(InterruptedError):
+        if module is calibrate:
+            calibrate.calibrate(config, benchmark)
+        elif module is evaluate:
+            evaluate.run_evaluation([(benchmark, config)], out, ReportOptions())
+        else:
+            score_pairs.score_pairs(config, pairs, out)
+    assert waits == [7.5]
