@@ -31,6 +31,7 @@ from laser_fast import needs_train
 with needs_train():
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, FiniteSet, Intersection, Interval, N, Rational, Tuple, Union
+    from sympy.logic.boolalg import Boolean
 
 from laser_fast.rewards.boxed import extract_boxed
 from laser_fast.rewards.notation import join_thousands, plain_latex, read_number
@@ -49,7 +50,7 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
 _LEAD = re.compile(r"^(?:\\text\{[^{}]*(?:\bis|\bare|[:=])\s*\}|=|\\approx|\\sim)\s*")
 _CONDITION = re.compile(r"^\\\{ *[A-Za-z] *(?:\||\\mid|:) *(.*)\\\}$")  # {x | x > 3}
-_CONJUNCTION = re.compile(r"\b(?:or|(?P<both>and))\b|\\(?:lor|vee)\b")
+_CONJUNCTION = re.compile(r"\b(?:or|(?P<both>and))\b")
 # Digits that no rule has joined are two numbers, which math-verify would multiply.
 _LOOSE_DIGITS = re.compile(r"\d +\d")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\d)")
@@ -168,12 +169,20 @@ def _parse(latex: str) -> tuple[Any, ...]:
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
     exact = re.sub(r"(?<=[\d})])i(?![a-zA-Z])", " i", exact)  # it knows i only as a word
     values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
-    conjunction = _CONJUNCTION.search(latex)
     parts = values[0].args if values and isinstance(values[0], FiniteSet) else ()
-    if conjunction and parts and all(part.is_Relational and not part.is_Equality for part in parts):
-        join = Intersection if conjunction["both"] else Union
-        values.append(join(*(part.as_set() for part in parts)))
+    if len(parts) > 1 and all(isinstance(part, Boolean) and not part.is_Equality for part in parts):
+        values += _solutions(parts, _CONJUNCTION.search(latex))
     return tuple(values)
+
+
+def _solutions(parts: tuple[Any, ...], conjunction: re.Match[str] | None) -> list[Any]:
+    """What solves several relations of one variable, as a set; a comma is "and" where it can be."""
+    if len(set().union(*(part.free_symbols for part in parts))) != 1:
+        return []
+    solved = [part.as_set() for part in parts]
+    both = Intersection(*solved)
+    is_both = conjunction["both"] if conjunction else not both.is_empty
+    return [both if is_both else Union(*solved)]
 
 
 def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:

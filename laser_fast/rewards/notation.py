@@ -6,9 +6,22 @@ its braces, thousands are joined. Nothing here changes a value.
 
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # braces in braces, four deep
+# Commands that only change how something looks, or show nothing.
+_BARE = re.compile(
+    rf"\\(?:(?:color|[hv]?phantom|tag|label|require)\*?\s*(?:\[[^\]]*\])?\s*{_GROUP}"
+    r"|(?:(?:display|text|script|scriptscript)style|(?:normal|footnote|script)size|small|tiny"
+    r"|[lL]arge|LARGE|[hH]uge|bf|rm|it|sf|tt|(?:math)?strut|nonumber|notag|[hv]fill?|noindent"
+    r"|centering|(?:allow|line|page)break|newline)(?![a-zA-Z])"
+    rf"|(?:(?:textcolor|colorbox|class|cssId|style|href)\s*(?:\[[^\]]*\])?|fcolorbox\s*{_GROUP})"
+    rf"\s*{_GROUP}\s*({_GROUP})"
+    r"|(?:math(?:bf|it|rm|normal|tt|ord|rel|bin)|boldsymbol|bm|pmb|bold|u(?:nder)?line|smash"
+    rf"|ensuremath|bbox)(?![a-zA-Z])\s*(?:\[[^\]]*\])?\s*({_GROUP}|\\[a-zA-Z]+|[^\s{{}}\\]))"
+)
+_COUNTRY = "(?:US|AU?|CA?|NZ|HK|SG?)"  # whose dollar it is
 _SYMBOLS: dict[str, str | int | None] = {
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d", "-"),
     **dict.fromkeys("\u200b\u2060\ufeff", ""),
@@ -19,33 +32,51 @@ _SYMBOLS: dict[str, str | int | None] = {
     "\u2124": r"\mathbb{Z}", "\u221a": r"\sqrt ", "\u2044": "/", "\u2215": "/", "\uff0c": ",",
     "\u2192": r"\to ", "\u21d2": r"\Rightarrow ", "\u2026": r"\ldots ", "\u2019": "'",
 }  # fmt: skip
-_REWRITES = [
+
+
+def _content(match: re.Match[str]) -> str:
+    """What a match of `_BARE` shows, apart from a command or under the sign in front of it."""
+    group, before = match[1] or match[2] or "", match.string[: match.start()][-20:]
+    text = _BARE.sub(_content, group[1:-1] if group.startswith("{") else group)
+    if text and before.endswith(("^", "_")):
+        return f"{{{text}}}"
+    return f" {text}" if re.search(r"\\[a-zA-Z]+$", before) else text
+
+
+_REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\!\s*|(?<!\\)\\$", ""),
+        (r"\\!\s*|\\+\s*$", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|thinspace|enspace)(?![a-zA-Z])", " "),
         (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
-        (r"\\hspace\*?\{[^{}]*\}", " "),
+        (r"\\(?:[hv]space\*?\{[^{}]*\}|[hvm]?(?:kern|skip)\s*-?[\d.]+\s*[a-z]{2})", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
-        (r"\\(?:(?:display|text)style|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])", ""),
         (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
-        (r"\\(?:mathrm|mathsf|[mh]box|text(?:rm|bf|it|sf|up|normal)?)\s*\{", r"\\text{"),
-        (rf"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm)\s*({_GROUP})", lambda m: m[1][1:-1]),
+        (r"\\(?:math(?:rm|sf)|(?:[mhf]|frame)box|emph|(?:text)?(?:rm|bf|it|sf|tt)"
+         r"|text(?:up|sc|sl|normal)?)\s*\{", r"\\text{"),
+        (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}]*)\}", r"\\text{\1}"),
+        (r"\\(?:begin|end)\{(?:aligned|align|gather|equation|math|center)\*?\}", " "),
+        (_BARE, _content),
+        (r"[\^_]\{\s*\}|(?<![a-zA-Z\\])\{\s*\}", " "),
         (r"\\([gln]e)(?:q(?:slant)?)?(?![a-zA-Z])", r"\\\1 "),
         (r"\\([gl])t(?![a-zA-Z])", lambda m: {"g": ">", "l": "<"}[m[1]]),
+        (r"\\(?:(lor|vee)|land|wedge)(?![a-zA-Z])", lambda m: " or " if m[1] else " and "),
         (r"\\(?:degree|textdegree)(?![a-zA-Z])", r"^\\circ "),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\{,\}", ","),
+        (r"(?<![\^_a-zA-Z])\{([-+,])\}", r"\1"),
+        (r"\\textdollar(?![a-zA-Z])|(?<![\w\\])(?:US|AU|CA|NZ|HK|SG)\$(?=\d)", r"\\$"),
+        (rf"\\text\{{ *{_COUNTRY}? *(\\\$|[\xa3\xa5\u20ac\u20b9]) *\}}", r"\1"),
+        (rf"(?:\\text\{{ *{_COUNTRY} *\}} *|(?<![\w\\]){_COUNTRY})(?=\\\$)|(?<=\\\$)US(?=\d)", ""),
         (r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}(\^\d)?\}", r"\\text{\1/\2\3}"),
         # A number is no text, and its unit is text of its own.
         (r"\\text\{\s*([-+]?[\d.,/: ]*\d)\.?\s*(?=(?:[^{}\d]|\^\s*\{?\d\}?)*\})", r"\1 \\text{"),
-        (r"\\text\{\s*\}", ""),
+        (r"\\text\{\s*([,;]?)\s*\}", r"\1"),
         (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d+)\}", lambda m: _repeating(*m.groups())),
         (r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w./])", r"\1\\frac{\2}{\3}"),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", ""),  # the marks of formulas
         (r"[^\S\n]+", " "),
     )
-]
+]  # fmt: skip
 _COMMAND = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])(?:\s*\[[^\]]*\])?")
 _ARGUMENT = re.compile(rf"\s*({_GROUP}|\\sqrt(?:\[[^\]]*\])?\s*{_GROUP}|\\[a-zA-Z]+|[^\s{{}}])")
 _COMMAS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
