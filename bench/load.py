@@ -6,7 +6,9 @@
 
 `steps` and `rows` add their part to OUT. The run is `laser-fast train` in a process of its own, on
 one rank; what it holds is read from /proc each time that it has logged a step. A slope is that of
-the least squares line through the resident memory after the warm-up.
+the least squares line through the resident memory after the warm-up; of files and threads, the most
+at any step of the first and of the last fifth are compared. Where other work shares the cores, the
+CPU seconds of a start say more than its seconds.
 """
 
 from __future__ import annotations
@@ -123,7 +125,11 @@ def measure_steps(folder: Path, steps: int, warm_up: int) -> dict:
         process.wait()
     warm = held[warm_up:]
     slopes = {key: 100 * _slope([one[key] for one in warm]) for key in ("rss", "workers")}
-    counts = {key: sorted({int(one[key]) for one in warm}) for key in ("files", "threads")}
+    fifth = len(warm) // 5
+    counts = {
+        key: [int(max(one[key] for one in part)) for part in (warm[:fifth], warm[-fifth:])]
+        for key in ("files", "threads")
+    }
     every = {key: [round(one[key], 2) for one in held[:: max(steps // 50, 1)]] for key in held[0]}
     return {"steps": steps, "warm_up": warm_up, "slopes": slopes, "counts": counts, "held": every}
 
@@ -147,8 +153,11 @@ def measure_rows(folder: Path, num_rows: int) -> dict:
         with training(folder, name, folder / "cache", **sections) as (process, run):
             wait_for(process, run / "config.toml", folder / f"{name}.log")
             seconds = time.monotonic() - begun
-            status = _status(Path("/proc") / str(process.pid))
-        starts[name] = {"seconds": seconds, "peak_mb": status["VmHWM"] / MB}
+            proc = Path("/proc") / str(process.pid)
+            ticks = sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13]))
+            peak = _status(proc)["VmHWM"] / MB
+        cpu = ticks / os.sysconf("SC_CLK_TCK")
+        starts[name] = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
     size = (folder / f"{num_rows}.jsonl").stat().st_size / MB
     return {"rows": num_rows, "file_mb": size, "starts": starts}
 
@@ -168,21 +177,21 @@ def targets(result: dict) -> list[tuple[str, str, str, bool]]:
     rows = []
     if part := result.get("steps"):
         after = f"steps {part['warm_up']} to {part['steps']}"
-        for key, name in (("rss", "run"), ("workers", "its graders")):
+        for key, what in (("rss", "resident memory of the run"), ("workers", "of its graders")):
             slope = part["slopes"][key]
             shown = f"{slope:+.3f} MB per 100 steps"
-            what = f"resident memory of the {name}" if key == "rss" else "of its graders"
             rows.append((f"{what}, {after}", shown, f"< {MAX_SLOPE:g}", slope < MAX_SLOPE))
         for key, name in (("files", "open files"), ("threads", "threads")):
             counts = part["counts"][key]
-            shown = ", ".join(map(str, counts))
-            rows.append((f"{name}, {after}", shown, "one number", len(counts) == 1))
+            shown = "{}, then {}".format(*counts)
+            rows.append((f"{name}, {after}", shown, "no more", counts[1] <= counts[0]))
     if part := result.get("rows"):
         few, first, second = (part["starts"][name] for name in ("few", "first", "second"))
         for name, start in (("first", first), ("second", second)):
             label = f"{name} start with {part['rows']:,} rows ({part['file_mb']:.0f} MB)"
             seconds, extra = start["seconds"], start["peak_mb"] - few["peak_mb"]
-            rows.append((label, f"{seconds:.1f} s", f"< {MAX_START_S:g} s", seconds < MAX_START_S))
+            shown = f"{seconds:.1f} s, {start['cpu_seconds']:.1f} s of CPU time"
+            rows.append((label, shown, f"< {MAX_START_S:g} s", seconds < MAX_START_S))
             shown = f"{start['peak_mb']:.0f} MB, {extra:+.0f} MB"
             target = f"< +{MAX_EXTRA_MB:g} MB"
             rows.append((f"{label}: peak, against 100 rows", shown, target, extra < MAX_EXTRA_MB))
