@@ -31,7 +31,6 @@ _AUTO = "--resume-auto"
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="LaSeR: train a language model to reason and to grade its own answers.",
 )
@@ -357,9 +356,13 @@ def main() -> None:
         format="%(message)s" if is_main else "%(levelname)s: %(message)s",
     )
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except Exception as error:
         is_reported = REPORTED in getattr(error, "__notes__", ())  # of several ranks
+        if hasattr(error, "format_message"):  # the library's, of a wrong option or argument
+            error = ConfigError(f"{error.format_message().rstrip('.')}; see --help")
+        if isinstance(error, OSError) and error.filename:
+            error = ConfigError(f"{str(error.filename)!r:.200}: {error.strerror}")
         if isinstance(error, ConfigError | RewardError):
             if is_main and not is_reported:
                 print(f"error: {error}", file=sys.stderr)

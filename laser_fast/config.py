@@ -23,7 +23,7 @@ _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class ModelConfig(Section):
     """What is trained and how it is laid out on the devices."""
 
-    path: UserPath
+    path: UserPath = Field(min_length=1)
     """Hugging Face id or folder of a causal LM; "sandbox" and "sandbox-hard" make a small one."""
     attention: Literal["sdpa", "varlen", "flash_attention_2"] = "sdpa"
     """Attention over packed sequences; "varlen" is torch's own, flash needs the extra [flash]."""
@@ -286,7 +286,7 @@ class MeasureConfig(Section):
 class Config(MeasureConfig):
     """One reproducible run."""
 
-    output_dir: UserPath
+    output_dir: UserPath = Field(min_length=1)
     """The run folder; must be new, or hold the run that `--resume` continues."""
     data: DataConfig
     advantage: AdvantageConfig = AdvantageConfig()

@@ -53,13 +53,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     packaged = {file.stem: file for file in Path(__file__).with_name("configs").glob("*.toml")}
     file = path if Path(path).is_file() else packaged.get(str(path), path)
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration: {error.strerror}; name a TOML file or "
             f"one of {', '.join(sorted(packaged))}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds, too
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -68,9 +68,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f'override "{override}": expected section.key=value')
+    with reading(f'override "{key}"'):
+        text.encode()  # bytes of a command line that are no UTF-8 come as lone surrogates
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, last = key.split(".")
     for depth, section in enumerate(sections, start=1):

@@ -10,7 +10,7 @@ from laser_fast import needs_train
 with needs_train():
     from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml
+from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml, reading
 
 # A path or an id, in which ~ is the user's home.
 UserPath = Annotated[str, AfterValidator(expanduser)]
@@ -29,7 +29,9 @@ class Section(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, section_keys(cls))}") from None
+            with reading(source):  # a value may be nested too deeply to be shown
+                problem = explain(error, section_keys(cls))
+            raise ConfigError(f"{source}: {problem}") from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

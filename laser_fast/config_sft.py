@@ -37,7 +37,7 @@ class SftConfig(Section):
 
     seed: int = Field(0, ge=0)
     """Names the order of the rows."""
-    output_dir: UserPath
+    output_dir: UserPath = Field(min_length=1)
     """The run folder, as of `Config`; the trained model is written to its folder "model"."""
     model: ModelConfig
     data: SftDataConfig

@@ -272,7 +272,8 @@ def _tokenize(
         )["input_ids"]
         for (place, _), text, ids in zip(batch, texts, encoded, strict=True):
             if not ids:
-                raise ConfigError(f"{place}: the prompt {text!r:.60} has no token")
+                of = f"of {tokenizer.name_or_path}"
+                raise ConfigError(f"{place}: the prompt {text!r:.60} has no token {of}")
         further = [json.dumps(fields_of(row, asked, place), default=str) for place, row in batch]
         columns = [texts, answers, further, encoded, list(map(len, encoded))]
         yield pa.table(columns, schema=_SCHEMA)

@@ -142,6 +142,9 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            for name in fields:
+                if list(reader.fieldnames or ()).count(name) > 1:
+                    raise ConfigError(f'{path}: the field "{name}" is there twice')
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():

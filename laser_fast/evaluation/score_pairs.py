@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
+from laser_fast.config_errors import reading
 from laser_fast.data.fields import Question, question_of
 from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
@@ -156,6 +157,8 @@ def _part(
         )
     value = fields.get(ids, fields.get(text))
     if ids not in fields and isinstance(value, str):
+        with reading(f'{place}: field "{text}" is not valid Unicode'):
+            value.encode()
         return value
     if ids not in fields:
         raise ConfigError(f'{place}: field "{text}": expected text, got {type(value).__name__}')

@@ -133,7 +133,7 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
     try:
         score = {"position": "eos"} | json.loads(path.read_text(encoding="utf-8"))["score"]
         return {key: kind(score[key]) for key, kind in _SCORE_KEYS.items()}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(
             f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
             "remove it and give the three yourself"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from laser_fast.config import ConfigError
+from laser_fast.config_errors import ConfigError, reading
 
 
 def plain_value(value: Any) -> Any:
@@ -37,13 +37,13 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file; a last line without its newline was torn by a crash and is dropped."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = _read(path).split("\n")[:-1]
     return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    return _object(Path(path).read_text(encoding="utf-8"), str(path))
+    return _object(_read(path), str(path))
 
 
 def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -65,10 +65,15 @@ def replace_text(path: str | Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _read(path: str | Path) -> str:
+    with reading(f"{path}: not readable"):
+        return Path(path).read_text(encoding="utf-8")
+
+
 def _object(text: str, place: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{place}: expected a JSON object, got {text[:60]}")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laser_fast.config_errors import REPORTED, ConfigError, RunError
+from laser_fast.config_errors import REPORTED, ConfigError, RunError, reading
 from laser_fast.stopping import POLL_S, StopRun, listening
 
 if TYPE_CHECKING:
@@ -240,14 +240,16 @@ def stop_at_sigterm(world: World) -> Iterator[Callable[[], None]]:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Refuse ranks that do not see what rank 0 writes into `folder`. Collective; leaves nothing."""
-    if world.size == 1:
-        return
+    """Refuse a folder that rank 0 cannot write, or other ranks do not see. Collective.
+
+    Leaves nothing behind.
+    """
     name = f".shared-{uuid.uuid4().hex}" if world.is_main else ""
 
     def write() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        with reading(f"output_dir {str(folder)!r:.200} cannot be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
         return folder / name
 
     probe = world.on_main(write)

@@ -1,13 +1,12 @@
 """What runs and evaluations have written, read leniently: older versions wrote it too."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laser_fast.config import ConfigError
+from laser_fast.config_errors import ConfigError, read_toml
 from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 
@@ -47,20 +46,15 @@ def read_run(path: str | Path) -> Run:
         raise ConfigError(
             f"{path} holds no run ({folder.config.name} is missing); name the output_dir of a run"
         )
-    text = folder.config.read_text(encoding="utf-8")
-    try:
-        # Not load_config: the run of an older version may have keys that are gone.
-        config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{folder.config}: not valid TOML: {error}") from None
     flat: dict[str, Any] = {}
-    for name, value in config.items():
+    # Not load_config: the run of an older version may have keys that are gone.
+    for name, value in read_toml(folder.config).items():
         is_section = isinstance(value, dict)
         flat |= {f"{name}.{key}": v for key, v in value.items()} if is_section else {name: value}
     return Run(
         name=folder.path.resolve().name,
         config=flat,
-        config_text=text,
+        config_text=folder.config.read_text(encoding="utf-8"),
         steps=_by_step(folder.metrics),
         evaluations=_by_step(folder.evaluations),
         samples=jsonl.read_lines(folder.samples) if folder.samples.is_file() else [],
