@@ -37,13 +37,15 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file; a last line without its newline was torn by a crash and is dropped."""
-    lines = _read(path).split("\n")[:-1]
+    with reading(f"{path}: not readable"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    return _object(_read(path), str(path))
+    with reading(f"{path}: not readable"):
+        return _object(Path(path).read_text(encoding="utf-8"), str(path))
 
 
 def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -63,11 +65,6 @@ def replace_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _read(path: str | Path) -> str:
-    with reading(f"{path}: not readable"):
-        return Path(path).read_text(encoding="utf-8")
 
 
 def _object(text: str, place: str) -> dict[str, Any]:

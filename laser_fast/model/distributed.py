@@ -240,10 +240,7 @@ def stop_at_sigterm(world: World) -> Iterator[Callable[[], None]]:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Refuse a folder that rank 0 cannot write, or other ranks do not see. Collective.
-
-    Leaves nothing behind.
-    """
+    """Refuse a folder that rank 0 cannot write or others do not see. Collective; leaves nothing."""
     name = f".shared-{uuid.uuid4().hex}" if world.is_main else ""
 
     def write() -> Path:

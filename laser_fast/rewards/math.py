@@ -114,9 +114,9 @@ def _agree(gold: str, guess: str) -> bool:
         return True
     clocks = [_CLOCK.fullmatch(text) for text in (gold, guess)]
     if any(clocks):
-        return all(clocks) and _times(gold) == _times(guess)
+        return all(clocks) and len({tuple(map(int, t.split(":"))) for t in (gold, guess)}) == 1
     if r"\text" in gold + guess and _WORD.fullmatch(gold) and _WORD.fullmatch(guess):
-        return _letters(gold) == _letters(guess)
+        return len({re.sub(r"\\text|[^a-z0-9]", "", t.casefold()) for t in (gold, guess)}) == 1
     first, second = read_number(gold), read_number(guess)
     if first is None or second is None:
         return not _LOOSE_DIGITS.search(guess) and _verify(gold, guess)
@@ -128,20 +128,12 @@ def _agree(gold: str, guess: str) -> bool:
     )
 
 
-def _times(text: str) -> list[int]:
-    return [int(part) for part in text.split(":")]
-
-
 def _without_name(gold: str, guess: str) -> tuple[str, str]:
     """Both without the same "x =", or one without its own."""
     first, second = _NAMED.fullmatch(gold), _NAMED.fullmatch(guess)
     if first and second and first[1] != second[1]:
         return gold, guess
     return first[2] if first else gold, second[2] if second else guess
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"\\text|[^a-z0-9]", "", text.casefold())
 
 
 def _verify(gold: str, guess: str) -> bool:
@@ -171,18 +163,13 @@ def _parse(latex: str) -> tuple[Any, ...]:
     values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
     parts = values[0].args if values and isinstance(values[0], FiniteSet) else ()
     if len(parts) > 1 and all(isinstance(part, Boolean) and not part.is_Equality for part in parts):
-        values += _solutions(parts, _CONJUNCTION.search(latex))
+        if len(set().union(*(part.free_symbols for part in parts))) == 1:
+            solved, conjunction = [part.as_set() for part in parts], _CONJUNCTION.search(latex)
+            both = Intersection(*solved)
+            # A comma is "and" where that leaves something.
+            is_both = conjunction["both"] if conjunction else not both.is_empty
+            values.append(both if is_both else Union(*solved))
     return tuple(values)
-
-
-def _solutions(parts: tuple[Any, ...], conjunction: re.Match[str] | None) -> list[Any]:
-    """What solves several relations of one variable, as a set; a comma is "and" where it can be."""
-    if len(set().union(*(part.free_symbols for part in parts))) != 1:
-        return []
-    solved = [part.as_set() for part in parts]
-    both = Intersection(*solved)
-    is_both = conjunction["both"] if conjunction else not both.is_empty
-    return [both if is_both else Union(*solved)]
 
 
 def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:

@@ -6,7 +6,6 @@ its braces, thousands are joined. Nothing here changes a value.
 
 import re
 import unicodedata
-from collections.abc import Callable
 from fractions import Fraction
 
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # braces in braces, four deep
@@ -43,7 +42,7 @@ def _content(match: re.Match[str]) -> str:
     return f" {text}" if re.search(r"\\[a-zA-Z]+$", before) else text
 
 
-_REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+_REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\!\s*|\\+\s*$", ""),
@@ -55,7 +54,6 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\(?:math(?:rm|sf)|(?:[mhf]|frame)box|emph|(?:text)?(?:rm|bf|it|sf|tt)"
          r"|text(?:up|sc|sl|normal)?)\s*\{", r"\\text{"),
         (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}]*)\}", r"\\text{\1}"),
-        (r"\\(?:begin|end)\{(?:aligned|align|gather|equation|math|center)\*?\}", " "),
         (_BARE, _content),
         (r"[\^_]\{\s*\}|(?<![a-zA-Z\\])\{\s*\}", " "),
         (r"\\([gln]e)(?:q(?:slant)?)?(?![a-zA-Z])", r"\\\1 "),
@@ -100,9 +98,8 @@ def plain_latex(text: str) -> str:
     """Return an answer in plain LaTeX: one form for each symbol, style, space and argument."""
     text = re.sub("[\xb2\xb3\xb9\u2070-\u207f]+", lambda m: f"^{{{_nfkc(m[0])}}}", text)
     text = re.sub("[\u2080-\u208e]+", lambda m: f"_{{{_nfkc(m[0])}}}", text)
-    text = re.sub(
-        "[\xbc-\xbe\u2150-\u215e]", lambda m: _fraction(*_nfkc(m[0]).split("\u2044")), text
-    )
+    text = re.sub("[\xbc-\xbe\u2150-\u215e]", lambda m: rf"\frac{{{_nfkc(m[0])}}}", text)
+    text = re.sub(r"(\\frac{\d+)\u2044", r"\1}{", text)
     text = re.sub("\u221a\\s*(\\d+(?:\\.\\d+)?)", r"\\sqrt{\1}", text)
     text = re.sub("[\uff01-\uff5e]", lambda m: _nfkc(m[0]), text)
     text = re.sub("[\u0391-\u03c9]", _greek, text)
@@ -160,15 +157,11 @@ def _nfkc(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
 
 
-def _fraction(numerator: str, denominator: str) -> str:
-    return rf"\frac{{{numerator}}}{{{denominator}}}"
-
-
 def _repeating(whole: str, start: str, period: str) -> str:
     """0.1666..., written with a line over the 6, as a fraction."""
     step = 10 ** len(start) * (10 ** len(period) - 1)
     value = int((whole + start) or "0") * (10 ** len(period) - 1) + int(period)
-    return _fraction(str(value), str(step))
+    return rf"\frac{{{value}}}{{{step}}}"
 
 
 def _greek(match: re.Match[str]) -> str:

@@ -17,7 +17,7 @@ FIVES = r"""
 {\bf 5}|\rm{5}|\scriptstyle 5|\normalsize 5|\small 5|\tiny{5}|\Large{\textbf{5}}|\phantom{-}5
 5\phantom{0}|5\hphantom{00}|5\vphantom{\frac12}|\mathord{5}|5 \tag{1}|5 \tag*{$\square$}
 5\label{eq:a}|5\nonumber|\hfill 5|5\hskip 1em|5\vspace{2mm}|\kern 1pt 5|\noindent 5|{}5|5{}|5_{}
-5^{}|5\\|5\newline|\begin{aligned}5\end{aligned}|\strut 5|\style{color:red}{5}
+5^{}|5\\|5\newline|\strut 5|\style{color:red}{5}
 \bbox[5px,border:2px solid red]{5}|\href{http://a}{5}|US\$5|US$5|\text{US}\$5|\text{US\$}5|\$US5
 USD 5|\text{USD}~5|Rs. 5|\text{Rs. }5|5 Rs|EUR 5|\text{\$}5|\textdollar 5|HK\$5|CA\$5|5\text{,}
 """.strip().replace("\n", "|")
