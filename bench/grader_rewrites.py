@@ -146,7 +146,7 @@ SAME: dict[str, Rewrite] = {
         if (form := units(unit)(gold))
     ],
     "currency": integer(
-        lambda m: [rf"\${m[0]}", f"\u20ac{m[0]}", rf"US\${m[0]}"] if m[0].isdigit() else None
+        lambda m: [rf"\${m[0]}", f"\u20ac{m[0]}"] if m[0].isdigit() else None
     ),
     "assigned": lambda gold: (
         f"x = {gold}" if INTEGER.fullmatch(gold) or FRACTION.fullmatch(gold) else None
@@ -273,7 +273,7 @@ def solutions(rows: list[dict[str, str]]) -> Iterator[tuple[str, str, str, float
             "unit after it": f"#### {final} \\text{{ m}}^2",
             "boxed": rf"So \boxed{{{final}}} in 2 years.",
             "boxed unit": rf"\boxed{{{final} \text{{ m}}^2}}",
-            "boxed dollars": rf"\[\boxed{{\color{{red}}US\${final}.00}}\]",
+            "boxed US dollars": rf"\[\boxed{{\color{{red}}US\${final}.00}}\]",
             "boxed sum": rf"\boxed{{x = 10 + 5 = {final}}}",
             "boxed words": rf"\boxed{{\text{{She needs }} {final} \text{{ more.}}}}",
             "a sentence": f"The answer is {final}.",
