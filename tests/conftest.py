@@ -29,7 +29,10 @@ NEEDS = {
 }
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "faults" not in config.option.markexpr:  # minutes, which have a command of their own
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("faults")])
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
     # The longest test first: of several workers, none is left alone with it.
     items.sort(key=lambda item: item.path.name != "test_minimal.py")
     for item in items:

@@ -33,7 +33,6 @@ class RunFolder:
         self.curves = path / "curves.png"  # the run at a glance
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"  # everything that --resume and export need
-
         self.bad_steps = path / "bad_steps"  # batches whose gradient was no finite number
 
     def contents(self) -> tuple[Path, ...]:
@@ -55,7 +54,7 @@ def open_run_folder(config: AnyConfig, *, resume: bool) -> RunFolder:
                 f'log.{name} = ""'
             )
     if resume:
-        _check_resume(folder, config)
+        check_resume(folder.config, config)
     elif folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"output_dir {folder.path} is a file; choose a folder")
     elif taken := [path.name for path in folder.contents() if path.exists()]:
@@ -107,16 +106,17 @@ def config_differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, A
     return {key: (before, now) for key, before, now in values if before != now}
 
 
-def _check_resume(folder: RunFolder, config: AnyConfig) -> None:
-    if not folder.config.is_file():
+def check_resume(file: Path, config: AnyConfig) -> None:
+    """Refuse to continue, in its output_dir, a run of another configuration than that of a file."""
+    if not file.is_file():
         raise ConfigError(
-            f"output_dir {folder.path} holds no run to resume ({folder.config.name} is missing); "
+            f"output_dir {config.output_dir} holds no run to resume ({file} is missing); "
             "leave --resume out to start one, or point output_dir to the run"
         )
-    recorded = moved_config(type(config).load(folder.config), folder.path)
+    recorded = moved_config(type(config).load(file), Path(config.output_dir))
     if changed := config_differences(recorded, resumed_config(config)):
         listed = [f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items()]
         raise ConfigError(
-            f"the run in {folder.path} cannot be resumed with another configuration: "
+            f"the run cannot be resumed with another configuration than that of {file}: "
             f"{', '.join(listed)}; restore the old values or start a new run in another output_dir"
         )

@@ -20,10 +20,13 @@ class StageTimer:
     """
 
     def __init__(
-        self, device: torch.device | None = None, after_stage: Callable[[], None] = lambda: None
+        self,
+        device: torch.device | None = None,
+        after_stage: Callable[[], None] = lambda: None,
+        on_stage: Callable[[str], None] = lambda stage: None,  # told of every begin and end
     ):
         """On a CUDA device each stage waits for its kernels, so that their time is its own."""
-        self._device, self._after_stage = device, after_stage
+        self._device, self._after_stage, self._on_stage = device, after_stage, on_stage
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._stages: list[str] = []
         self._since = 0.0
@@ -47,11 +50,13 @@ class StageTimer:
         """Time a stage without calling `after_stage`."""
         self._charge()
         self._stages.append(stage)
+        self._on_stage(stage)
         try:
             yield
         finally:
             self._charge()
             self._stages.pop()
+        self._on_stage(f"after {stage}")
 
     def pop(self) -> dict[str, float]:
         """Seconds per stage as metrics `time/<stage>`, and start over."""

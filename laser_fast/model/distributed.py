@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 _GLOO_DEADLINE_S = 5.0
 # Nor may a collective of others that a failed rank will never join.
 _TEARDOWN_S = 10.0
-_STOP, _ERROR = "laser/stop", "laser/error"  # keys of the group's store
+_STOP, _ERROR, _STAGE = "laser/stop", "laser/error", "laser/stage/"  # keys of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,10 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.max(0)
+
+    def tell(self, stage: str) -> None:
+        """Leave word of how far this rank has come, should others wait for it in vain."""
+        self.store.set(f"{_STAGE}{self.rank}", stage)
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -158,6 +162,9 @@ def _report(error: Exception, world: World) -> None:
     with suppress(Exception):  # the store may be gone with its rank
         is_first = world.store.compare_set(_ERROR, "", said).decode() == said
         is_new = world.store.add(_ERROR + said, 1) == 1
+        keys = {rank: f"{_STAGE}{rank}" for rank in range(world.size)}
+        told = {r: world.store.get(k).decode() for r, k in keys.items() if world.store.check([k])}
+        said += "" if is_sentence else f"stages of the ranks: {told}\n"
     if not is_first:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
     error.add_note(REPORTED)
@@ -168,10 +175,9 @@ def _report(error: Exception, world: World) -> None:
 def _await_gloo() -> None:
     """Wait until gloo's threads rest, where the system shows them (Linux).
 
-    Destroying a group ends its threads, unless something holds it, as the mesh of a sharded model
-    does. A thread reports a collective done before it frees the tensors, which takes the
-    interpreter's lock. On a busy machine it may come so late that the interpreter is gone, and
-    then aborts the process: "terminate called without an active exception".
+    A group that something holds, as the mesh of a sharded model does, keeps its threads. One that
+    frees tensors on a busy machine may come for the interpreter's lock when the interpreter is
+    gone, and then aborts the process: "terminate called without an active exception".
     """
     deadline = time.monotonic() + _GLOO_DEADLINE_S
     while any(map(_is_busy_in_gloo, Path("/proc/self/task").glob("*/stat"))):
@@ -250,8 +256,8 @@ def check_shared(folder: Path, world: World) -> None:
         return folder / name
 
     probe = world.on_main(write)
-    is_seen = probe.exists()
-    blind = world.gather([] if is_seen else [f"rank {world.rank} on {socket.gethostname()}"])
+    this = f"rank {world.rank} on {socket.gethostname()}"
+    blind = world.gather([] if probe.exists() else [this])
     if world.is_main:
         probe.unlink()
         with suppress(OSError):  # it holds a run

@@ -1,6 +1,5 @@
 """A run's newest checkpoint as an ordinary Hugging Face model folder."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_tokenizer
-from laser_fast.training.checkpoint import latest_checkpoint, load_trained
+from laser_fast.training.checkpoint import latest_checkpoint, load_trained, trainer_state
 
 
 def write_model(
@@ -66,8 +65,8 @@ def export(run: Path, out: Path, *, adapter: bool = False) -> Path:
         policy = build_policy(model, world)
         load_trained(checkpoint, policy)
         write_model(policy, model, out, world, adapter=adapter)
-    ref_logprob = json.loads((checkpoint / "trainer.json").read_text())["ref_logprob"]
     if score.loss_coef > 0:
+        ref_logprob = trainer_state(checkpoint)["ref_logprob"]
         settings = score.model_copy(update={"ref_logprob": ref_logprob})
         write_score_settings(out, settings)
     return checkpoint

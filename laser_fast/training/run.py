@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import Config, dump_config
+from laser_fast.config import Config
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
@@ -35,6 +35,7 @@ from laser_fast.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    writing,
 )
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
@@ -72,7 +73,7 @@ def train(
     if resume:
         config = resumed_config(config)
         checkpoint = world.on_main(lambda: next(reversed(list_checkpoints(folder)), None))
-    with ExitStack() as stack:
+    with writing(folder), ExitStack() as stack:
         sampler, reference, held_out = _build_sampler(config, world, stack, checkpoint)
         try:
             trainer, first_step, must_evaluate = _build_trainer(sampler, reference, checkpoint)
@@ -100,9 +101,9 @@ def train(
                     _evaluate(trainer, held_out, log, step=completed)
                     must_evaluate = False
                 if is_last or is_due(completed, config.checkpoint.every):
-                    _save(trainer, folder, completed)
+                    _save(trainer, completed)
         except StopRun:
-            path = _save(trainer, folder, completed, must_evaluate=must_evaluate)
+            path = _save(trainer, completed, must_evaluate=must_evaluate)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         log.finish(wall_seconds=time.monotonic() - started)
@@ -155,7 +156,7 @@ def _build_sampler(
     sampler = Sampler(
         config=config,
         world=world,
-        stage=StageTimer(world.device, after_stage=check_stop),
+        stage=StageTimer(world.device, after_stage=check_stop, on_stage=world.tell),
         vocabulary=vocabulary,
         prompts=prompts,
         engine=engine,
@@ -256,10 +257,10 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
     trainer.stage.pop()  # evaluation is not part of any step
 
 
-def _save(trainer: Trainer, folder: Path, completed: int, *, must_evaluate: bool = False) -> Path:
+def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> Path:
     ref_logprob = trainer.score.ref_logprob
     return save_checkpoint(
-        folder,
+        trainer.config,
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
@@ -270,7 +271,5 @@ def _save(trainer: Trainer, folder: Path, completed: int, *, must_evaluate: bool
             "bad_steps": trainer.bad_steps.count,
             "must_evaluate": must_evaluate,
         },
-        config_toml=dump_config(trainer.config),
-        keep=trainer.config.checkpoint.keep,
         world=trainer.world,
     )

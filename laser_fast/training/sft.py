@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from laser_fast.config import ConfigError, dump_config
+from laser_fast.config import ConfigError
 from laser_fast.config_errors import RunError
 from laser_fast.config_sft import SftConfig
 from laser_fast.data.prompts import PromptSource
@@ -39,6 +39,7 @@ from laser_fast.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    writing,
 )
 from laser_fast.training.export import write_model
 from laser_fast.training.schedule import is_due, learning_rate
@@ -146,7 +147,7 @@ def sft(
     if resume:
         config = resumed_config(config)
         checkpoint = world.on_main(lambda: latest_checkpoint(folder))
-    with ExitStack() as stack:
+    with writing(folder), ExitStack() as stack:
         check_stop = stack.enter_context(stop_at_sigterm(world))
         trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))
         completed = 0
@@ -240,14 +241,11 @@ def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTra
 
 
 def _save(trainer: SftTrainer, completed: int, digests: dict[str, str]) -> Path:
-    config = trainer.config
     return save_checkpoint(
-        Path(config.output_dir),
+        trainer.config,
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
         trainer_state={"digests": digests},
-        config_toml=dump_config(config),
-        keep=config.checkpoint.keep,
         world=trainer.world,
     )

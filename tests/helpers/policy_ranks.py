@@ -21,6 +21,7 @@ from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import LossConfig, ModelConfig
+from laser_fast.config_sft import SftConfig
 from laser_fast.model.distributed import open_world
 from laser_fast.model.packing import Packer, share_out
 from laser_fast.model.policy import build_policy
@@ -175,19 +176,25 @@ def measure_rollout(policy, world):
     }
 
 
+def checkpoint_config(model, run, **checkpoint):
+    """Of a run with such a model, which here only names its folder."""
+    data, optim = {"train": "unread.jsonl"}, {"steps": 1}
+    return SftConfig(
+        output_dir=str(run), model=model, data=data, optim=optim, checkpoint=checkpoint
+    )
+
+
 def measure_checkpoint(config, world, run):
     """Updates before and after a checkpoint, undisturbed and resumed."""
     policy = build_policy(config, world)
     optimizer = make_optimizer(policy)
     first = update(policy, world, optimizer)
     save_checkpoint(
-        run,
+        checkpoint_config(config, run),
         1,
         policy=policy,
         optimizer=optimizer,
         trainer_state={"ref_logprob": -7.25},
-        config_toml="# resolved\n",
-        keep=2,
         world=world,
     )
     second = update(policy, world, optimizer)

@@ -21,6 +21,58 @@ LORA = EXTRAS | {"model": {"lora_rank": 4, "lora_alpha": 8.0}}
 PLAIN_GRPO = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
 
 
+def make_model(folder):
+    """A sandbox model after a short warm start, which only ends what it writes; its problems."""
+    from laser_fast.log.jsonl import write_lines
+    from laser_fast.sandbox.model import make_sandbox_model
+    from laser_fast.sandbox.task import rows
+
+    make_sandbox_model(folder, seed=0, steps=8)
+    for split in ("train", "eval"):
+        write_lines(folder / f"{split}.jsonl", rows(split, seed=0))
+    return folder
+
+
+def write_config(model, folder, **sections):
+    """Write the TOML of a small run on such a model into `folder`; returns its path."""
+    import tomli_w
+
+    from laser_fast.sandbox.task import RESERVED_TOKENS
+
+    data = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(model)},
+        "data": {
+            "train": str(model / "train.jsonl"),
+            "eval": str(model / "eval.jsonl"),
+            "eval_limit": 4,
+            "eval_samples": 2,
+            "template": "{prompt}",
+            "max_prompt_tokens": 24,
+            "prompts_per_step": GROUPS,
+        },
+        "rollout": {"max_new_tokens": 30, "group_size": GROUP_SIZE},
+        "reward": {"kind": "train_ranks:reward", "workers": 1},
+        "score": {
+            "token": RESERVED_TOKENS[0],
+            "beta": 0.2,
+            "ref_logprob": -11.0,
+            "loss_coef": 1.0,
+            "max_grad_ratio": 1.0,
+        },
+        "advantage": {"score_min_std": 0.01},
+        "optim": {"steps": STEPS, "lr": 5e-4, "schedule": "linear", "warmup_steps": 2},
+        "checkpoint": {"every": 2, "keep": 9},
+        "log": {"samples_per_step": GROUPS * GROUP_SIZE, "tensorboard": False},
+    }
+    for name, keys in sections.items():
+        data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    path.write_text(tomli_w.dumps(data))
+    return path
+
+
 def run_cli(monkeypatch, capsys, *arguments):
     """Exit code and standard error of the command line in this process."""
     from laser_fast import cli

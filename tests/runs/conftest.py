@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,61 +13,18 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A sandbox model after a short warm start, which only ends what it writes; its problems."""
-    from laser_fast.log.jsonl import write_lines
-    from laser_fast.sandbox.model import make_sandbox_model
-    from laser_fast.sandbox.task import rows
+    """A small model of the sandbox and its problems, see `small_runs.make_model`."""
+    from small_runs import make_model
 
-    folder = tmp_path_factory.mktemp("sandbox") / "model"
-    make_sandbox_model(folder, seed=0, steps=8)
-    for split in ("train", "eval"):
-        write_lines(folder / f"{split}.jsonl", rows(split, seed=0))
-    return folder
+    return make_model(tmp_path_factory.mktemp("sandbox") / "model")
 
 
 @pytest.fixture(scope="session")
 def write_config(model):
     """A function that writes the TOML of a small run into `folder`, and returns its path."""
-    import tomli_w
-    from small_runs import GROUP_SIZE, GROUPS, STEPS
+    from small_runs import write_config
 
-    from laser_fast.sandbox.task import RESERVED_TOKENS
-
-    def write(folder, **sections):
-        data = {
-            "output_dir": str(folder / "run"),
-            "model": {"path": str(model)},
-            "data": {
-                "train": str(model / "train.jsonl"),
-                "eval": str(model / "eval.jsonl"),
-                "eval_limit": 4,
-                "eval_samples": 2,
-                "template": "{prompt}",
-                "max_prompt_tokens": 24,
-                "prompts_per_step": GROUPS,
-            },
-            "rollout": {"max_new_tokens": 30, "group_size": GROUP_SIZE},
-            "reward": {"kind": "train_ranks:reward", "workers": 1},
-            "score": {
-                "token": RESERVED_TOKENS[0],
-                "beta": 0.2,
-                "ref_logprob": -11.0,
-                "loss_coef": 1.0,
-                "max_grad_ratio": 1.0,
-            },
-            "advantage": {"score_min_std": 0.01},
-            "optim": {"steps": STEPS, "lr": 5e-4, "schedule": "linear", "warmup_steps": 2},
-            "checkpoint": {"every": 2, "keep": 9},
-            "log": {"samples_per_step": GROUPS * GROUP_SIZE, "tensorboard": False},
-        }
-        for name, keys in sections.items():
-            data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.toml"
-        path.write_text(tomli_w.dumps(data))
-        return path
-
-    return write
+    return partial(write_config, model)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,16 @@ import json
 import os
 import pickle
 import resource
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from policy_ranks import full, full_parameters, make_optimizer, update
+from policy_ranks import checkpoint_config, full, full_parameters, make_optimizer, update
 
 from laser_fast.config import ConfigError, ModelConfig
 from laser_fast.config_errors import RunError
+from laser_fast.config_sft import SftConfig
 from laser_fast.model.policy import build_policy
 from laser_fast.training import checkpoint
 from laser_fast.training.checkpoint import (
@@ -38,15 +40,9 @@ def fresh(world, model_folders):
 
 def save(run, step, fresh, world, *, keep=2, **state):
     policy, optimizer = fresh
+    config = checkpoint_config(ModelConfig(path="any"), run, keep=keep)
     return save_checkpoint(
-        run,
-        step,
-        policy=policy,
-        optimizer=optimizer,
-        trainer_state=state,
-        config_toml=f"# step {step}\n",
-        keep=keep,
-        world=world,
+        config, step, policy=policy, optimizer=optimizer, trainer_state=state, world=world
     )
 
 
@@ -79,7 +75,7 @@ def test_a_checkpoint_is_whole_and_named_by_its_step(tmp_path, fresh, world):
     path = save(tmp_path, 7, fresh, world, ref_logprob=-11.5, cap={"policy_square": 0.25})
     assert path == tmp_path / "checkpoints" / "step-000007"
     assert latest_checkpoint(tmp_path) == path
-    assert (path / "config.toml").read_text() == "# step 7\n"
+    assert SftConfig.load(path / "config.toml").output_dir == str(tmp_path)
     state = {"step": 7, "ref_logprob": -11.5, "cap": {"policy_square": 0.25}}
     assert json.loads((path / "trainer.json").read_text()) == state
     assert load_checkpoint(path, policy=fresh[0], optimizer=fresh[1]) == state
@@ -147,6 +143,7 @@ class Payload:
 
 def test_reading_a_checkpoint_runs_none_of_its_pickles(tmp_path, fresh, world):
     path, trace = save(tmp_path, 1, fresh, world), tmp_path / "trace"
+    (path / "SHA256SUMS").unlink()  # as whoever changes a checkpoint on purpose would
     whole = (path / ".metadata").read_bytes()
 
     def load(reason):
@@ -185,6 +182,18 @@ def test_what_a_killed_run_left_is_swept(tmp_path, fresh, world):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     save(tmp_path, 4, fresh, world)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "trainer.json", "config.toml", ".metadata"])
+def test_a_flipped_byte_is_found_and_its_file_named(tmp_path, fresh, world, name):
+    path = save(tmp_path, 1, fresh, world, cap={"policy_square": 0.25})
+    subprocess.run(["sha256sum", "--check", "--status", "SHA256SUMS"], cwd=path, check=True)
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    named = ".*" if name == ".metadata" else f"{name} is not as it was written.*"
+    with pytest.raises(ConfigError, match=f"step-000001 cannot be read: {named}remove the folder"):
+        load_checkpoint(path, policy=fresh[0], optimizer=fresh[1])
 
 
 @pytest.mark.parametrize("size", [None, 7])
