@@ -75,10 +75,7 @@ class StageTimer:
 
 
 def peak_memory_gb(device: torch.device | None = None) -> float:
-    """Peak memory in units of 1e9 bytes.
-
-    On a CUDA device it is of tensors since the last call, else of this whole process so far.
-    """
+    """Peak memory in 1e9 bytes: of CUDA tensors since the last call, or else of this process."""
     if device is not None and device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

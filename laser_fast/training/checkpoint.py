@@ -62,10 +62,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def latest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint; a ConfigError says that there is none."""
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
-    return checkpoints[-1]
+    if checkpoints := list_checkpoints(run):
+        return checkpoints[-1]
+    raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
 
 
 def check_run_folder(config: AnyConfig, world: World, *, resume: bool | Literal["auto"]) -> bool:
@@ -91,13 +90,7 @@ def check_run_folder(config: AnyConfig, world: World, *, resume: bool | Literal[
 
 
 def save_checkpoint(
-    config: AnyConfig,
-    step: int,
-    *,
-    policy: Policy,
-    optimizer: Optimizer,
-    trainer_state: dict[str, Any],
-    world: World,
+    config: AnyConfig, step: int, *, policy: Policy, optimizer: Optimizer, state: dict, world: World
 ) -> Path:
     """Write a checkpoint, then delete all but the newest `checkpoint.keep`. Collective."""
     run = Path(config.output_dir)
@@ -111,16 +104,14 @@ def save_checkpoint(
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
-    def finish() -> None:
+    def finish(metadata: Metadata, shards: list[str]) -> None:
         _check_shards(partial, metadata)
-        (partial / "trainer.json").write_text(json.dumps({"step": step, **trainer_state}))
+        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}))
         (partial / "config.toml").write_text(dump_config(config))
         small = [partial / name for name in (".metadata", "trainer.json", "config.toml")]
         (partial / "SHA256SUMS").write_text("".join(_sums(small) + shards))
         partial.rename(final)
-        for old in list_checkpoints(run)[
-            : -config.checkpoint.keep
-        ]:  # renamed first: what has its name is whole
+        for old in list_checkpoints(run)[: -config.checkpoint.keep]:  # its name says: it is whole
             shutil.rmtree(old.rename(_partial(old)))
 
     # A stop may leave gradients without their update, beside which torch makes no missing moments.
@@ -129,7 +120,7 @@ def save_checkpoint(
         world.on_main(prepare)
         metadata = dcp.save(_state(policy, optimizer), checkpoint_id=partial)
         shards = world.gather_on_main(_sums(partial.glob(f"__{world.rank}_*")))
-        world.on_main(finish)
+        world.on_main(lambda: finish(metadata, shards))
     return final
 
 

@@ -264,7 +264,7 @@ def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> P
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        trainer_state={
+        state={
             "ref_logprob": None if math.isnan(ref_logprob) else ref_logprob,  # JSON has no nan
             "cap": trainer.cap.state_dict(),
             "digests": trainer.sampler.digests,

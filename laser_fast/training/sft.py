@@ -246,6 +246,6 @@ def _save(trainer: SftTrainer, completed: int, digests: dict[str, str]) -> Path:
         completed,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        trainer_state={"digests": digests},
+        state={"digests": digests},
         world=trainer.world,
     )

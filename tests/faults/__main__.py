@@ -22,7 +22,8 @@ def main() -> int:
     parser.add_argument("--report", nargs="?", const="", help="print the table, or write it")
     parser.add_argument("--folder", type=Path, help="where runs are kept; else they are not")
     given = parser.parse_args()
-    rows = [row for row in ROWS if any(part in row.name for part in given.only)]
+    chosen = {row.name: row for part in given.only for row in ROWS if part in row.name}
+    rows = list(chosen.values())  # in the order of the parts
     if given.list:
         print(*(row.name for row in rows), sep="\n")
         return 0
@@ -30,7 +31,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         outcomes = Drill(given.folder or Path(temporary), say).run(rows)
     if given.report is not None:
-        text = table(outcomes)
+        text = table(sorted(outcomes, key=lambda found: ROWS.index(found.row)))
         if given.report:
             Path(given.report).write_text(text)
         print(text)

@@ -76,11 +76,13 @@ class Command:
 
 
 class Drill:
-    """Runs of the drill, in a folder."""
+    """Runs of the drill, in a folder; one that was killed goes on there with the same rows."""
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
         self.folder, self.say = folder, say
-        self.model = small_runs.make_model(folder / "model")
+        self.model = folder / "model"
+        if not self.model.exists():
+            small_runs.make_model(self.model)
 
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
         """Let every fault strike; what the product does is never raised."""
@@ -100,15 +102,24 @@ class Drill:
                 config = self._config(folder, kind, num_steps(rows), url)
                 return launch_ranks(config, ranks=1 if kind == "vllm" else 2, **options)
 
-            undisturbed = launch(quiet.parent)
-            assert undisturbed.code == 0, undisturbed.output
-            self.say(f"{kind}: undisturbed")
+            if not (quiet / "summary.json").exists():
+                undisturbed = launch(quiet.parent)
+                assert undisturbed.code == 0, undisturbed.output
+                self.say(f"{kind}: undisturbed")
+            notes = self.folder / kind / "outcomes.json"
+            struck = json.loads(notes.read_text()) if notes.exists() else {}
             pending: list[tuple[int, Outcome]] = []  # one command takes several that it survives
             for number, outcome in enumerate(outcomes):
+                if outcome.row.name in struck:
+                    vars(outcome).update(struck[outcome.row.name])
+                    continue
                 pending.append((EVERY * number + 1, outcome))
                 if outcome.row.goes_on and number + 1 < len(outcomes):
                     continue
                 self._strike(pending, run, launch)
+                for _, each in pending:
+                    struck[each.row.name] = {k: v for k, v in vars(each).items() if k != "row"}
+                notes.write_text(json.dumps(struck))
                 pending = []
             if not outcomes[-1].row.goes_on:
                 last = launch(run.parent)
@@ -117,7 +128,9 @@ class Drill:
                     self.say(last.output[-4000:])
         for number, outcome in enumerate(outcomes):
             is_last = number + 1 == len(outcomes)
-            steps = range(EVERY * number, num_steps(rows) if is_last else EVERY * (number + 1))
+            steps = range(EVERY * number, EVERY * (number + 1))
+            if is_last and not outcome.row.steps_lost:
+                steps = range(steps.start, num_steps(rows))
             compare(outcome, run, quiet, steps, is_last=is_last)
             self.say(f"{outcome.row.name}: {'; '.join(outcome.faults) or 'as it has to be'}")
         return outcomes
@@ -135,7 +148,12 @@ class Drill:
                 (run / "summary.json").unlink()
                 for checkpoint in list_checkpoints(run)[2:]:
                     shutil.rmtree(checkpoint)
-            row.damage(list_checkpoints(run)[-1])
+            whole = run.parent / "whole"  # each such row takes one away
+            if len(list_checkpoints(run)) < 2:
+                shutil.copytree(whole, run / "checkpoints", dirs_exist_ok=True)
+            newest = list_checkpoints(run)[-1]
+            shutil.copytree(newest, whole / newest.name, dirs_exist_ok=True)
+            row.damage(newest)
         ended = launch(
             run.parent,
             inject=[{**each.row.inject, "step": step} for step, each in pending if each.row.inject],
@@ -176,8 +194,8 @@ class Drill:
 
 
 def num_steps(rows: Sequence[Row]) -> int:
-    """At least those of a checkpoint that is damaged and of the one before it."""
-    return EVERY * max(2, len(rows))
+    """Those of the rows, and some after them, since even a finished run is no answer to SIGTERM."""
+    return EVERY * (len(rows) + 1)
 
 
 def by_step(checkpoint: Path) -> tuple[int, Path]:

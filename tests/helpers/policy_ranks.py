@@ -194,7 +194,7 @@ def measure_checkpoint(config, world, run):
         1,
         policy=policy,
         optimizer=optimizer,
-        trainer_state={"ref_logprob": -7.25},
+        state={"ref_logprob": -7.25},
         world=world,
     )
     second = update(policy, world, optimizer)

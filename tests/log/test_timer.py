@@ -73,6 +73,16 @@ def test_what_follows_a_stage_is_not_part_of_it(clock):
     assert timer.pop() == {"time/rollout": 2.0, "time/loss": 1.0, "time/step": 4.0}
 
 
+def test_it_tells_where_it_is_and_that_a_stage_was_not_left():
+    told = []
+    timer = StageTimer(on_stage=told.append)
+    with timer("rollout"), timer.only("sync"):
+        pass
+    with pytest.raises(ValueError), timer("reward"):
+        raise ValueError
+    assert told == ["rollout", "sync", "after sync", "after rollout", "reward"]
+
+
 def test_peak_memory_of_the_process():
     """The interpreter with torch takes between 100 MB and 20 GB: the unit is right."""
     assert 0.1 < peak_memory_gb(torch.device("cpu")) < 20

@@ -162,6 +162,8 @@ def run(kind, folder):
                 os.chdir(node)
                 check_shared(Path("run"), world)
             if kind == "fails":
+                world.tell("reward" if world.rank else "after reward")
+                world.barrier()
                 if world.rank == 1:
                     raise ArithmeticError("of rank one\\nmore")
                 world.barrier()
@@ -195,6 +197,7 @@ def test_the_rank_that_fails_says_so_first(said):
     text = said[0]["fails"]
     assert text.startswith("error: rank 1: Traceback")
     assert "ArithmeticError: of rank one\nmore\n" in text
+    assert "stages of the ranks: {0: 'after reward', 1: 'reward'}\n" in text
     [later] = [line for line in text.splitlines() if line.startswith("error: rank 0: ")]
     assert text.index("ArithmeticError") < text.index(later)
 

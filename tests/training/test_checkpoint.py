@@ -1,5 +1,6 @@
 """A checkpoint gives the same next step, on as many ranks or on others."""
 
+import errno
 import io
 import json
 import os
@@ -7,21 +8,24 @@ import pickle
 import resource
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from policy_ranks import checkpoint_config, full, full_parameters, make_optimizer, update
 
-from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.config import ConfigError, ModelConfig, dump_config
 from laser_fast.config_errors import RunError
 from laser_fast.config_sft import SftConfig
 from laser_fast.model.policy import build_policy
 from laser_fast.training import checkpoint
 from laser_fast.training.checkpoint import (
+    check_run_folder,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    writing,
 )
 
 
@@ -42,7 +46,7 @@ def save(run, step, fresh, world, *, keep=2, **state):
     policy, optimizer = fresh
     config = checkpoint_config(ModelConfig(path="any"), run, keep=keep)
     return save_checkpoint(
-        config, step, policy=policy, optimizer=optimizer, trainer_state=state, world=world
+        config, step, policy=policy, optimizer=optimizer, state=state, world=world
     )
 
 
@@ -182,6 +186,29 @@ def test_what_a_killed_run_left_is_swept(tmp_path, fresh, world):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     save(tmp_path, 4, fresh, world)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, fresh, world):
+    config = checkpoint_config(ModelConfig(path="any"), tmp_path)
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    path = save(tmp_path, 1, fresh, world)
+    for resume in ("auto", True):
+        assert check_run_folder(config, world, resume=resume)
+    other = (path / "config.toml").read_text().replace("lr = 1e-06", "lr = 0.5")
+    (path / "config.toml").write_text(other)
+    for resume in ("auto", True):
+        with pytest.raises(ConfigError, match=r"step-000001/config.toml: optim.lr was 0.5 and is"):
+            check_run_folder(config, world, resume=resume)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_from_other_errors(code):
+    with pytest.raises(RunError, match=r"run cannot be written: .*; make room, resume"):
+        with writing(Path("run")):
+            raise OSError(code, os.strerror(code))
+    with pytest.raises(FileNotFoundError):
+        with writing(Path("run")):
+            raise OSError(errno.ENOENT, "gone")
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "trainer.json", "config.toml", ".metadata"])
