@@ -90,7 +90,8 @@ class Drill:
         return [o for kind in kinds for o in self._run([r for r in rows if r.kind == kind], kind)]
 
     def _run(self, rows: list[Row], kind: str) -> list[Outcome]:
-        quiet, run = (self.folder / kind / name / "run" for name in ("quiet", "hit"))
+        base = self.folder / f"{kind}-{num_steps(rows)}"  # other rows do not go on there
+        quiet, run = base / "quiet" / "run", base / "hit" / "run"
         outcomes = [Outcome(row) for row in rows]
         with ExitStack() as stack:
             server = Server(self.model, run.parent) if kind == "server" else None
@@ -106,7 +107,7 @@ class Drill:
                 undisturbed = launch(quiet.parent)
                 assert undisturbed.code == 0, undisturbed.output
                 self.say(f"{kind}: undisturbed")
-            notes = self.folder / kind / "outcomes.json"
+            notes = base / "outcomes.json"
             struck = json.loads(notes.read_text()) if notes.exists() else {}
             pending: list[tuple[int, Outcome]] = []  # one command takes several that it survives
             for number, outcome in enumerate(outcomes):
@@ -144,12 +145,12 @@ class Drill:
         row = outcome.row
         if row.damage is not None:
             if not run.exists():  # the first row: the checkpoints after steps 2 and 4 are there
-                shutil.copytree(self.folder / row.kind / "quiet" / "run", run)
+                shutil.copytree(run.parents[1] / "quiet" / "run", run)
                 (run / "summary.json").unlink()
                 for checkpoint in list_checkpoints(run)[2:]:
                     shutil.rmtree(checkpoint)
             whole = run.parent / "whole"  # each such row takes one away
-            if len(list_checkpoints(run)) < 2:
+            if len(list_checkpoints(run)) < 2 and whole.exists():
                 shutil.copytree(whole, run / "checkpoints", dirs_exist_ok=True)
             newest = list_checkpoints(run)[-1]
             shutil.copytree(newest, whole / newest.name, dirs_exist_ok=True)
