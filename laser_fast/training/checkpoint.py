@@ -95,7 +95,7 @@ def save_checkpoint(
     """Write a checkpoint, then delete all but the newest `checkpoint.keep`. Collective."""
     run = Path(config.output_dir)
     final = run / "checkpoints" / f"step-{step:06d}"
-    if final.exists():  # the last step may already be saved by its own schedule
+    if world.on_main(final.exists):  # the last step may already be saved by its own schedule
         return final
     partial = _partial(final)
 
