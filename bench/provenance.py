@@ -24,6 +24,8 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
     "trl",
+    "verl",
+    "torchtitan",
     "quack-kernels",
 )
 

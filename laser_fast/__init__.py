@@ -35,12 +35,12 @@ def needs_train() -> Iterator[None]:
 
 
 @contextmanager
-def needs_trl() -> Iterator[None]:
-    """Say which extra brings TRL, where its import fails."""
+def needs_host(package: str, install: str) -> Iterator[None]:
+    """Say how to install the trainer of an integration, where its import fails."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != "trl":
+        if error.name != package:
             raise
-        message = "laser-fast needs trl for this; pip install 'laser-fast[trl]'"
-        raise MissingExtraError(message, name="trl") from None
+        message = f"laser-fast needs {package} for this; {install}"
+        raise MissingExtraError(message, name=package) from None

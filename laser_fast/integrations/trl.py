@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from laser_fast import needs_trl
+from laser_fast import needs_host
 
-with needs_trl():
+with needs_host("trl", "pip install 'laser-fast[trl]'"):
     from trl import GRPOConfig, GRPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
 

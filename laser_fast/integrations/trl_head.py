@@ -16,9 +16,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from laser_fast import needs_trl
+from laser_fast import needs_host
 
-with needs_trl():
+with needs_host("trl", "pip install 'laser-fast[trl]'"):
     import trl
     from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
     from trl.trainer import utils as trl_utils

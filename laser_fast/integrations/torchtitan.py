@@ -1,0 +1,96 @@
+"""laser_kernels in torchtitan's RL trainer: a loss wrapper for losses of log-probs.
+
+    loss=LaserLossWrapper.Config(loss_fn=GRPOLoss.Config())
+
+in place of torchtitan's ChunkedLossWrapper, whose trainer hands over the head in the same way.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from laser_fast import needs_host
+from laser_fast.integrations import check_host
+
+with needs_host("torchtitan", "pip install 'torchtitan>=0.3,<0.4'"):
+    from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper, compute_logprobs
+    from torchtitan.experiments.rl.losses import DAPOLoss, dapo
+
+from laser_kernels import linear_logprob_entropy
+
+check_host(
+    "torchtitan",
+    "0.3",
+    {
+        compute_logprobs: "logits labels return_entropy",
+        ChunkedLossWrapper.__call__: "self pred labels global_valid_tokens loss_inputs",
+    },
+)
+
+
+class _Scored(NamedTuple):
+    logprobs: Tensor  # [B, S] or [T] float32, 0 outside the loss
+    entropy: Tensor
+
+
+class LaserLossWrapper(ChunkedLossWrapper):
+    """Log-probs and entropies of the loss's tokens in one op, then torchtitan's DAPO or GRPO loss.
+
+    The op runs in the head's forward, where FSDP2 has its weight whole, and has chunks of its own.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ChunkedLossWrapper.Config):
+        """torchtitan's, with one chunk."""
+
+        num_chunks: int = 1
+
+    def set_lm_head(self, lm_head: Any) -> None:
+        """Take the head, which from now on gives log-probs in the place of logits."""
+        refused = {
+            f"a loss of type {type(self.loss_fn).__name__}": not isinstance(self.loss_fn, DAPOLoss),
+            f"num_chunks={self.num_chunks}": self.num_chunks != 1,
+            "a head with a bias": lm_head.bias is not None,
+        }
+        for what, is_there in refused.items():
+            if is_there:
+                raise ValueError(f"LaserLossWrapper: {what} is not supported; leave it out")
+        super().set_lm_head(lm_head)
+        lm_head.forward = types.MethodType(_head_forward, lm_head)
+
+    def __call__(
+        self,
+        pred: Tensor,  # [B, S, D] or [T, D] hidden states
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **loss_inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, differentiable, and its metrics; arguments as ChunkedLossWrapper's."""
+        is_scored = loss_inputs["loss_mask"] & (labels != IGNORE_INDEX)
+        scored = _Scored(*self.lm_head(pred, labels, is_scored))
+        return self.loss_fn(scored, labels, global_valid_tokens, **loss_inputs)
+
+
+def _head_forward(
+    self: torch.nn.Linear, hidden: Tensor, labels: Tensor, is_scored: Tensor
+) -> tuple[Tensor, ...]:
+    if len(self.weight) != self.out_features or hasattr(self.weight, "placements"):
+        raise ValueError(
+            "LaserLossWrapper: tensor parallelism of the head is not supported; set its degree to 1"
+        )
+    rows = is_scored.flatten().nonzero().squeeze(1)
+    found = linear_logprob_entropy(hidden.flatten(0, -2)[rows], self.weight, labels.flatten()[rows])
+    zeros = hidden.new_zeros(labels.numel(), dtype=torch.float32)
+    return tuple(zeros.index_copy(0, rows, x).view(labels.shape) for x in found)
+
+
+def _compute_logprobs(logits: Any, labels: Tensor, *, return_entropy: bool = False) -> Any:
+    if not isinstance(logits, _Scored):
+        return compute_logprobs(logits, labels, return_entropy=return_entropy)
+    return (logits.logprobs, logits.entropy.detach()) if return_entropy else logits.logprobs
+
+
+dapo.compute_logprobs = _compute_logprobs
