@@ -1,9 +1,9 @@
 """The kernels inside other trainers."""
 
-import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable
+from importlib.metadata import distributions
 from typing import Any
 
 
@@ -15,7 +15,7 @@ def check_host(package: str, tested: str, signatures: dict[Callable[..., Any], s
         tested: What the tested versions begin with, as "0.9".
         signatures: Function that the integration replaces or calls -> names of its parameters.
     """
-    versions = [d.version for d in importlib.metadata.distributions(name=package)]
+    versions = [d.version for d in distributions(name=package)]
     found_version = versions[0] if versions else "a checkout"
     for function, expected in signatures.items():
         found = " ".join(inspect.signature(function).parameters)

@@ -70,7 +70,8 @@ class LaserLossWrapper(ChunkedLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, differentiable, and its metrics; arguments as ChunkedLossWrapper's."""
         is_scored = loss_inputs["loss_mask"] & (labels != IGNORE_INDEX)
-        scored = _Scored(*self.lm_head(pred, labels, is_scored))
+        found = self.lm_head(pred, labels, is_scored)
+        scored = _Scored(*(x.view(labels.shape) for x in found))
         return self.loss_fn(scored, labels, global_valid_tokens, **loss_inputs)
 
 
@@ -84,7 +85,7 @@ def _head_forward(
     rows = is_scored.flatten().nonzero().squeeze(1)
     found = linear_logprob_entropy(hidden.flatten(0, -2)[rows], self.weight, labels.flatten()[rows])
     zeros = hidden.new_zeros(labels.numel(), dtype=torch.float32)
-    return tuple(zeros.index_copy(0, rows, x).view(labels.shape) for x in found)
+    return tuple(zeros.index_copy(0, rows, x) for x in found)
 
 
 def _compute_logprobs(logits: Any, labels: Tensor, *, return_entropy: bool = False) -> Any:

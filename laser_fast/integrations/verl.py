@@ -65,7 +65,8 @@ def _head(
     """
     for head in _heads:
         if head.weight is vocab_weights:
-            return head(hidden_states, input_ids, temperature)
+            found = head(hidden_states, input_ids, temperature)
+            return tuple(x.view(input_ids.shape) for x in found)
     raise RuntimeError("laser_fast.integrations.verl: import it before verl makes its models")
 
 
@@ -75,10 +76,10 @@ def _head_forward(
     temperatures = torch.full((labels.numel(),), float(temperature), device=labels.device)
     if isinstance(temperature, _Temperature):
         temperatures[temperature.unit_rows] = 1.0
-    log_probs, entropy = linear_logprob_entropy(
-        hidden.flatten(0, -2), self.weight, labels.flatten().long(), temperature=temperatures
+    labels = labels.flatten().long()
+    return linear_logprob_entropy(
+        hidden.flatten(0, -2), self.weight, labels, temperature=temperatures
     )
-    return log_probs.view(labels.shape), entropy.view(labels.shape)
 
 
 def _fsdp_op(hidden: Any, weight: Any, labels: Any, temperature: float, *options: Any) -> Any:
