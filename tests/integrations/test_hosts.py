@@ -285,7 +285,6 @@ def test_the_hosts_have_the_recorded_parameters(monkeypatch, name):
             found = next(node for node in found.body if getattr(node, "name", None) == part)
             fake = getattr(fake, part)
         a = found.args
-        names = [arg.arg for arg in a.posonlyargs + a.args]
-        names += [a.vararg.arg] * (a.vararg is not None) + [arg.arg for arg in a.kwonlyargs]
-        names += [a.kwarg.arg] * (a.kwarg is not None)
+        args = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+        names = [arg.arg for arg in args if arg is not None]
         assert names == list(inspect.signature(fake).parameters), qualified
