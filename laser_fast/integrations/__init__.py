@@ -30,3 +30,9 @@ def check_host(package: str, tested: str, signatures: dict[Callable[..., Any], s
             "compare its log-probs with and without laser_kernels",
             stacklevel=3,
         )
+
+
+def refuse(where: str, options: dict[str, Any]) -> None:
+    """Raise a ValueError that names what is there and cannot be honoured."""
+    if found := [name for name, is_there in options.items() if is_there]:
+        raise ValueError(f"{where} does not support {', '.join(found)}; leave it out")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from laser_fast import needs_host
-from laser_fast.integrations import check_host
+from laser_fast.integrations import check_host, refuse
 
 with needs_host("prime_rl", "install prime-rl 0.8 from its repository"):
     from prime_rl.trainer.models.layers import lm_head, lm_head_gemma
@@ -40,11 +40,9 @@ def _forward(
     )
 
 
-def _refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "laser_fast.integrations.prime_rl: expected a number for "
-        'trainer.model.fused_lm_head_token_chunk_size, got "disabled"; set it'
-    )
+def _refuse(*_: Any, **__: Any) -> None:
+    setting = 'trainer.model.fused_lm_head_token_chunk_size = "disabled"'
+    refuse("laser_fast.integrations.prime_rl", {setting: True})
 
 
 for _head in _FUSED:

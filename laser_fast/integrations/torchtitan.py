@@ -1,9 +1,4 @@
-"""laser_kernels in torchtitan's RL trainer: a loss wrapper for losses of log-probs.
-
-    loss=LaserLossWrapper.Config(loss_fn=GRPOLoss.Config())
-
-in place of torchtitan's ChunkedLossWrapper, whose trainer hands over the head in the same way.
-"""
+"""laser_kernels in torchtitan's RL trainer, which gives them its head as to ChunkedLossWrapper."""
 
 import types
 from dataclasses import dataclass
@@ -13,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laser_fast import needs_host
-from laser_fast.integrations import check_host
+from laser_fast.integrations import check_host, refuse
 
 with needs_host("torchtitan", "pip install 'torchtitan>=0.3,<0.4'"):
     from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper, compute_logprobs
@@ -55,9 +50,7 @@ class LaserLossWrapper(ChunkedLossWrapper):
             f"num_chunks={self.num_chunks}": self.num_chunks != 1,
             "a head with a bias": lm_head.bias is not None,
         }
-        for what, is_there in refused.items():
-            if is_there:
-                raise ValueError(f"LaserLossWrapper: {what} is not supported; leave it out")
+        refuse("LaserLossWrapper", refused)
         super().set_lm_head(lm_head)
         lm_head.forward = types.MethodType(_head_forward, lm_head)
 
@@ -78,10 +71,8 @@ class LaserLossWrapper(ChunkedLossWrapper):
 def _head_forward(
     self: torch.nn.Linear, hidden: Tensor, labels: Tensor, is_scored: Tensor
 ) -> tuple[Tensor, ...]:
-    if len(self.weight) != self.out_features or hasattr(self.weight, "placements"):
-        raise ValueError(
-            "LaserLossWrapper: tensor parallelism of the head is not supported; set its degree to 1"
-        )
+    is_shard = len(self.weight) != self.out_features or hasattr(self.weight, "placements")
+    refuse("LaserLossWrapper", {"tensor parallelism of the head": is_shard})
     rows = is_scored.flatten().nonzero().squeeze(1)
     found = linear_logprob_entropy(hidden.flatten(0, -2)[rows], self.weight, labels.flatten()[rows])
     zeros = hidden.new_zeros(labels.numel(), dtype=torch.float32)

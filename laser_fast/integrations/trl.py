@@ -34,6 +34,7 @@ from laser_fast.algorithm.score import (
     score_loss,
 )
 from laser_fast.algorithm.verification import verify
+from laser_fast.integrations import refuse
 from laser_fast.integrations.trl_head import NO_LABEL, base_model, use_laser_kernels
 from laser_fast.model.vocabulary import reserved_tokens
 
@@ -95,9 +96,7 @@ class LaserGRPOTrainer(GRPOTrainer):
             "tools": bool(self.tools),
             "prompt-learning adapters": any(adapter.is_prompt_learning for adapter in adapters),
         }
-        for what, is_there in refused.items():
-            if is_there:
-                raise ValueError(f"LaserGRPOTrainer: {what} are not supported; leave them out")
+        refuse("LaserGRPOTrainer", refused)
         use_laser_kernels(self)
         self._score = SelfScore(
             token_id=self._score_token_id(), beta=self.args.score_beta, ref_logprob=math.nan
@@ -177,8 +176,7 @@ class LaserGRPOTrainer(GRPOTrainer):
         args, is_training = self.args, self.model.training
         self._score_logprobs.clear()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if "tool_mask" in output:
-            raise ValueError("LaserGRPOTrainer: an env_mask is not supported; leave it out")
+        refuse("LaserGRPOTrainer", {"an env_mask": "tool_mask" in output})
         grid = (-1, self.num_generations if is_training else self.num_generations_eval)
         first = self.accelerator.process_index * len(inputs)
         own = slice(first, first + len(inputs))

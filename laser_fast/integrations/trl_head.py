@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from laser_fast import needs_host
+from laser_fast.integrations import refuse
 
 with needs_host("trl", "pip install 'laser-fast[trl]'"):
     import trl
@@ -70,11 +71,7 @@ def use_laser_kernels(trainer: Any) -> None:
         # Below transformers 5.19 TRL puts a text there.
         "compute_loss_func": callable(trainer.compute_loss_func),
     }
-    for what, is_there in refused.items():
-        if is_there:
-            raise ValueError(
-                f"use_laser_kernels: {name} with {what} is not supported; leave it out"
-            )
+    refuse(f"use_laser_kernels: {name}", refused)
     _patch_forward(model)
     if getattr(trainer, "ref_model", None) is not None:
         _patch_forward(trainer.ref_model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laser_fast import needs_host
-from laser_fast.integrations import check_host
+from laser_fast.integrations import check_host, refuse
 
 with needs_host("verl", "pip install 'verl>=0.9,<0.10'"):
     from verl.models.transformers import monkey_patch
@@ -66,7 +66,7 @@ def _head(
     for head in _heads:
         if head.weight is vocab_weights:
             found = head(hidden_states, input_ids, temperature)
-            return tuple(x.view(input_ids.shape) for x in found)
+            return tuple(x.view(input_ids.shape).clone() for x in found)  # FSDP2 wants no views
     raise RuntimeError("laser_fast.integrations.verl: import it before verl makes its models")
 
 
@@ -87,10 +87,7 @@ def _fsdp_op(hidden: Any, weight: Any, labels: Any, temperature: float, *options
 
 
 def _refuse(*_: Any) -> None:
-    raise ValueError(
-        "laser_fast.integrations.verl: expected a call of the FSDP engine, got one of another, as "
-        "Megatron's, which is not supported; leave the import out"
-    )
+    refuse("laser_fast.integrations.verl", {"other engines than FSDP, as Megatron": True})
 
 
 def _patch_forward_with_backends(
@@ -104,17 +101,12 @@ def _patch_forward_with_backends(
         "a head with a bias": getattr(head, "bias", None) is not None,
         f"impl_backend={fused_kernels_backend}": fused_kernels_backend not in ("torch", "triton"),
     }
-    found = [what for what, is_there in refused.items() if is_there]
-    if not use_fused_kernels:
-        warnings.warn("use_fused_kernels is off: verl does not use laser_kernels", stacklevel=2)
-    elif found:
-        raise ValueError(
-            f"laser_fast.integrations.verl: {', '.join(found)} is not supported; leave it out, or "
-            "use_fused_kernels"
-        )
-    else:
+    if use_fused_kernels:
+        refuse("laser_fast.integrations.verl", refused)
         head.forward = types.MethodType(_head_forward, head)
         _heads.add(head)
+    else:
+        warnings.warn("use_fused_kernels is off: verl does not use laser_kernels", stacklevel=2)
     _verl_patch(model, use_fused_kernels, fused_kernels_backend)
 
 

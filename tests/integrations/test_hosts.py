@@ -107,7 +107,7 @@ def test_a_head_that_verl_shards_by_itself_is_whole_in_the_op(verl, hidden, labe
         (None, {}, None, "impl_backend=None"),
         (None, {"final_logit_softcapping": 30.0}, "torch", "final_logit_softcapping"),
         (None, {"logit_scale": 0.0625}, "torch", "logit_scale"),
-        (torch.nn.Linear(D, V), {}, "torch", "a bias|with a bias"),
+        (torch.nn.Linear(D, V), {}, "torch", "a head with a bias"),
         (torch.nn.Identity(), {}, "torch", "a head of type Identity"),
     ],
 )
