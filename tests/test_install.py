@@ -195,11 +195,20 @@ print(json.dumps(missing))
     for module, (name, message) in missing.items():
         # The command line says it for itself and for what only it imports.
         if not module.startswith(tuple(f"laser_fast.{name}" for name in COMMAND_LINE)):
-            is_trl = module.startswith("laser_fast.integrations.trl")
-            assert message == (TRL_SENTENCE if is_trl else sentence(name)), module
+            is_host = module.startswith("laser_fast.integrations.")
+            expected = (
+                f"laser-fast needs {name} for this; {HOSTS[name]}" if is_host else sentence(name)
+            )
+            assert message == expected, module
+    assert {name for name, _ in missing.values()} >= set(HOSTS)
 
 
-TRL_SENTENCE = "laser-fast needs trl for this; pip install 'laser-fast[trl]'"
+HOSTS = {
+    "trl": "pip install 'laser-fast[trl]'",
+    "verl": "pip install 'verl>=0.9,<0.10'",
+    "prime_rl": "install prime-rl 0.8 from its repository",
+    "torchtitan": "pip install 'torchtitan>=0.3,<0.4'",
+}
 
 
 def sentence(package):

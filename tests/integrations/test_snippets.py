@@ -1,6 +1,7 @@
 """The page of the integrations: its snippets run, and give what plain float64 logits give."""
 
 import copy
+import itertools
 import re
 import subprocess
 import sys
@@ -137,8 +138,18 @@ def test_the_page_names_what_exists():
     headings = {line.strip("# ").lower().replace(" ", "-") for line in text.splitlines()}
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in headings
-    numbers = [path.read_text() for path in (ROOT / "bench" / "results").glob("*.md")]
-    assert numbers
+
+
+def test_numbers_of_the_tables_are_those_of_the_results():
+    blocks, checked = PAGE.read_text().split("\n\n"), 0
+    for before, table in itertools.pairwise(blocks):
+        link = re.search(r"\((\S+bench/results/\S+\.md)\)", before)
+        if link and table.startswith("|"):
+            numbers = re.findall(r"(?<=\| )[\d.]+(?:e-\d+)?(?= \|)", table)
+            results = (PAGE.parent / link[1]).read_text()
+            assert [number for number in numbers if f"| {number} |" not in results] == []
+            checked += len(numbers)
+    assert checked > 20
 
 
 def test_imports_of_the_page_exist():
