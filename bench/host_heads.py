@@ -143,6 +143,8 @@ def prime_rl(inputs: Inputs, kind: str, source: Path | None) -> Callable[[Tensor
 
 def torchtitan(inputs: Inputs, kind: str, source: Path | None) -> Callable[[Tensor], Found]:
     """The wrapper that torchtitan's RL trainer calls, where every ratio is 1."""
+    if source is not None:
+        sys.path.insert(0, str(source))
     from torchtitan.components.loss import ChunkedLossWrapper
     from torchtitan.experiments.rl.losses import GRPOLoss, dapo
 
@@ -162,17 +164,19 @@ def torchtitan(inputs: Inputs, kind: str, source: Path | None) -> Callable[[Tens
     dapo.compute_logprobs = recorded
     wrapper = wrapper_type(wrapper_type.Config(loss_fn=GRPOLoss.Config(), **options))
     wrapper.set_lm_head(inputs.head)
-    old = reference(inputs, 1.0)[0].float()[None]
+    # 0.3 has tokens as [B, S], later commits as [T].
+    lead = (slice(None),) if source else (None,)
+    old = reference(inputs, 1.0)[0].float()
 
     def call(hidden: Tensor) -> Found:
         found.clear()
         loss, _ = wrapper(
-            hidden[None],
-            inputs.labels[None],
+            hidden[lead],
+            inputs.labels[lead],
             len(inputs.labels),
-            generator_logprobs=old,
-            advantages=-inputs.advantages[None],
-            loss_mask=torch.ones_like(inputs.labels, dtype=torch.bool)[None],
+            generator_logprobs=old[lead],
+            advantages=-inputs.advantages[lead],
+            loss_mask=torch.ones_like(inputs.labels, dtype=torch.bool)[lead],
         )
         logprobs, entropy = (
             torch.cat([x.flatten() for x in xs]) for xs in zip(*found, strict=True)
@@ -235,7 +239,9 @@ def main() -> None:
     parser.add_argument("host", choices=HOSTS)
     parser.add_argument("kind", choices=["host", "kernels"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--source", type=Path, help="checkout of prime-rl")
+    parser.add_argument(
+        "--source", type=Path, help="checkout of prime-rl, or of torchtitan for tokens as [T]"
+    )
     parser.add_argument("--commit", help="of the checkout")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true", help="a few rows, to see that it runs")
