@@ -10,7 +10,7 @@ rows of width 256, a vocabulary of 32768. verl: the forward of a patched model. 
 module, from a checkout, without the rest of its package. torchtitan: its wrapper around the GRPO
 loss, 8 chunks. The errors are those against float64 on the same inputs, of log-probs and entropies
 the largest, of gradients the relative norm. The time is the best of three passes; the peak of
-resident memory, gradients included, that of the second.
+resident memory, above what was held before it, that of the second.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ vocabulary 32768, 8 sequences of 112 to 128 tokens, float32, temperature 0.7; th
 forward_backward_batch, with a loss that weighs log-probs and entropies of the answers. The errors
 are those against the model in float64: of log-probs, entropies and scores the largest, of gradients
 the largest relative norm of a parameter. The time is the better of two steps; the peak of resident
-memory, gradients included, that of the second.
+memory, above what was held before it, that of the second.
 """
 
 from __future__ import annotations
