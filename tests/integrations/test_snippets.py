@@ -143,7 +143,7 @@ def test_the_page_names_what_exists():
 def test_numbers_of_the_tables_are_those_of_the_results():
     blocks, checked = PAGE.read_text().split("\n\n"), 0
     for before, table in itertools.pairwise(blocks):
-        link = re.search(r"\((\S+bench/results/\S+\.md)\)", before)
+        link = re.search(r"\]\((\S+/results/\S+\.md)\)", before)
         if link and table.startswith("|"):
             numbers = re.findall(r"(?<=\| )[\d.]+(?:e-\d+)?(?= \|)", table)
             results = (PAGE.parent / link[1]).read_text()
