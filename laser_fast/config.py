@@ -46,6 +46,10 @@ class ModelConfig(Section):
     lora_targets: tuple[str, ...] = Field((), strict=False)
     """Linear layers of the blocks that get adapters, such as "q_proj"; empty: all of them."""
 
+    def _problems(self) -> Iterator[str]:
+        if self.lora_targets and not self.lora_rank:
+            yield "model.lora_targets are for adapters, and model.lora_rank is 0; set a rank"
+
 
 class WordingConfig(Section):
     """How the rows of a data set become prompts."""
@@ -85,7 +89,7 @@ class DataConfig(PromptConfig):
     """Hub data set id, local jsonl, json, parquet or csv file, "sandbox" or "sandbox-hard"."""
     train_split: str = "train"
     """Split of a hub data set."""
-    where: dict[str, list[str | int | float]] = {}
+    where: dict[str, list[bool | str | int | float]] = {}
     """Train on rows that have these values of a field only, such as {level = [4, 5]}."""
     eval: UserPath = ""
     """Held-out prompts, given like `train`; empty: no evaluation."""
@@ -114,10 +118,10 @@ class RolloutConfig(Section):
     """Sampling temperature; policy log-probs are of the same tempered distribution."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest completion, EOS included."""
-    eval_temperature: float = Field(0.0, ge=0)
-    """Sampling temperature of evaluations; 0: that of training."""
-    eval_max_new_tokens: int = Field(0, ge=0)
-    """Longest completion of evaluations; 0: that of training."""
+    eval_temperature: float | None = Field(None, gt=0)
+    """Sampling temperature of evaluations; left out: that of training."""
+    eval_max_new_tokens: int | None = Field(None, ge=1)
+    """Longest completion of evaluations; left out: that of training."""
     eval_top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of evaluations; training samples the whole distribution, as its ratios assume."""
     eval_top_k: int = Field(0, ge=0)
@@ -279,7 +283,7 @@ class MeasureConfig(Section):
     def max_sequence_tokens(self) -> int:
         """Positions of the longest sequence: prompt, completion and a score token after it."""
         rollout = self.rollout
-        longest = max(rollout.max_new_tokens, rollout.eval_max_new_tokens)
+        longest = max(rollout.max_new_tokens, rollout.eval_max_new_tokens or 0)
         return self.data.max_prompt_tokens + longest + (self.score.position == "eos")
 
 
@@ -299,11 +303,14 @@ class Config(MeasureConfig):
         data, rollout, reward, optim = self.data, self.rollout, self.reward, self.optim
         if isinstance(self.score.ref_logprob, float):
             self.score.check_target(self.score.ref_logprob)
-        longest = data.max_prompt_tokens + rollout.max_new_tokens
+        longest, key = rollout.max_new_tokens, "max_new_tokens"
+        if data.eval and rollout.score == "off" and (rollout.eval_max_new_tokens or 0) > longest:
+            longest, key = rollout.eval_max_new_tokens or 0, "eval_max_new_tokens"
+        longest += data.max_prompt_tokens
         if optim.tokens_per_microbatch < longest:
             yield (
                 f"{optim.tokens_per_microbatch = } is less than data.max_prompt_tokens + "
-                f"rollout.max_new_tokens = {longest}; raise it to that"
+                f"rollout.{key} = {longest}; raise it to that"
             )
         if self.advantage.score_coef > 0 and self.score.loss_coef == 0:
             yield (
@@ -339,7 +346,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Section) -> str:
     """The resolved configuration as TOML; loaded again, it gives the same configuration."""
-    return tomli_w.dumps(config.model_dump())
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
 def all_keys(kind: type[Section] = Config) -> dict[str, str]:

@@ -252,7 +252,8 @@ def activation_bytes_per_token(
 def _mlp_width(model: PretrainedConfig) -> int:
     """F; of a mixture of experts that of those that a token meets."""
     chosen = getattr(model, "num_experts_per_tok", None)
-    return chosen * model.moe_intermediate_size if chosen else model.intermediate_size
+    width = getattr(model, "moe_intermediate_size", None) or model.intermediate_size
+    return chosen * width if chosen else width
 
 
 def _head_widths(model: PretrainedConfig) -> tuple[int, int]:

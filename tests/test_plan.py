@@ -22,7 +22,6 @@ from laser_fast.plan import (
     Plan,
     activation_bytes_per_token,
     advise,
-    count_adapters,
     count_parameters,
     verdict,
 )
@@ -103,34 +102,6 @@ def test_counts_by_hand(config, query, key, extra):
     hidden, num_tables = 64, 1 if config.tie_word_embeddings else 2
     block = 2 * hidden * (query + key) + 3 * hidden * 160 + 2 * hidden + extra
     assert count_parameters(config) == (3 * block + (num_tables * 2000 + 1) * hidden, block)
-
-
-def test_adapters_by_hand():
-    config = _small("qwen2", **FEW_KEYS)
-    assert count_adapters(config, ModelConfig(path="m")) == 0
-    some = ModelConfig(path="m", lora_rank=8, lora_targets=["q_proj", "k_proj"])
-    assert count_adapters(config, some) == 8 * (64 + 64 + 64 + 32)
-    every = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160)
-    assert count_adapters(config, ModelConfig(path="m", lora_rank=2)) == 2 * every
-
-
-def test_lora_of_7b_fits_a_card_that_full_training_does_not():
-    small = {"max_prompt_tokens": 512, "prompts_per_step": 8}
-    sections = {
-        "data": small,
-        "rollout": {"engine": "hf", "max_new_tokens": 512, "group_size": 4, "max_num_seqs": 8},
-        "optim": {"tokens_per_microbatch": 1025},
-    }
-    checkpointing = {"gradient_checkpointing": True}
-    whole = _plan(_config(**sections, model=checkpointing), num_gpus=1, workspace_mb=256)
-    config = _config(**sections, model={"lora_rank": 32, **checkpointing})
-    adapters = count_adapters(Qwen2Config(**QWEN_7B), config.model)
-    lora = _plan(
-        config, num_gpus=1, workspace_mb=256, memory_gb=48.0, num_adapter_parameters=adapters
-    )
-    assert whole.misfits() and not lora.misfits()
-    assert lora.terms["frozen weights"].bytes == 2 * COUNTS_7B[0]
-    assert lora.terms["optimizer"].bytes == 8 * 28 * adapters
 
 
 def test_counts_of_a_known_model():

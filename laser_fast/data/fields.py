@@ -45,20 +45,19 @@ def find_fields(source: RowSource, question: str, answer: str) -> tuple[str, str
     return found[0], found[1]
 
 
-def kept(source: RowSource, where: Mapping[str, Sequence[str | float]]) -> RowSource:
+def kept(source: RowSource, where: Mapping[str, Sequence[bool | str | float]]) -> RowSource:
     """The rows whose fields have one of the given values each."""
     if not where:
         return source
-    values = {field: {*map(str, accepted)} for field, accepted in where.items()}
 
     def read(fields: Fields) -> Iterator[Row]:
         wanted = {**fields, **dict.fromkeys(where, "data.where")} if fields else {}
         for place, row in source.read(wanted):
-            if all(str(_get(place, row, f, "data.where")) in values[f] for f in where):
+            if all(_get(place, row, f, "data.where") in values for f, values in where.items()):
                 yield place, row
 
-    named = json.dumps({field: sorted(values[field]) for field in where})
-    return replace(source, identity=(*source.identity, named), read=read)
+    named = f"{source.name} where {json.dumps(where, sort_keys=True)}"
+    return replace(source, name=named, identity=(*source.identity, named), read=read)
 
 
 def question_of(row: Any, fields: Fields, field: str, place: str) -> Question:
@@ -76,6 +75,7 @@ def _message(item: dict[str, Any], about: str) -> dict[str, str]:
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise ConfigError(f"{about}: expected role and content as text, got {item!r:.80}")
+    _check_text(content, about)
     return {"role": role, "content": content}
 
 
@@ -111,13 +111,18 @@ def _value(row: Any, fields: Fields, field: str, place: str) -> tuple[Any, str]:
         # nan is the null of a column of floats.
         if item is None or (isinstance(item, float) and not math.isfinite(item)):
             raise ConfigError(f"{about} is null or not finite; fill it in or remove the row")
-        if isinstance(item, str) and not item.strip():
-            raise ConfigError(f"{about} is empty; fill it in or remove the row")
-        try:
-            str(item).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
+        if isinstance(item, str):
+            _check_text(item, about)
     return value, about
+
+
+def _check_text(text: str, about: str) -> None:
+    if not text.strip():
+        raise ConfigError(f"{about} is empty; fill it in or remove the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{about} is not valid Unicode: {error.reason}") from None
 
 
 def _get(place: str, row: Any, field: str, key: str) -> Any:
@@ -134,9 +139,10 @@ def _get(place: str, row: Any, field: str, key: str) -> Any:
 
 def _has(row: Any, field: str) -> bool:
     try:
-        return _get("", row, field, "") is not None
+        _get("", row, field, "")
     except ConfigError:
         return False
+    return True
 
 
 def columns(fields: Fields, there: Collection[str]) -> list[str]:

@@ -224,6 +224,8 @@ def _load(
     fields = find_fields(rows, config.prompt_field, config.answer_field)
     if AUTO in (config.prompt_field, config.answer_field):
         _log.info('%s: questions from "%s", answers from "%s"', rows.name, *fields)
+        if fields[1] == "solution":  # which may be a text with the answer somewhere in it
+            _log.warning("%s: the gold answers are whole solutions, if nothing else", rows.name)
         config = config.model_copy(update={"prompt_field": fields[0], "answer_field": fields[1]})
     _log.info("%s: wording and tokenizing, unless the cache has it", rows.name)
     name = _fingerprint(rows, config, tokenizer, asked)
@@ -301,7 +303,9 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question],
         template = _CLOCK.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
         if re.search(r"strftime_now(?!\s+is\b)", template):
             raise ValueError("it computes the format of a date, which cannot be fixed")
-    if unread := [name for name in config.chat_template_kwargs if name not in template]:
+    own = {"messages", "add_generation_prompt", "chat_template", "tokenize", "tools"}
+    told = config.chat_template_kwargs
+    if unread := [name for name in told if name in own or name not in template]:
         raise ConfigError(
             f"data.chat_template_kwargs: the chat template reads no {', '.join(unread)}; leave it "
             "out, or check the spelling"

@@ -24,6 +24,7 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.model.distributed import World, check_world, open_world
+from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
@@ -121,7 +122,7 @@ def calibrate(
     with open_world(config.rollout.timeout_s) as world:
         model = load_model_config(config.model)
         check_world(config, world.size)
-        check_lengths(config, model.max_position_embeddings)
+        check_lengths(config, position_limit(model))
         vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)
         tokenizer, special = vocabulary.tokenizer, vocabulary.special
         tokens = reserved_tokens(tokenizer, special.eos_token_ids, num_rows=model.vocab_size)

@@ -29,6 +29,7 @@ from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
 from laser_fast.log.jsonl import to_line
 from laser_fast.model.distributed import check_world, open_world
+from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.packing import Ids
 from laser_fast.model.policy import build_policy, load_model_config
@@ -76,7 +77,7 @@ def score_pairs(
         vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)
         token_id = vocabulary.special.score_token_id
         score = SelfScore(token_id=token_id, beta=config.score.beta, ref_logprob=ref_logprob)
-        limits = (model.vocab_size, model.max_position_embeddings)
+        limits = (model.vocab_size, position_limit(model))
         read = partial(_read, data=config.data, vocabulary=vocabulary, limits=limits)
         # A bad line is found before the model is loaded.
         num_pairs = sum(1 for _ in map(read, rows.read({})))

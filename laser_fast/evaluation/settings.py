@@ -52,6 +52,14 @@ _NOT_CALIBRATED = {
     "score.beta": "say --beta",
     "score.ref_logprob": "it is what calibrate measures",
     "data.prompts_per_step": "say --limit",
+    **{
+        f"rollout.eval_{key}": f"c_ref is measured as training samples; say rollout.{key}"
+        for key in ("temperature", "max_new_tokens")
+    },
+    **{
+        f"rollout.eval_{key}": "c_ref is measured as training samples"
+        for key in ("top_p", "top_k", "min_p")
+    },
 }
 
 

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from laser_fast.config_errors import ConfigError
 from laser_fast.records import Segment
 
 
@@ -275,6 +276,8 @@ def _register(name: str, kernel: Kernel) -> None:
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        if kwargs.get("s_aux") is not None:
+            raise ConfigError("model.path: attention sinks are not supported")
         if layout is not None:
             return kernel(query, key, value, layout, scaling, sliding_window, softcap), None
         if softcap is not None:  # which transformers' sdpa would leave out

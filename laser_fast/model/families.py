@@ -2,8 +2,10 @@
 
     logits = C tanh(W h / (C s)) or W h / s       C softcap (Gemma), s divisor (Granite, Cohere)
 
-No list says which models are known. `check_family` reads a config, and when a model is loaded
-`Policy` compares its log-probs with the model's own logits (`policy.build_policy`).
+What a config says decides, and what it cannot say is proved: when a model is loaded, its log-probs
+from packed rows are compared with transformers' own attention and logits (`policy.build_policy`).
+Two lists are of what that proof cannot see: whose attention is told its window, and whose experts
+have the names that engines expect.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from laser_fast.config_errors import ConfigError
 
 _LAYERS = {"full_attention", "sliding_attention"}
+# Their attention functions are told the window; elsewhere in transformers a mask may hold it.
+_WINDOWED = set(
+    "cohere2 gemma2 gemma3_text mistral olmo3 phi3 qwen2 qwen3 qwen3_moe smollm3".split()
+)
+# Stacked as experts.gate_up_proj and experts.down_proj, and apart in checkpoints.
+_EXPERTS = {"glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"}
 
 
 class LmHead(NamedTuple):
@@ -39,7 +47,13 @@ class LmHead(NamedTuple):
 def head_form(config: PreTrainedConfig) -> tuple[float, float | None]:
     """Divisor and softcap of a model's logits."""
     divisor = getattr(config, "logits_scaling", None) or 1 / getattr(config, "logit_scale", 1.0)
-    return float(divisor), getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None and divisor != 1:
+        raise ConfigError(
+            f"model.path: a {config.model_type} model with a softcap and a divisor of its logits "
+            "is not supported"
+        )
+    return float(divisor), softcap
 
 
 def check_family(path: str, config: PreTrainedConfig) -> None:
@@ -57,6 +71,35 @@ def check_family(path: str, config: PreTrainedConfig) -> None:
             f'model.path: "{path}" is a {config.model_type} model; expected a causal language '
             "model for text alone with exchangeable attention, such as llama, qwen3 or gemma2"
         )
+
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if window is not None and config.model_type not in _WINDOWED:
+        raise ConfigError(
+            f'model.path: "{path}" is a {config.model_type} model with windows of {window} tokens, '
+            f"which are known of {', '.join(sorted(_WINDOWED))} only; set it to full attention"
+        )
+    if getattr(config, "num_experts_per_tok", None) and config.model_type not in _EXPERTS:
+        raise ConfigError(
+            f'model.path: "{path}" is a {config.model_type} model, whose experts are not known; '
+            f"expected one of {', '.join(sorted(_EXPERTS))}"
+        )
+
+
+def position_limit(config: PreTrainedConfig) -> int:
+    """Positions that a sequence may have.
+
+    Where longer ones change the rotary frequencies of all, as of Phi-3's "longrope", those of a
+    packed row would depend on its neighbours, so that the first ones are all that there are.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        original = getattr(config, "original_max_position_embeddings", None)
+        original = original or rope.get("original_max_position_embeddings")
+        return original or config.max_position_embeddings
+    return config.max_position_embeddings
 
 
 def checkpoint_entries(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

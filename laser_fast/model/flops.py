@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import torch
 from torch.nn import Parameter
-from transformers import PreTrainedConfig
 
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch
@@ -30,7 +29,8 @@ def training_flop(policy: Policy, batches: Iterable[Microbatch]) -> float:
     """FLOP of a forward and a backward over the microbatches."""
     config = policy.hf.config
     body = sum(
-        _flop_per_row(weight) * (_active_experts(config) if ".experts." in name else 1)
+        _flop_per_row(weight)
+        * (config.num_experts_per_tok / len(weight) if ".experts." in name else 1)
         for name, weight in policy.hf.model.layers.named_parameters()
     )
     head = _flop_per_row(policy.hf.lm_head.weight)
@@ -42,10 +42,6 @@ def training_flop(policy: Policy, batches: Iterable[Microbatch]) -> float:
         flop += body * len(batch.input_ids) + 12 * config.num_hidden_layers * width * pairs
         flop += head * len(batch.labels)
     return flop
-
-
-def _active_experts(config: PreTrainedConfig) -> float:
-    return config.num_experts_per_tok / config.num_experts
 
 
 def _flop_per_row(weight: Parameter) -> int:

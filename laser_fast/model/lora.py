@@ -34,11 +34,18 @@ def add_adapters(hf: PreTrainedModel, config: ModelConfig, *, dtype: torch.dtype
         raise ConfigError(
             "model.lora_rank > 0 needs peft; pip install 'laser-fast[lora]'"
         ) from None
-    check_targets(config, linear_layers(hf))
+    layers = linear_layers(hf)
+    check_targets(config, layers)
+    if any(linear_layers(hf, block) != layers for block in range(len(hf.model.layers))):
+        raise ConfigError(
+            "model.lora_rank > 0: the blocks of this model differ in their linear layers, which "
+            "adapters do not support; train its weights"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A, which training moves; a run's own seed names its data
         inject_adapter_in_model(_peft_config(hf, config), hf)
-    for parameter in hf.parameters():
+    for name, parameter in hf.named_parameters():
+        assert parameter.requires_grad == name.endswith((_A, _B)), name
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
@@ -52,11 +59,11 @@ def check_targets(config: ModelConfig, layers: Collection[str]) -> None:
         )
 
 
-def linear_layers(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def linear_layers(hf: PreTrainedModel, block: int = 0) -> dict[str, tuple[int, int]]:
     """The linear layers of a block by name, with their (in, out)."""
     return {
         name.rpartition(".")[2]: (module.in_features, module.out_features)
-        for name, module in hf.model.layers[0].named_modules()
+        for name, module in hf.model.layers[block].named_modules()
         if isinstance(module, nn.Linear)
     }
 
@@ -100,9 +107,7 @@ def set_adapters(model: nn.Module, *, enabled: bool) -> None:
         layer.enable_adapters(enabled)
 
 
-def write_adapter(
-    state: Mapping[str, Tensor], hf: PreTrainedModel, config: ModelConfig, out: Path
-) -> None:
+def write_adapter(state: Mapping[str, Tensor], hf: PreTrainedModel, out: Path) -> None:
     """Write the adapters among the entries of a state_dict as a folder of peft."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -111,4 +116,4 @@ def write_adapter(
     out.mkdir(parents=True)
     weights = {f"base_model.model.{name}": t.contiguous() for name, t in found.items()}
     save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    _peft_config(hf, config).save_pretrained(str(out))
+    hf.peft_config["default"].save_pretrained(str(out))

@@ -148,8 +148,10 @@ def check_lengths(config: MeasureConfig, available: int) -> None:
     """Refuse lengths that the model's `available` positions cannot hold."""
     if config.max_sequence_tokens > available:
         score = " + 1 score position" if config.score.position == "eos" else ""
+        rollout = config.rollout
+        is_eval = (rollout.eval_max_new_tokens or 0) > rollout.max_new_tokens
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens{score} = "
+            f"data.max_prompt_tokens + rollout.{'eval_' * is_eval}max_new_tokens{score} = "
             f"{config.max_sequence_tokens} exceeds the {available} positions of the model; lower "
             "one of them"
         )
@@ -244,8 +246,9 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
 
     packed = policy(batch, read)
     policy.release()  # the optimizer must find the shards
-    own = []
+    own, implementation = [], policy.hf.config._attn_implementation
     with policy.unsharded():
+        policy.hf.set_attn_implementation("eager")  # by definition, and none of ours
         for prompt, response in rows:
             inputs = torch.tensor([prompt + response], device=device)
             mask = torch.ones_like(inputs, dtype=torch.bool)
@@ -253,13 +256,15 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
             labels = inputs[0, len(prompt) :, None]
             found = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             own.append(found.gather(1, labels)[:, 0])
+        policy.hf.set_attn_implementation(implementation)
     difference = float((packed - torch.cat(own)).abs().mean())
-    if not difference <= _TOLERANCE.get(policy.compute_dtype, 0.1):
-        raise ConfigError(
-            f'model.path: log-probs of "{config.path}" from packed rows and lm_head.weight differ '
-            f"from those of its own logits by {difference:.3g} nats a token; a "
-            f"{policy.hf.config.model_type} model has a head or an attention that is not supported"
-        )
+    with world.agreement():  # with experts, ranks may differ in the last digits
+        if not difference <= _TOLERANCE.get(policy.compute_dtype, 0.1):
+            raise ConfigError(
+                f'model.path: log-probs of "{config.path}" from packed rows and lm_head.weight '
+                f"differ from those of its own logits by {difference:.3g} nats a token; a "
+                f"{policy.hf.config.model_type} model has a head or an attention that is not known"
+            )
 
 
 def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -275,6 +280,11 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
                 )
             hf.to_empty(device="cpu")
             hf.tie_weights()
+        if not hasattr(hf, "model") or not hasattr(hf.model, "layers"):
+            raise ConfigError(
+                f'model.path: "{config.path}" is a {hf.config.model_type} model, whose blocks are '
+                "not at model.layers; expected a decoder such as llama, qwen3 or gemma2"
+            )
         if config.lora_rank:
             add_adapters(hf, config, dtype=dtype)
     return hf, hf.state_dict() if world.is_main else {}

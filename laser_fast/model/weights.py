@@ -6,16 +6,20 @@ it does not know, such as the scales of quantized weights.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from laser_fast.config_errors import ConfigError, reading
+
+if TYPE_CHECKING:
+    from laser_fast.config import ModelConfig
 
 _POINTER = b"version https://git-lfs"
 # As safetensors and torch name them; the loader casts any other, such as int8, without its scale.
@@ -46,6 +50,23 @@ def load_weights(path: str, *, attention: str) -> PreTrainedModel:
     for problem in _problems(hf, report):
         raise ConfigError(f'model.path: the weights of "{path}" {problem}')
     return hf
+
+
+def base_digest(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str, str]:
+    """What names the frozen weights of a run with adapters, whose checkpoints hold none of them.
+
+    The commit of a hub model; of a folder the names, sizes, first and last megabyte of its files.
+    """
+    if not config.lora_rank:
+        return {}
+    digest = hashlib.blake2b(str(getattr(model_config, "_commit_hash", "")).encode())
+    files = Path(config.path).iterdir() if Path(config.path).is_dir() else ()
+    for path in sorted(file for file in files if file.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return {"model.path": digest.hexdigest()[:32]}
 
 
 def _check_file(file: Path) -> None:

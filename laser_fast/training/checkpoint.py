@@ -200,8 +200,16 @@ def trainer_state(path: Path) -> dict[str, Any]:
 
 
 def check_digests(checkpoint: Path, digests: dict[str, str]) -> None:
-    """Refuse to go on with other rows than a checkpoint's run had; older ones do not say."""
+    """Refuse to go on with other rows or frozen weights than a checkpoint's run had.
+
+    Older checkpoints do not say.
+    """
     saved = trainer_state(checkpoint).get("digests", {})
+    if saved.get("model.path") != digests.get("model.path", saved.get("model.path")):
+        raise ConfigError(
+            f"{checkpoint} holds adapters alone, and the frozen weights in model.path have changed "
+            "since; restore them, or start a new run in another output_dir"
+        )
     if changed := [key for key in digests.keys() & saved if saved[key] != digests[key]]:
         raise ConfigError(
             "the run cannot be resumed with other prompts: the rows, tokenizer or chat template of "

@@ -14,7 +14,13 @@ from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_tokenizer
-from laser_fast.training.checkpoint import latest_checkpoint, load_trained, trainer_state
+from laser_fast.model.weights import base_digest
+from laser_fast.training.checkpoint import (
+    check_digests,
+    latest_checkpoint,
+    load_trained,
+    trainer_state,
+)
 
 
 def write_model(
@@ -23,7 +29,8 @@ def write_model(
     """Write the policy and the tokenizer of its base model, whole or not at all. Collective.
 
     In the dtype that the base model was stored in; what was at `out` is replaced. Adapters are
-    merged, or with `adapter` they are all that is written.
+    merged into the weights as they were trained with, in the compute dtype; or with `adapter` they
+    are all that is written.
     """
     full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
@@ -31,7 +38,7 @@ def write_model(
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         if adapter:
-            write_adapter(found, policy.hf, config, partial)
+            write_adapter(found, policy.hf, partial)
         else:
             dtype = load_model_config(config).dtype or torch.float32
             weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
@@ -63,6 +70,7 @@ def export(run: Path, out: Path, *, adapter: bool = False) -> Path:
     load_tokenizer(model.path)  # a missing one is named before the model is loaded
     with open_world() as world:
         policy = build_policy(model, world)
+        check_digests(checkpoint, base_digest(model, load_model_config(model)))
         load_trained(checkpoint, policy)
         write_model(policy, model, out, world, adapter=adapter)
     if score.loss_coef > 0:

@@ -21,9 +21,11 @@ from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World, stop_at_sigterm
+from laser_fast.model.families import position_limit
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
+from laser_fast.model.weights import base_digest
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
@@ -117,14 +119,15 @@ def _build_sampler(
     grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
     with world.agreement():
         model_config = load_model_config(config.model)
-        check_lengths(config, model_config.max_position_embeddings)
+        check_lengths(config, position_limit(model_config))
         vocabulary = load_vocabulary(
             config.model.path, score_token=config.score.token, model_config=model_config
         )
         tokenizer, asked = vocabulary.tokenizer, grader.fields
         prompts = train_prompts(config.data, tokenizer, seed=config.seed, asked=asked)
         prompts.check_ids(model_config.vocab_size)
-        digests, held_out = {"data.train": prompts.digest}, list[Prompt]()
+        digests = {"data.train": prompts.digest, **base_digest(config.model, model_config)}
+        held_out = list[Prompt]()
         if config.data.eval:
             source = held_out_prompts(config.data, tokenizer, asked=asked)
             source.check_ids(model_config.vocab_size)

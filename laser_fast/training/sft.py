@@ -27,10 +27,11 @@ from laser_fast.log.run_folder import resumed_config
 from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World, stop_at_sigterm
-from laser_fast.model.families import LmHead
+from laser_fast.model.families import LmHead, position_limit
 from laser_fast.model.packing import Ids, Packer, plan_shares
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
+from laser_fast.model.weights import base_digest
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
@@ -151,7 +152,8 @@ def sft(
         check_stop = stack.enter_context(stop_at_sigterm(world))
         trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))
         completed = 0
-        digests = {"data.train": trainer.rows.digest}
+        base = base_digest(config.model, trainer.policy.hf.config)
+        digests = {"data.train": trainer.rows.digest, **base}
         if checkpoint:
             check_digests(checkpoint, digests)
             state = load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
@@ -180,10 +182,11 @@ def sft(
 def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTrainer:
     """Check every input, then load the model."""
     model_config, data = load_model_config(config.model), config.data
-    if config.max_sequence_tokens > model_config.max_position_embeddings:
+    limit = position_limit(model_config)
+    if config.max_sequence_tokens > limit:
         raise ConfigError(
             "data.max_prompt_tokens + data.max_response_tokens = "
-            f"{config.max_sequence_tokens} exceeds the {model_config.max_position_embeddings} "
+            f"{config.max_sequence_tokens} exceeds the {limit} "
             "positions of the model; lower one of them"
         )
     tokenizer = load_tokenizer(config.model.path)

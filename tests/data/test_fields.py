@@ -101,9 +101,11 @@ def test_rows_are_kept_by_their_fields(tmp_path, tokenizer, suffix):
     found = load(path, tokenizer, where={"level": [2, 3], "of.kind": ["b"]})
     assert [prompt.answer for prompt in found] == ["2", "3"]
     assert len(load(path, tokenizer)) == 4
+    assert len(load(path, tokenizer, where={"level": [2.0]})) == 2  # as pandas writes numbers
+    assert len(load(path, tokenizer, where={"level": [3]})) == 1
     with pytest.raises(ConfigError, match=r'no field "leval" \(data.where\)'):
         load(path, tokenizer, where={"leval": [2]})
-    with pytest.raises(ConfigError, match="has no rows"):
+    with pytest.raises(ConfigError, match=r"where \{.*has no rows"):
         load(path, tokenizer, where={"level": [9]})
 
 
@@ -138,6 +140,8 @@ def test_held_out_rows_have_fields_of_their_own(tmp_path, tokenizer):
             "ends with the",
         ),
         ({"problem": [{"role": "user"}], "answer": "3"}, "message 0: expected role and content"),
+        ({"problem": [{"role": "user", "content": " "}], "answer": "3"}, "message 0 is empty"),
+        ({"problem": [dict(USER, content="\ud800")], "answer": "3"}, "message 0 is not valid"),
         ({"problem": [], "answer": "3"}, "expected text or a list of messages"),
     ],
 )

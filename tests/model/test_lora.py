@@ -10,19 +10,21 @@ from policy_ranks import (
     SEQUENCES,
     TEMPERATURE,
     backward,
+    checkpoint_config,
     full,
     full_parameters,
     update,
 )
 from tiny_models import SCORE_TOKEN, VOCAB, naive_loss, save_model
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from laser_fast.config import ConfigError, ModelConfig, UpdateConfig
 from laser_fast.model.flops import training_flop
 from laser_fast.model.logprobs import label_logprobs
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
+from laser_fast.model.weights import base_digest
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.export import write_model
 from laser_fast.training.update import build_optimizer
@@ -135,10 +137,11 @@ def test_engines_and_folders_get_the_merged_model(folder, world, tmp_path):
         assert not torch.allclose(actual, base(input_ids=ids).logits, atol=1e-2)
 
 
-def test_peft_reads_the_adapter_that_is_written(folder, world, tmp_path):
+@pytest.mark.parametrize("targets", [(), ("v_proj", "up_proj")])
+def test_peft_reads_the_adapter_that_is_written(folder, world, tmp_path, targets):
     from peft import PeftModel
 
-    config = config_of(folder, lora_targets=("v_proj", "up_proj"))
+    config = config_of(folder, lora_targets=targets)
     policy = adapt(build_policy(config, world))
     write_model(policy, config, tmp_path / "adapter", world, adapter=True)
     assert not list((tmp_path / "adapter").glob("model*"))
@@ -158,8 +161,9 @@ def test_an_update_moves_adapters_alone_and_a_checkpoint_holds_them_alone(folder
     after = update(policy, world, optimizer)
     for name, value in after.items():
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
-    where = {"trainer_state": {}, "config_toml": "", "keep": 1, "world": world}
-    path = save_checkpoint(tmp_path, 1, policy=policy, optimizer=optimizer, **where)
+    run = checkpoint_config(config, tmp_path)
+    state = {"policy": policy, "optimizer": optimizer, "state": {}, "world": world}
+    path = save_checkpoint(run, 1, **state)
     held = FileSystemReader(path).read_metadata().state_dict_metadata
     models = {name for name in held if name.startswith("model.")}
     assert models and all("lora_" in name for name in models)
@@ -170,6 +174,16 @@ def test_an_update_moves_adapters_alone_and_a_checkpoint_holds_them_alone(folder
     expected = update(policy, world, optimizer)
     actual = update(resumed, world, its_optimizer)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_frozen_weights_that_changed_are_named(folder):
+    config = config_of(folder)
+    model_config = AutoConfig.from_pretrained(folder)
+    before = base_digest(config, model_config)
+    assert base_digest(config, model_config) == before and list(before) == ["model.path"]
+    assert base_digest(ModelConfig(path=str(folder)), model_config) == {}
+    save_model(folder, vocab_size=VOCAB, seed=1)
+    assert base_digest(config, model_config) != before
 
 
 def test_frozen_weights_are_kept_in_the_compute_dtype_and_cost_less(folder, world):
@@ -189,6 +203,17 @@ def test_frozen_weights_are_kept_in_the_compute_dtype_and_cost_less(folder, worl
 def test_layers_that_are_not_there_are_named(folder, world):
     with pytest.raises(ConfigError, match="lora_targets: lm_head, w is no linear layer.*q_proj"):
         build_policy(config_of(folder, lora_targets=("lm_head", "q_proj", "w")), world)
+
+
+def test_blocks_that_differ_are_refused(world, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=VOCAB, intermediate_size=48, mlp_only_layers=[0], **sizes, **experts
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="the blocks of this model differ"):
+        build_policy(config_of(tmp_path), world)
 
 
 def test_a_missing_peft_is_named(folder, world, monkeypatch):
