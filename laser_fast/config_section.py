@@ -30,8 +30,7 @@ class Section(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             with reading(source):  # a value may be nested too deeply to be shown
-                problem = explain(error, section_keys(cls))
-            raise ConfigError(f"{source}: {problem}") from None
+                raise ConfigError(f"{source}: {explain(error, section_keys(cls))}") from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

@@ -142,13 +142,11 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            for name in fields:
-                if list(reader.fieldnames or ()).count(name) > 1:
-                    raise ConfigError(f'{path}: the field "{name}" is there twice')
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise ConfigError(f"{place}: expected {len(reader.fieldnames or ())} columns")
+                names = reader.fieldnames or ()  # the same name twice makes one field of two
+                if None in row or None in row.values() or len(row) < len(names):
+                    raise ConfigError(f"{place}: expected {len(names)} columns of different names")
                 yield place, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None

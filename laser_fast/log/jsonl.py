@@ -68,10 +68,8 @@ def replace_text(path: str | Path, text: str) -> None:
 
 
 def _object(text: str, place: str) -> dict[str, Any]:
-    try:
+    with reading(f"{place}: not valid JSON"):
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{place}: expected a JSON object, got {text[:60]}")
     return found

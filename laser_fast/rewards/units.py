@@ -5,13 +5,12 @@ from math import prod
 
 from laser_fast.rewards.notation import read_number
 
-_SAME = """cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre
-m meter metre|in inch inches|ft foot feet|mi mile|yd yard|kg kilogram kilo|g gram|mg milligram
-lb pound gbp|oz ounce|s sec second|min minute|h hr hour|day|week|month|year yr|l liter litre
-ml milliliter millilitre|gal gallon|degree deg|radian rad|dollar usd buck|cent|euro eur
-rupee rs inr|percent pct|am|pm|square sq squared|cubic cu cubed|newton n|joule j|watt w|volt v
-kelvin k|celsius c|fahrenheit f|hertz hz|acre|hectare|dozen|hundred|thousand|million|billion
-trillion|/ per"""
+_SAME = """cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|m meter metre
+in inch inches|ft foot feet|mi mile|yd yard|kg kilogram kilo|g gram|mg milligram|lb pound gbp
+oz ounce|s sec second|min minute|h hr hour|day|week|month|year yr|l liter litre
+ml milliliter millilitre|gal gallon|degree deg|radian rad|dollar usd buck|cent|euro eur|rupee rs inr
+percent pct|am|pm|square sq squared|cubic cu cubed|newton n|joule j|watt w|volt v|kelvin k|celsius c
+fahrenheit f|hertz hz|acre|hectare|dozen|hundred|thousand|million|billion|trillion|/ per"""
 _NAMES = {name: group.split()[0] for group in re.split(r"[|\n]", _SAME) for name in group.split()}
 _MEASURES = frozenset(_NAMES.values())
 # Words that say more than a unit does, without a plural's s: 10 or more, 10 theta, 10 squared.

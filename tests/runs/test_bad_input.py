@@ -331,7 +331,7 @@ def test_print_config_is_the_resolved_configuration(tmp_path, write_config, monk
 
 @pytest.mark.parametrize("error", [DisagreementError("stale weights"), ServerError("no answer")])
 def test_a_run_whose_sampler_fails_says_on_which_rank(error, monkeypatch, capsys):
-    def fail():
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
