@@ -55,7 +55,9 @@ class Target:
 
 def _row(result: dict, provider: str, mode: str, **case: object) -> dict | None:
     for row in result["rows"]:
-        found = row.get("case", {})
+        found = row.get("case")
+        if not isinstance(found, dict):  # of a benchmark that has no providers
+            continue
         is_case = all(found.get(key) == value for key, value in case.items())
         if is_case and row["provider"] == provider and mode in row["times"]:
             return row

@@ -39,6 +39,7 @@ from bench.workload import (
 from laser_fast.algorithm.loss import policy_loss, tis_weights
 from laser_fast.algorithm.score import score_loss
 from laser_fast.model.attention import attention_kwargs
+from laser_fast.model.families import LmHead
 from laser_fast.records import Microbatch
 from laser_kernels import linear_logprob_loss
 
@@ -125,7 +126,7 @@ def trainer() -> tuple[Head, Forward]:
     settings = objective.Objective(loss=LossConfig(), score=score, score_coef=SCORE_COEF)
 
     def head(hidden_states: Tensor, weight: Tensor, batch: Microbatch) -> Tensor:
-        return objective.joint_loss(settings, batch)(hidden_states[batch.rows], weight).loss
+        return objective.joint_loss(settings, batch)(hidden_states[batch.rows], LmHead(weight)).loss
 
     def forward(model: PreTrainedModel, batch: Microbatch) -> Tensor:
         policy = Policy(model, compute_dtype=model.dtype)

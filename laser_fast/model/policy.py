@@ -247,6 +247,7 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
     packed = policy(batch, read)
     policy.release()  # the optimizer must find the shards
     own, implementation = [], policy.hf.config._attn_implementation
+    policy.hf.eval()  # packed rows have no dropout
     with policy.unsharded():
         policy.hf.set_attn_implementation("eager")  # by definition, and none of ours
         for prompt, response in rows:
@@ -257,6 +258,7 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
             found = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             own.append(found.gather(1, labels)[:, 0])
         policy.hf.set_attn_implementation(implementation)
+    policy.hf.train()
     difference = float((packed - torch.cat(own)).abs().mean())
     with world.agreement():  # with experts, ranks may differ in the last digits
         if not difference <= _TOLERANCE.get(policy.compute_dtype, 0.1):

@@ -295,7 +295,7 @@ def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
     [
         ("", "no rows"),
         ('{"problem": "1a+2=", "answer": "3"}\n{"problem"\n', "bad.jsonl:2: not valid JSON"),
-        ('{"problem": "1a+2="}\n', 'no field "answer"'),
+        ('{"problem": "1a+2="}\n', "no field among answer, "),
         ('{"problem": "1a+2=", "answer": null}\n', 'field "answer".* is null'),
     ],
 )

@@ -33,7 +33,7 @@ def make_model(folder):
     return folder
 
 
-def write_config(model, folder, **sections):
+def write_config(model, folder, /, **sections):
     """Write the TOML of a small run on such a model into `folder`; returns its path."""
     import tomli_w
 

@@ -38,7 +38,7 @@ GOOD_ROW = '{"problem": "1a+1=", "answer": "2"}\n'
     [
         (["data.train=nowhere.jsonl"], r"nowhere.jsonl"),
         (write_rows("broken.jsonl", GOOD_ROW + "{oops\n"), r"broken\.jsonl.*\b2\b"),
-        (write_rows("field.jsonl", '{"question": "1", "answer": "1"}\n'), r"problem.*question"),
+        (write_rows("field.jsonl", '{"text": "1", "answer": "1"}\n'), r"prompt_field.*text"),
         (write_rows("empty.jsonl", ""), r"no rows"),
         (["data.max_prompt_tokens=3"], r"no prompt is left"),
         (["data.max_prompt_tokens=100"], r"= 131 exceeds the 128 positions of the model"),
@@ -162,10 +162,6 @@ STRAY = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.
             r"quantized, says its config",
         ),
         (values("config.json", dtype="int8"), r"quantized, says its config"),
-        (
-            values("config.json", layer_types=["sliding_attention", "full_attention"]),
-            r"uses sliding windows",
-        ),
         (values("adapter_config.json", peft_type="LORA"), r"is of an adapter; merge it"),
         (values("config.json", model_type=["qwen2"]), r"model\.path: cannot load"),
         (text("config.json", b"[]"), r"model\.path: cannot load"),
@@ -260,7 +256,10 @@ def folder_state(folder):
     ("arguments", "message"),
     [
         ([], r"is in use: it holds .*; continue that run with --resume or choose another"),
-        (["--resume", "optim.lr=0.25"], r"another configuration: optim\.lr was 0\.0005 and is now"),
+        (
+            ["--resume", "optim.lr=0.25"],
+            r"another configuration .*: optim\.lr was 0\.0005 and is now",
+        ),
         (["--resume", "seed=1"], r"seed was 0 and is now 1"),
         (["--resume", "output_dir=nowhere"], r"holds no run to resume"),
     ],

@@ -245,7 +245,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, write_config):
         checkpoint={"every": 0},
         data={"eval": ""},
         log={"samples_per_step": 1},
-        score={"ref_logprob": -4.2, "beta": 0.9},  # the model's own, which is worth no warning
+        score={"ref_logprob": -3.9, "beta": 1.2},  # the model's own, which is worth no warning
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "laser_fast", "train", str(path)],
