@@ -224,6 +224,8 @@ def count_parameters(model: PretrainedConfig) -> tuple[int, int]:
 
 def count_adapters(model: PretrainedConfig, config: ModelConfig) -> int:
     """Count t likewise; 0 without LoRA."""
+    if not config.lora_rank:
+        return 0
     with torch.device("meta"):
         layers = linear_layers(AutoModelForCausalLM.from_config(model))
     check_targets(config, layers)

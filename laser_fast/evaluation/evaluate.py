@@ -26,7 +26,7 @@ from laser_fast.model.distributed import World, check_world, open_world
 from laser_fast.model.families import position_limit
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
-from laser_fast.records import Prompt
+from laser_fast.records import Prompt, Sampling
 from laser_fast.rewards import grade_groups
 from laser_fast.rollout.engine import Engine, eval_sampling, make_engine
 
@@ -49,7 +49,7 @@ class _Task:
 
     name: str
     config: MeasureConfig
-    samples: int
+    sampling: Sampling
     chunk: int  # problems that are sampled together and written together
     prompts: list[Prompt]
     settings: dict[str, Any]  # what decides the samples
@@ -121,6 +121,8 @@ class _Part:
         """Load the problems and look at their golds, before the model is loaded."""
         name, samples = benchmark.name, benchmark.samples
         rollout, reward = config.rollout, config.reward
+        needs_score = self.needs_score
+        sampling = eval_sampling(config, "eval", group_size=samples, needs_score=needs_score)
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         tokenizer, asked = self.vocabulary.tokenizer, self.graders.of(reward).fields
         source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)
@@ -130,7 +132,7 @@ class _Part:
         settings = {
             "source": benchmark.source,
             "samples": samples,
-            "max_new_tokens": rollout.eval_max_new_tokens or rollout.max_new_tokens,
+            "max_new_tokens": sampling.max_new_tokens,
             "reward": reward.kind,
             "format_gate": reward.format_gate,
             "num_prompts": len(prompts),
@@ -151,25 +153,24 @@ class _Part:
                 if ids:
                     logger.warning(_DOUBTS[key], name, len(ids), ", ".join(ids[:5]))
         chunk = max(_ROUNDS[rollout.engine] * rollout.max_num_seqs * self.world.size // samples, 1)
-        return _Task(name, config, samples, chunk, prompts, settings, golds)
+        return _Task(name, config, sampling, chunk, prompts, settings, golds)
 
     def count_done(self, task: _Task) -> int:
         """Problems whose samples the folder holds; the rest of a chunk is dropped. Collective."""
         done, ids = 0, [prompt.prompt_id for prompt in task.prompts]
         if self.world.is_main:
-            done = self.folder.keep_chunks(task.name, ids, size=task.samples, chunk=task.chunk)
+            size = task.sampling.group_size
+            done = self.folder.keep_chunks(task.name, ids, size=size, chunk=task.chunk)
         return self.world.max(done)
 
     def sample(self, task: _Task, done: int, engine: Engine) -> None:
         """Sample, grade and append the problems from `done` on. Collective."""
         config, world, total = task.config, self.world, len(task.prompts)
-        group_size, needs_score = task.samples, self.needs_score
-        sampling = eval_sampling(config, "eval", group_size=group_size, needs_score=needs_score)
         decode, extract = self.vocabulary.decode, answer_of(config.reward.kind)
         self.on_progress(task.name, done, total)
         for start in range(done, total, task.chunk):
             prompts = task.prompts[start : start + task.chunk]
-            groups = engine.generate(prompts[world.rank :: world.size], sampling)
+            groups = engine.generate(prompts[world.rank :: world.size], task.sampling)
             groups = grade_groups(self.graders.of(config.reward), groups, decode)
             # They get their scores when all samples are there, and c_ref is known.
             records = world.gather(to_records(groups, decode=decode, extract=extract))
@@ -196,7 +197,8 @@ def _check(benchmarks: Sequence[Benchmark], k: int) -> None:
 
 def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool) -> dict[str, Any]:
     """What decides the samples; also golds, score and calibration, which may change."""
-    config, token_id = tasks[0].config, vocabulary.special.score_token_id
+    config, sampling = tasks[0].config, tasks[0].sampling
+    token_id = vocabulary.special.score_token_id
     score = config.score.model_dump(include={"token", "position", "beta", "ref_logprob"})
     return {
         "model": config.model.path,
@@ -204,8 +206,7 @@ def _settings(tasks: Sequence[_Task], vocabulary: Vocabulary, needs_score: bool)
         "engine": config.rollout.engine,
         "compute_dtype": config.model.compute_dtype,
         "seed": config.seed,
-        "temperature": config.rollout.eval_temperature or config.rollout.temperature,
-        **{key: getattr(config.rollout, f"eval_{key}") for key in ("top_p", "top_k", "min_p")},
+        **{key: getattr(sampling, key) for key in ("temperature", "top_p", "top_k", "min_p")},
         "score_token": vocabulary.tokenizer.convert_ids_to_tokens(token_id),
         "score_position": config.score.position,
         "needs_score": needs_score,

@@ -109,7 +109,7 @@ class HfEngine(Engine):
             logits = context.logits
             tempered = logits / sampling.temperature
             allowed = truncate(tempered.index_fill(1, banned_ids, -torch.inf), sampling)
-            choice = (allowed - noise.step(row, tempered)).argmax(1)
+            choice = allowed.sub_(noise.step(row, tempered)).argmax(1)
             logprob = tempered.gather(1, choice[:, None])[:, 0] - tempered.logsumexp(1)
             if sampling.score_at:
                 scores[row, step] = logits[:, score_token_id] - logits.logsumexp(1)

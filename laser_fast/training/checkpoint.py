@@ -173,7 +173,7 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """Restore model and optimizer in place and return the trainer's state. Collective."""
     state = _state(policy, optimizer)
-    read_state(path, state)
+    _read_state(path, state)
     parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(policy, optimizer, **parts, options=_OWN_KEYS)
     return trainer_state(path)
@@ -182,7 +182,7 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict
 def load_trained(path: Path, policy: Policy) -> None:
     """Restore what `save_checkpoint` kept of the policy. Collective."""
     state = {"model": _trained(policy, get_model_state_dict(policy))}
-    read_state(path, state)
+    _read_state(path, state)
     set_model_state_dict(policy, state["model"], options=_OWN_KEYS)
 
 
@@ -218,7 +218,7 @@ def check_digests(checkpoint: Path, digests: dict[str, str]) -> None:
         )
 
 
-def read_state(path: Path, state: dict[str, Any]) -> None:
+def _read_state(path: Path, state: dict[str, Any]) -> None:
     """Fill a sharded state in place from a checkpoint; a ConfigError says that it is broken."""
     with _reading(path):
         reader = _Reader(path)

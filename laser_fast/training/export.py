@@ -70,7 +70,7 @@ def export(run: Path, out: Path, *, adapter: bool = False) -> Path:
     load_tokenizer(model.path)  # a missing one is named before the model is loaded
     with open_world() as world:
         policy = build_policy(model, world)
-        check_digests(checkpoint, base_digest(model, load_model_config(model)))
+        check_digests(checkpoint, base_digest(model, policy.hf.config))
         load_trained(checkpoint, policy)
         write_model(policy, model, out, world, adapter=adapter)
     if score.loss_coef > 0:

@@ -5,21 +5,19 @@
 prints the largest relative error of a gradient against one process: "fsdp2 1e-7".
 """
 
-import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from page_code import code_blocks
 
 PAGE = Path(__file__).parents[2] / "laser_fast" / "integrations" / "README.md"
 
 
 def snippet(heading, index=0):
     """What the block of Python below a heading defines."""
-    text = PAGE.read_text().partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     namespace = {"torch": torch}
-    exec(blocks[index], namespace)
+    exec(code_blocks(PAGE, heading)[index], namespace)
     return namespace
 
 

@@ -25,7 +25,7 @@ _FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -33,17 +33,14 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": EOS,
     "initializer_range": 0.15,
 }
+_TOKENS = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
 
 
 def make_model_config(family="qwen2", **changes):
     """The configuration of a tiny model; `changes` are keys of the family's configuration."""
-    keys = _SIZES | changes
+    keys = SIZES | _TOKENS | {"tie_word_embeddings": True} | changes
     keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
     return _FAMILIES[family][0](**keys)
 

@@ -1,6 +1,7 @@
 """A tiny model of every family: packed rows, fused head and engine agree with its logits."""
 
 import pytest
+import tiny_models
 import torch
 from policy_ranks import (
     OBJECTIVE,
@@ -23,20 +24,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.training.sft import supervised_loss, supervised_sequences
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.15,
-}
+SIZES = tiny_models.SIZES | {"head_dim": 8, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 FAMILIES = {
     "cohere": {"logit_scale": 0.25},
