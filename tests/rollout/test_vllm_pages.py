@@ -1,7 +1,10 @@
 """The page on scoring anywhere: its command starts a server, and its code gets the right scores."""
 
-import functools
+import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,41 +63,30 @@ def test_the_code_for_openai_clients(position, server, served, monkeypatch):
     pytest.fail(f"{num_scores} of 30 answers ended")
 
 
-def test_the_code_in_process(served, monkeypatch):
-    import vllm
-
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # In a process of its own: another test's engine may hold this one's process group.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    small = {"dtype": "float32", "max_model_len": served.max_model_len, "enforce_eager": True}
-    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, **small))
+def test_the_code_in_process(served):
     [code] = code_blocks(PAGE, "vLLM in process")
-    names = NAMES | {"prompts": [PROMPT] * 12, "score_token_id": served.score_token}
-    outputs = []
-    generate = vllm.LLM.func.generate
-    monkeypatch.setattr(
-        vllm.LLM.func, "generate", lambda *x: outputs.extend(generate(*x)) or outputs
+    asked = {"prompts": [PROMPT] * 12, "score_token_id": served.score_token}
+    small = {"dtype": "float32", "max_model_len": served.max_model_len, "enforce_eager": True}
+    options = {
+        "code": code.replace('"MODEL"', repr(str(served.path))),
+        "names": NAMES | asked,
+        "engine_args": small,
+    }
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("vllm_page.py")), json.dumps(options)],
+        env=os.environ
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    exec(code.replace('"MODEL"', repr(str(served.path))), names)
-    finished = [o for o in outputs if o.outputs[0].finish_reason == "stop"]
-    assert len(names["scores"]) == len(finished) > 2
-    for score, output in zip(names["scores"], finished, strict=True):
-        *ids, last = output.outputs[0].token_ids
-        assert last == served.score_token
-        expected = expected_score(served, output.prompt_token_ids, ids, "eos")
-        assert score == pytest.approx(expected, abs=1e-5)
-
-    # What the text below the code says of the position "last", on an engine without need of it.
-    params = vllm.SamplingParams(
-        max_tokens=40, logprob_token_ids=[served.score_token], logit_bias={served.score_token: -100}
-    )
-    num_scores = 0
-    for output in generate(names["llm"], [PROMPT] * 12, params):
-        completion = output.outputs[0]
-        if completion.finish_reason == "stop":
-            logprob = completion.logprobs[-1][served.score_token].logprob
-            expected = expected_score(served, output.prompt_token_ids, completion.token_ids, "last")
-            assert BETA * (logprob - REF_LOGPROB) == pytest.approx(expected, abs=1e-5)
-            num_scores += 1
-    assert num_scores > 1
+    assert done.returncode == 0, done.stderr[-4000:]
+    eos, last = json.loads(done.stdout.strip().splitlines()[-1])
+    for _, ids in eos["answers"]:
+        assert ids.pop() == served.score_token
+    for position, found in (("eos", eos), ("last", last)):
+        assert len(found["scores"]) == len(found["answers"]) > 1
+        for score, answer in zip(found["scores"], found["answers"], strict=True):
+            assert score == pytest.approx(expected_score(served, *answer, position), abs=1e-5)
