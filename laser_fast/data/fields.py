@@ -128,9 +128,11 @@ def _check_text(text: str, about: str) -> None:
 def _get(place: str, row: Any, field: str, key: str) -> Any:
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: expected an object with fields, got {type(row).__name__}")
+    if field in row:
+        return row[field]
     check_fields(place, {field: key}, row)
     value = row
-    for part in [field] if field in row else field.split("."):
+    for part in field.split("."):
         if not isinstance(value, dict) or part not in value:
             raise ConfigError(f'{place}: no field "{field}" ({key})')
         value = value[part]

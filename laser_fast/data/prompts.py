@@ -19,7 +19,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from functools import lru_cache
 from importlib.metadata import version
@@ -70,6 +72,9 @@ _TODAY = date(2024, 7, 26)
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _CHAT_FAILS = 'data.template = "chat": the tokenizer\'s chat template fails'
 _PROBE = "Is 91 a prime?"
+
+# Places, texts, answers and further fields of some rows.
+_Worded = tuple[list[str], list[str], list[str], list[str]]
 
 _log = logging.getLogger(__name__)
 
@@ -260,11 +265,19 @@ def _tokenize(
     question, answer, word = config.prompt_field, config.answer_field, wording(config, tokenizer)
     fields = {question: "data.prompt_field", answer: "data.answer_field"}
     fields = dict.fromkeys(asked, "which the reward function asks for") | fields
-    rows = source.read(fields)
-    while batch := list(islice(rows, _BATCH)):
-        questions = [question_of(row, fields, question, place) for place, row in batch]
-        answers = [answer_text(row, fields, answer, place) for place, row in batch]
-        texts = [word(asked) for asked in questions]
+    rows, further = source.read(fields), json.JSONEncoder(default=str).encode
+
+    def worded() -> Iterator[_Worded]:
+        while batch := list(islice(rows, _BATCH)):
+            yield (
+                [place for place, _ in batch],
+                [word(question_of(row, fields, question, place)) for place, row in batch],
+                [answer_text(row, fields, answer, place) for place, row in batch],
+                [further(fields_of(row, asked, place)) for place, row in batch],
+            )
+
+    def tokenized(part: _Worded) -> pa.Table:
+        places, texts, answers, further = part
         encoded = tokenizer(
             texts,
             # A chat template writes its special tokens itself.
@@ -272,13 +285,27 @@ def _tokenize(
             return_attention_mask=False,
             verbose=False,  # over-long prompts are counted and need no warning of their own
         )["input_ids"]
-        for (place, _), text, ids in zip(batch, texts, encoded, strict=True):
+        for place, text, ids in zip(places, texts, encoded, strict=True):
             if not ids:
                 of = f"of {tokenizer.name_or_path}"
                 raise ConfigError(f"{place}: the prompt {text!r:.60} has no token {of}")
-        further = [json.dumps(fields_of(row, asked, place), default=str) for place, row in batch]
         columns = [texts, answers, further, encoded, list(map(len, encoded))]
-        yield pa.table(columns, schema=_SCHEMA)
+        return pa.table(columns, schema=_SCHEMA)
+
+    # Tokenizers let the interpreter go: 100k rows take 2.2 s of wall time, and 2.8 s in one thread.
+    yield from _one_ahead(tokenized, worded())
+
+
+def _one_ahead(work: Callable[[_Worded], pa.Table], parts: Iterable[_Worded]) -> Iterator[pa.Table]:
+    """Do the work in a thread, while the next part is prepared and the last one used."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque[Future[pa.Table]]()
+        for part in parts:
+            pending.append(thread.submit(work, part))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
 def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question], str]:
