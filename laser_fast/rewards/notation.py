@@ -51,6 +51,10 @@ _REWRITES = [
         (r"\\(?:[hv]space\*?\{[^{}]*\}|[hvm]?(?:kern|skip)\s*-?[\d.]+\s*[a-z]{2})", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
         (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
+        (rf"\\(?:under|over)brace\s*({_GROUP})\s*(?:[_^]\s*(?:{_GROUP}|[^\s{{}}\\]))?", r"\1"),
+        (rf"\\raisebox\s*{_GROUP}\s*(?:\[[^\]]*\]\s*)*({_GROUP})", r"\\text\1"),
+        (r"\\operatorname\*?\s*\{\s*(?:((?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|gcd"
+         r"|max|min)\s*\}|(?=[^{}]*\}))", lambda m: f"\\{m[1]} " if m[1] else r"\text{"),
         (r"\\(?:math(?:rm|sf)|(?:[mhf]|frame)box|emph|(?:text)?(?:rm|bf|it|sf|tt)"
          r"|text(?:up|sc|sl|normal)?)\s*\{", r"\\text{"),
         (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}]*)\}", r"\\text{\1}"),

@@ -20,6 +20,7 @@ FIVES = r"""
 5^{}|5\\|5\newline|\strut 5|\style{color:red}{5}
 \bbox[5px,border:2px solid red]{5}|\href{http://a}{5}|US\$5|US$5|\text{US}\$5|\text{US\$}5|\$US5
 USD 5|\text{USD}~5|Rs. 5|\text{Rs. }5|5 Rs|EUR 5|\text{\$}5|\textdollar 5|HK\$5|CA\$5|5\text{,}
+\underbrace{5}_{n}|\overbrace{5}^{2}|\underbrace{5}|\raisebox{1ex}{5}|\raisebox{-.5ex}[0pt][0pt]{$5$}
 """.strip().replace("\n", "|")
 
 
@@ -60,6 +61,10 @@ ANSWERS = [
         ],
         [r"0.\underline{3}"],
     ),
+    (r"\sin(2)", [r"\operatorname{sin}(2)"], [r"\operatorname{cos}(2)"]),
+    (r"\ln 2", [r"\operatorname*{ln} 2", r"\operatorname{ln}{2}"], [r"\operatorname{exp} 2"]),
+    (r"\text{Yes}", [r"\operatorname{yes}"], [r"\operatorname{no}"]),
+    ("11", [r"\underbrace{11}_{2}"], [r"\underbrace{1}_{1}", r"\raisebox{11ex}{2}", "2"]),
     ("52_8", [r"52_\mathbf{8}", r"\underline{52}_8"], [r"52_\mathbf{9}"]),
     ("x^{12}", [r"x^\mathbf{12}", r"x^{\color{red}12}"], [r"x^\mathbf{1}2"]),
     (
