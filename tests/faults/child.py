@@ -34,6 +34,7 @@ PLACES = {
     "rename": ("pathlib:Path.rename", "before"),
     "evaluation": ("laser_fast.training.run:_evaluate", "before"),
 }
+STRUCK = "struck.txt"  # a line for each fault that has struck: place and step
 
 
 def main():
@@ -75,6 +76,8 @@ def wrap(fault, now):
         if struck or now != [fault["step"]] or not is_meant(fault["place"], arguments):
             return given
         struck.append(True)
+        with (Path(os.environ["LASER_DRILL"]) / STRUCK).open("a") as notes:
+            notes.write(f"{fault['place']} {fault['step']}\n")
         return ACTIONS[fault["action"]](given, fault)
 
     def before(*arguments, **keys):

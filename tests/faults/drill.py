@@ -25,6 +25,8 @@ from typing import Any
 from laser_fast.training.checkpoint import list_checkpoints
 from tests.helpers import small_runs
 
+from .child import STRUCK
+
 ROOT = Path(__file__).parents[2]
 EVERY = 2  # steps from one checkpoint to the next, and from one row to the next
 DEADLINE_S = 540.0  # of one command, on a machine that is busy besides
@@ -163,7 +165,14 @@ class Drill:
         )
         if (ended.code == 0) != row.goes_on:
             outcome.faults.append(f"exit code {ended.code}")
-        for _, each in pending:
+        notes = run.with_name(STRUCK)
+        struck = notes.read_text().splitlines() if notes.exists() else []
+        for (
+            step,
+            each,
+        ) in pending:  # a run that ends before, for any reason, looks like a killed one
+            if each.row.inject and f"{each.row.inject['place']} {step}" not in struck:
+                each.faults.append("the fault did not strike")
             if not (said := re.search(each.row.says, ended.output)):
                 each.faults.append(f"it does not say {each.row.says!r}")
             each.said = said[0] if said else ""
@@ -172,7 +181,7 @@ class Drill:
             row.repair(list_checkpoints(run)[-1])
         if not row.goes_on:
             steps = [step for step, _ in map(by_step, list_checkpoints(run))]
-            logged = small_runs.read_lines(run / "metrics.jsonl")
+            logged = read_lines(run / "metrics.jsonl")
             outcome.steps_repeated = max(0, len(logged) - max(steps, default=0))
         for _, each in pending:
             each.seconds = (time.monotonic() - started) / len(pending)
