@@ -3,8 +3,10 @@
     python -m bench.grpo_step --json OUT                  a random Qwen2, V = 49152
     python -m bench.grpo_step --model FOLDER --json OUT   a real model of that folder
     python -m bench.grpo_step --smoke                     one round of a tiny one
+    python -m bench.grpo_step --vllm ...                  both sample with vLLM in process
 
-    rollout    from the prompts to completions: transformers' `generate` there, the engine "hf" here
+    rollout    from the prompts to completions: transformers' `generate` there, the engine "hf"
+               here; with vLLM both also send their weights to it
     reward     the same function, there in the process, here in a worker
     prepare    advantages and the batch's tensors
     update     log-probs, loss, backward, clipping of the norm and AdamW
@@ -12,11 +14,12 @@
 Both train a copy of the same model in float32 by plain GRPO on the same prompts, every one in each
 step, with one update for all completions at once and neither a reference nor recomputed
 activations. Every completion has the same length: no EOS may be drawn (`min_new_tokens` there, a
-ban in the engine here). TRL's own `train()` runs, and its callback makes each of our steps after
-one of its own; the first round is left out. Seconds are those of the CPU in this process, which
-with one thread is what a quiet machine's clock would say; those of the clock stand beside them.
-The peak is of the resident memory, above what was held when the step began: weights and AdamW's
-state are left out, gradients and activations are in.
+ban in the engine here; `min_tokens` of both with vLLM, which runs eagerly in float32 for both).
+TRL's own `train()` runs, and its callback makes each of our steps after one of its own; the first
+round is left out. Seconds are those of the CPU in this process, which with one thread is what a
+quiet machine's clock would say; those of the clock stand beside them. The peak is of the resident
+memory, above what was held when the step began: weights and AdamW's state are left out, gradients
+and activations are in.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +57,7 @@ SIZES = Sizes(384, 1024, 8, 6, 2, 49152)
 STAGES = ("rollout", "reward", "prepare", "update")
 OURS = dict(prompt="rollout", sync="rollout", rollout="rollout", reward="reward")
 OURS |= dict(score="prepare", advantage="prepare", pack="prepare", loss="update", step="update")
+MAX_MODEL_LEN = 512
 TRL, LASER = "TRL", "laser_fast"
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -139,6 +144,15 @@ def trl_trainer(folder: str, data: list[dict], args: argparse.Namespace, rounds:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    sampling: dict[str, Any] = {"generation_kwargs": {"min_new_tokens": args.length}}
+    if args.vllm:
+        from trl.generation import vllm_generation
+
+        # What TRL leaves to vLLM, which would choose bfloat16 for itself alone.
+        vllm_generation.LLM = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+        vllm_generation.VLLMGeneration.sync_weights = reload_weights
+        sampling = {"generation_kwargs": {"min_tokens": args.length}, "use_vllm": True}
+        sampling |= {"vllm_mode": "colocate", "vllm_max_model_length": MAX_MODEL_LEN}
     trainer = GRPOTrainer(
         model=folder,
         reward_funcs=reward,
@@ -156,7 +170,7 @@ def trl_trainer(folder: str, data: list[dict], args: argparse.Namespace, rounds:
             num_generations=args.group_size,
             per_device_train_batch_size=args.prompts * args.group_size,
             max_completion_length=args.length,
-            generation_kwargs={"min_new_tokens": args.length},
+            **sampling,
         ),
         train_dataset=Dataset.from_list([{"prompt": row["problem"]} for row in data]),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -186,6 +200,7 @@ def laser_config(folder: str, data: list[dict], args: argparse.Namespace, rounds
                 "group_size": args.group_size,
                 "max_new_tokens": args.length,
                 "score": "off",
+                "engine": "vllm" if args.vllm else "hf",
             },
             "reward": {"kind": "bench.grpo_step:reward", "workers": 1},
             "score": {"token": args.score_token, "loss_coef": 0.0},
@@ -196,6 +211,25 @@ def laser_config(folder: str, data: list[dict], args: argparse.Namespace, rounds
     )
 
 
+def reload_weights(generation: Any) -> None:
+    """TRL's sync for vLLM's CPU build, whose packed layers have no loader for the one it uses."""
+    weights = {"weights_iterator": generation.model.state_dict().items()}
+    generation.llm.collective_rpc("reload_weights", kwargs=weights | {"is_checkpoint_format": True})
+    generation.llm.reset_prefix_cache()
+
+
+def keep_on(engine: Any, length: int) -> None:
+    """Let our vLLM draw no EOS before the last token."""
+    params = engine._sampling_params
+
+    def longer(*asked: Any) -> Any:
+        found = params(*asked)
+        found.min_tokens = length
+        return found
+
+    engine._sampling_params = longer
+
+
 def measure(folder: str, data: list[dict], args: argparse.Namespace) -> dict[str, list[dict]]:
     """The steps of both, the first of each left out."""
     rounds, num_tokens = args.rounds + 1, args.prompts * args.group_size * args.length
@@ -203,7 +237,10 @@ def measure(folder: str, data: list[dict], args: argparse.Namespace) -> dict[str
     with open_world() as world, ExitStack() as stack:
         config = laser_config(folder, data, args, rounds)
         sampler, _, _ = training_run._build_sampler(config, world, stack, None)
-        sampler.engine._banned_ids += sampler.vocabulary.special.eos_token_ids
+        if args.vllm:
+            keep_on(sampler.engine, args.length)
+        else:
+            sampler.engine._banned_ids += sampler.vocabulary.special.eos_token_ids
         ours, *_ = training_run._build_trainer(sampler, None, None)
         ours.stage = sampler.stage = stages
         counted = []
@@ -220,6 +257,8 @@ def measure(folder: str, data: list[dict], args: argparse.Namespace) -> dict[str
         theirs, their_stages = trl_trainer(folder, data, args, rounds)
         theirs.add_callback(Turns(their_stages, num_tokens, step))
         theirs.train()
+        if args.vllm:  # whose end would take our process group with it
+            theirs.vllm_generation.llm.llm_engine.engine_core._finalizer.detach()
         tokenizer = sampler.vocabulary.tokenizer
         lengths = {len(tokenizer(row["problem"])["input_ids"]) for row in data}
         assert counted == [(num_tokens, lengths)] * rounds
@@ -262,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = runner.base_parser(__doc__, smoke="one round of a tiny model")
     parser.add_argument("--model", help="Hugging Face folder; default: random weights")
     parser.add_argument("--score-token", default=RESERVED_TOKENS[0], help="a reserved one")
+    parser.add_argument("--vllm", action="store_true", help="both sample with vLLM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=2, help="of a step")
     parser.add_argument("--group-size", type=int, default=8)
@@ -287,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             ][: args.prompts]
         found = measure(folder, data, args)
     name = Path(args.model).name if args.model else "random Qwen2"
+    name += " on vLLM" if args.vllm else ""
     case = (
         f"{name}; {args.prompts} prompt(s) of {args.prompt_tokens} tokens, {args.group_size} "
         f"completions of {args.length} each"

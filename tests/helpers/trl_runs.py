@@ -45,7 +45,7 @@ COMMON = {
 GRPO = {"num_generations": GROUP, "max_completion_length": 10, "gradient_accumulation_steps": 2}
 
 
-def save_model(folder):
+def save_model(folder, **sizes):
     """A model that finds the score token improbable, as pretrained ones do."""
 
     def adapt(model):
@@ -58,7 +58,7 @@ def save_model(folder):
             model.lm_head.weight[EOS] += 3 * direction
 
     torch.manual_seed(0)
-    save(folder, adapt=adapt, tie_word_embeddings=False)
+    save(folder, adapt=adapt, tie_word_embeddings=False, **sizes)
 
 
 def odd_sum(completion_ids, **_):
