@@ -65,6 +65,29 @@ class _TrainCommand(TyperCommand):
         return super().parse_args(ctx, [_AUTO if arg == "--resume=auto" else arg for arg in args])
 
 
+@app.command()
+def init(
+    model: Annotated[str, Option(help="Hugging Face id or folder.")],
+    data: Annotated[str, Option(help="Prompts: a hub id, or a jsonl, json, parquet or csv file.")],
+    overrides: Overrides = None,
+    held_out: Annotated[str | None, Option("--eval", help="Held-out prompts, likewise.")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="Number of GPUs; default: those here.")] = None,
+    memory: Annotated[float | None, Option(min=0, help="Memory of one in GB; likewise.")] = None,
+    lora: Annotated[bool, Option("--lora", help="Train adapters even if weights fit.")] = False,
+    output: Annotated[Path, Option(help="New file.")] = Path("laser.toml"),
+    measure: Annotated[bool, Option(help="Measure token, beta and c_ref.")] = True,
+) -> None:
+    """Write a commented configuration that fits, with all that can be found out; how to run it."""
+    from laser_fast.init import LORA_RANK, write_config
+
+    changes = _as_overrides(
+        overrides, data__eval=held_out, model__lora_rank=LORA_RANK if lora else None
+    )
+    devices: dict[str, Any] = {"gpus": gpus, "memory": memory}
+    for line in write_config(model, data, output, **devices, measures=measure, overrides=changes):
+        typer.echo(line)
+
+
 @app.command(cls=_TrainCommand)
 def train(
     config: RunFile,

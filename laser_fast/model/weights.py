@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from laser_fast.config_errors import ConfigError, reading
 
@@ -50,6 +50,12 @@ def load_weights(path: str, *, attention: str) -> PreTrainedModel:
     for problem in _problems(hf, report):
         raise ConfigError(f'model.path: the weights of "{path}" {problem}')
     return hf
+
+
+def has_weights(path: str) -> bool:
+    """Whether the weights of a folder or hub id, whose config.json is here, are here too."""
+    folder = Path(str(cached_file(path, "config.json"))).parent
+    return any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
 
 
 def base_digest(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str, str]:
