@@ -18,8 +18,8 @@ import torch
 
 from laser_fast.config import Config, ConfigError, DataConfig, ModelConfig, PromptConfig
 from laser_fast.config_errors import apply_override
-from laser_fast.data.fields import AUTO, find_fields
-from laser_fast.data.prompts import train_prompts
+from laser_fast.data.fields import AUTO, find_fields, kept
+from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, Benchmark
 from laser_fast.evaluation.calibrate import calibrate
@@ -77,8 +77,8 @@ def write_config(
 ) -> tuple[str, str]:
     """Write a new file; returns what `plan` says of it, and the command that runs it.
 
-    `gpus` have `memory` GB each; by default they are those of this machine. `overrides` stand as
-    they are. A ConfigError says what cannot run, or that nothing here makes it fit.
+    `gpus` have `memory` GB each; by default they are those of this machine. `overrides` stand
+    where they fit. A ConfigError says what cannot run, or that nothing here makes it fit.
     """
     if output.exists():
         raise ConfigError(f"{output} is there already; remove it, or name another with --output")
@@ -96,7 +96,8 @@ def write_config(
     has_vllm = is_gpu and find_spec("vllm") is not None
     reason = "vLLM is installed" if has_vllm else "no vLLM here" if is_gpu else "no GPU"
     draft.add("rollout.engine", "vllm" if has_vllm else "hf", reason)
-    count = _choose_data(draft, vocabulary.tokenizer, position_limit(model_config), is_gpu=is_gpu)
+    positions = position_limit(model_config)
+    count = _choose_data(draft, data, vocabulary.tokenizer, positions, is_gpu=is_gpu)
     _choose_steps(draft, count, num_ranks, most=128 if is_gpu else 8)
     asked = Config.parse(draft.values, source="init")
     plan = fit(asked, num_gpus=num_ranks, memory_gb=memory_gb)
@@ -112,7 +113,7 @@ def write_config(
     draft.add("optim.lr", rate, reason)
     room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else _CPU_BYTES
     if measures and has_weights(path) and 8 * plan.num_parameters < room:
-        _measure(draft, plan.config)
+        _measure(draft, data, plan.config)
     token = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.special.score_token_id)
     draft.add("score.token", token, "not measured: `laser-fast calibrate` finds the best one")
     draft.add("score.ref_logprob", "auto", "measured when the run starts")
@@ -157,20 +158,20 @@ def _devices(gpus: int | None, memory: float | None) -> tuple[bool, int, float]:
     return False, num_ranks, total / num_ranks
 
 
-def _choose_data(draft: _Draft, tokenizer: Any, positions: int, *, is_gpu: bool) -> int:
+def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is_gpu: bool) -> int:
     """Fields, wording, reward and lengths; returns how many prompts there are."""
     data = draft.values["data"]
-    rows = open_rows(data["train"], split=data.get("train_split", "train"))
+    rows = open_rows(name, split=data.get("train_split", "train"))
     fields = find_fields(rows, *(data.get(f"{k}_field", AUTO) for k in ("prompt", "answer")))
-    for kind, name in zip(("prompt", "answer"), fields, strict=True):
-        draft.add(f"data.{kind}_field", name, "found in the first row")
+    for kind, field in zip(("prompt", "answer"), fields, strict=True):
+        draft.add(f"data.{kind}_field", field, "found in the first row")
         if data.get("eval"):
             draft.add(f"data.eval_{kind}_field", AUTO, "found in the first row of its own")
     has_chat = tokenizer.chat_template is not None
     reason = f"the tokenizer has {'a' if has_chat else 'no'} chat template"
     draft.add("data.template", "chat" if has_chat else "{prompt}", reason)
     whole = DataConfig.parse(data | {"max_prompt_tokens": positions}, source="init")
-    prompts = train_prompts(whole, tokenizer, seed=0).all()
+    prompts = PromptSource(whole, tokenizer, kept(rows, whole.where), name="train").all()
     count, told = len(prompts), sum("boxed" in p.text or "####" in p.text for p in prompts)
     reason = f"{told} of {count} prompts say how to write the answer"
     suffix = draft.add("data.prompt_suffix", PROMPT_SUFFIX if told < count / 2 else "", reason)
@@ -205,7 +206,7 @@ def _choose_steps(draft: _Draft, count: int, num_ranks: int, *, most: int) -> No
     draft.add("score.max_grad_ratio", 1.0, "... without pulling more than the policy loss")
 
 
-def _measure(draft: _Draft, config: Config) -> None:
+def _measure(draft: _Draft, name: str, config: Config) -> None:
     """Token, beta and c_ref on completions of this machine's."""
     own = {key: getattr(config.data, key) for key in PromptConfig.model_fields}
     parts = {
@@ -214,7 +215,7 @@ def _measure(draft: _Draft, config: Config) -> None:
         "data": PromptConfig(**own | {"eval_split": config.data.train_split}),
     }
     prompts, samples = (64, 4) if torch.cuda.is_available() else (16, 2)
-    data, token = Benchmark("train", config.data.train), draft.values["score"].get("token")
+    data, token = Benchmark("train", name), draft.values["score"].get("token")
     config = config.model_copy(update=parts)
     found = calibrate(config, data, token=token, prompts=prompts, samples=samples)
     assert found is not None  # on the only rank
