@@ -94,7 +94,9 @@ def write_config(
     if not is_gpu:
         draft.add("model.compute_dtype", "float32", "no GPU")
     has_vllm = is_gpu and find_spec("vllm") is not None
-    reason = "vLLM is installed" if has_vllm else "no vLLM here" if is_gpu else "no GPU"
+    reason = (
+        "vLLM is installed" if has_vllm else "no vLLM here, which is faster" if is_gpu else "no GPU"
+    )
     draft.add("rollout.engine", "vllm" if has_vllm else "hf", reason)
     positions = position_limit(model_config)
     count = _choose_data(draft, data, vocabulary.tokenizer, positions, is_gpu=is_gpu)
@@ -111,7 +113,7 @@ def write_config(
     )
     reason = "a start: 1e-6 above 1B parameters, as the paper, 1e-5 below; ten times that for LoRA"
     draft.add("optim.lr", rate, reason)
-    room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else _CPU_BYTES
+    room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _CPU_BYTES
     if measures and has_weights(path) and 8 * plan.num_parameters < room:
         _measure(draft, data, plan.config)
     token = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.special.score_token_id)
@@ -148,7 +150,7 @@ def _devices(gpus: int | None, memory: float | None) -> tuple[bool, int, float]:
     """Whether there are GPUs, how many devices, and their GB: as typed, of here, or of this CPU."""
     here = torch.cuda.device_count()
     if here and memory is None:
-        memory = min(torch.cuda.mem_get_info(device)[1] for device in range(here)) / 1e9
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / 1e9
     if memory is not None:
         return True, gpus or here or 1, memory
     if gpus is not None:

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -149,9 +150,9 @@ def test_devices(monkeypatch):
         init._devices(4, None)
     is_gpu, num_ranks, memory = init._devices(None, None)
     assert not is_gpu and num_ranks in (1, 2) and memory > 0
-    sizes = [(0, 80e9), (0, 24e9)]
+    sizes = [SimpleNamespace(total_memory=80e9), SimpleNamespace(total_memory=24e9)]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: sizes[device])
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: sizes[device])
     assert init._devices(None, None) == (True, 2, 24.0)
     assert init._devices(1, None) == (True, 1, 24.0)
 
