@@ -94,9 +94,7 @@ def write_config(
     if not is_gpu:
         draft.add("model.compute_dtype", "float32", "no GPU")
     has_vllm = is_gpu and find_spec("vllm") is not None
-    reason = (
-        "vLLM is installed" if has_vllm else "no vLLM here, which is faster" if is_gpu else "no GPU"
-    )
+    reason = f"{'a' if is_gpu else 'no'} GPU, and vLLM is {'' if has_vllm else 'not '}installed"
     draft.add("rollout.engine", "vllm" if has_vllm else "hf", reason)
     positions = position_limit(model_config)
     count = _choose_data(draft, data, vocabulary.tokenizer, positions, is_gpu=is_gpu)
@@ -108,9 +106,7 @@ def write_config(
             if value != getattr(getattr(asked, section), name):
                 draft.values[section].pop(name, None)
                 draft.add(f"{section}.{name}", value, "plan: so that it fits")
-    rate = (1e-6 if plan.num_parameters > 1e9 else 1e-5) * (
-        10 if plan.num_adapter_parameters else 1
-    )
+    rate = (1e-6, 1e-5, 1e-4)[(plan.num_parameters < 1e9) + (plan.num_adapter_parameters > 0)]
     reason = "a start: 1e-6 above 1B parameters, as the paper, 1e-5 below; ten times that for LoRA"
     draft.add("optim.lr", rate, reason)
     room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _CPU_BYTES
@@ -120,13 +116,12 @@ def write_config(
     draft.add("score.token", token, "not measured: `laser-fast calibrate` finds the best one")
     draft.add("score.ref_logprob", "auto", "measured when the run starts")
     Config.parse(draft.values, source="init")
-    command = (
-        f"torchrun --nproc-per-node {num_ranks} -m laser_fast train {shlex.quote(str(output))}"
-    )
+    start, file = f"torchrun --nproc-per-node {num_ranks} -m laser_fast", shlex.quote(str(output))
+    command = f"{start} train {file}"
     if plan.workspace_mb < WORKSPACE_MB:
         command = f"LASER_KERNELS_WORKSPACE_MB={plan.workspace_mb:g} {command}"
-    with output.open("x", encoding="utf-8") as file:
-        file.write(f"# Written by `laser-fast init`.\n# Run: {command}\n\n{draft.to_toml()}")
+    with output.open("x", encoding="utf-8") as new:
+        new.write(f"# Written by `laser-fast init`.\n# Run: {command}\n\n{draft.to_toml()}")
     return verdict(plan), command
 
 
@@ -152,12 +147,12 @@ def _devices(gpus: int | None, memory: float | None) -> tuple[bool, int, float]:
     if here and memory is None:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / 1e9
     if memory is not None:
-        return True, gpus or here or 1, memory
+        return True, gpus or here or 1, round(memory, 1)
     if gpus is not None:
         raise ConfigError("--gpus: none is here to be asked for its memory; add --memory GB")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     num_ranks = 2 if (os.cpu_count() or 1) > 1 and total > 16 else 1
-    return False, num_ranks, total / num_ranks
+    return False, num_ranks, round(total / num_ranks, 1)
 
 
 def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is_gpu: bool) -> int:
