@@ -78,13 +78,12 @@ def init(
     measure: Annotated[bool, Option(help="Measure token, beta and c_ref.")] = True,
 ) -> None:
     """Write a commented configuration that fits, with all that can be found out; how to run it."""
-    from laser_fast.init import LORA_RANK, write_config
+    from laser_fast.init import LORA_RANK, find_devices, write_config
 
-    changes = _as_overrides(
-        overrides, data__eval=held_out, model__lora_rank=LORA_RANK if lora else None
-    )
-    devices: dict[str, Any] = {"gpus": gpus, "memory": memory}
-    for line in write_config(model, data, output, **devices, measures=measure, overrides=changes):
+    rank = LORA_RANK if lora else None
+    typed = _as_overrides(overrides, data__eval=held_out, model__lora_rank=rank)
+    devices = find_devices(gpus, memory)
+    for line in write_config(model, data, output, devices, measures=measure, typed=typed):
         typer.echo(line)
 
 

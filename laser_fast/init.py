@@ -29,6 +29,7 @@ from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.model.weights import has_weights
 from laser_fast.plan import WORKSPACE_MB, Plan, advise, plan_run, verdict
 
+Devices = tuple[bool, int, float]  # whether GPUs, how many ranks, GB of each
 LORA_RANK = 32
 _CPU_BYTES = 8e9  # of float32 weights, twice; a CPU samples a larger model for hours
 _SECTIONS = ("model", "data", "rollout", "reward", "score", "advantage", "optim")
@@ -66,24 +67,17 @@ class _Draft:
 
 
 def write_config(
-    model: str,
-    data: str,
-    output: Path,
-    *,
-    gpus: int | None = None,
-    memory: float | None = None,
-    measures: bool = True,
-    overrides: Sequence[str] = (),
+    model: str, data: str, output: Path, devices: Devices, *, measures: bool, typed: Sequence[str]
 ) -> tuple[str, str]:
     """Write a new file; returns what `plan` says of it, and the command that runs it.
 
-    `gpus` have `memory` GB each; by default they are those of this machine. `overrides` stand
-    where they fit. A ConfigError says what cannot run, or that nothing here makes it fit.
+    What is `typed`, as overrides, stands where it fits. A ConfigError says what cannot run, or that
+    nothing here makes it fit.
     """
     if output.exists():
         raise ConfigError(f"{output} is there already; remove it, or name another with --output")
-    is_gpu, num_ranks, memory_gb = _devices(gpus, memory)
-    draft = _Draft(overrides)
+    is_gpu, num_ranks, memory_gb = devices
+    draft = _Draft(typed)
     draft.add("output_dir", f"runs/{output.stem}", "must be new when the run starts")
     path, _ = draft.add("model.path", model), draft.add("data.train", data)
     model_config = load_model_config(ModelConfig(path=path))
@@ -94,8 +88,7 @@ def write_config(
     if not is_gpu:
         draft.add("model.compute_dtype", "float32", "no GPU")
     has_vllm = is_gpu and find_spec("vllm") is not None
-    reason = f"{'a' if is_gpu else 'no'} GPU, and vLLM is {'' if has_vllm else 'not '}installed"
-    draft.add("rollout.engine", "vllm" if has_vllm else "hf", reason)
+    draft.add("rollout.engine", "vllm" if has_vllm else "hf", "vllm if it and GPUs are here")
     positions = position_limit(model_config)
     count = _choose_data(draft, data, vocabulary.tokenizer, positions, is_gpu=is_gpu)
     _choose_steps(draft, count, num_ranks, most=128 if is_gpu else 8)
@@ -116,8 +109,9 @@ def write_config(
     draft.add("score.token", token, "not measured: `laser-fast calibrate` finds the best one")
     draft.add("score.ref_logprob", "auto", "measured when the run starts")
     Config.parse(draft.values, source="init")
-    start, file = f"torchrun --nproc-per-node {num_ranks} -m laser_fast", shlex.quote(str(output))
-    command = f"{start} train {file}"
+    command = (
+        f"torchrun --nproc-per-node {num_ranks} -m laser_fast train {shlex.quote(str(output))}"
+    )
     if plan.workspace_mb < WORKSPACE_MB:
         command = f"LASER_KERNELS_WORKSPACE_MB={plan.workspace_mb:g} {command}"
     with output.open("x", encoding="utf-8") as new:
@@ -141,8 +135,8 @@ def fit(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
     raise ConfigError(f"{model.path}: {verdict(plan)}")
 
 
-def _devices(gpus: int | None, memory: float | None) -> tuple[bool, int, float]:
-    """Whether there are GPUs, how many devices, and their GB: as typed, of here, or of this CPU."""
+def find_devices(gpus: int | None, memory: float | None) -> Devices:
+    """The GPUs that a user names, or those here, or one or two ranks on this CPU."""
     here = torch.cuda.device_count()
     if here and memory is None:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / 1e9
@@ -164,17 +158,15 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
         draft.add(f"data.{kind}_field", field, "found in the first row")
         if data.get("eval"):
             draft.add(f"data.eval_{kind}_field", AUTO, "found in the first row of its own")
-    has_chat = tokenizer.chat_template is not None
-    reason = f"the tokenizer has {'a' if has_chat else 'no'} chat template"
-    draft.add("data.template", "chat" if has_chat else "{prompt}", reason)
+    template = "{prompt}" if tokenizer.chat_template is None else "chat"
+    draft.add("data.template", template, "chat if the tokenizer has a template")
     whole = DataConfig.parse(data | {"max_prompt_tokens": positions}, source="init")
     prompts = PromptSource(whole, tokenizer, kept(rows, whole.where), name="train").all()
     count, told = len(prompts), sum("boxed" in p.text or "####" in p.text for p in prompts)
     reason = f"{told} of {count} prompts say how to write the answer"
     suffix = draft.add("data.prompt_suffix", PROMPT_SUFFIX if told < count / 2 else "", reason)
     has_marks = any("####" in prompt.text + prompt.answer for prompt in prompts)
-    reason = f"{'the' if has_marks else 'no'} #### of GSM8K in prompts or answers"
-    draft.add("reward.kind", "gsm8k" if has_marks else "math", reason)
+    draft.add("reward.kind", "gsm8k" if has_marks else "math", "gsm8k if the rows have its ####")
     more = len(tokenizer(suffix)["input_ids"])
     lengths = sorted(len(prompt.prompt_ids) + more for prompt in prompts)
     most = lengths[99 * (count - 1) // 100]
@@ -183,8 +175,7 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
     room = positions - most - 1
     reason = f"a start; the {positions} positions of the model leave {room}"
     most += draft.add("rollout.max_new_tokens", min(1024 if is_gpu else 256, room), reason)
-    reason = "changes memory and speed, never results"
-    draft.add("optim.tokens_per_microbatch", max(16384 if is_gpu else 2048, most), reason)
+    draft.add("optim.tokens_per_microbatch", max(16384 if is_gpu else 2048, most), "a start")
     return count
 
 

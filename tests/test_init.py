@@ -44,6 +44,10 @@ def one_core(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
 
 
+def _write(model, data, out, *, measures=True, typed=()):
+    init.write_config(str(model), str(data), out, (False, 1, 8.0), measures=measures, typed=typed)
+
+
 def _options(model, out, *more):
     data = ["--data", model / "train.parquet", "--eval", model / "eval.parquet"]
     return ["init", "--model", model, *data, "--output", out, *more]
@@ -86,11 +90,11 @@ def test_what_it_finds(model, one_core, tmp_path, monkeypatch, capsys):
 def test_without_a_measurement_the_run_measures(model, one_core, tmp_path, monkeypatch):
     monkeypatch.setattr(init, "calibrate", lambda *a, **k: pytest.fail("it measured"))
     out, train = tmp_path / "a.toml", str(model / "train.parquet")
-    init.write_config(str(model), train, out, measures=False, overrides=TINY)
+    _write(model, train, out, measures=False)
     assert load_config(out).score.ref_logprob == "auto"
     (model / "model.safetensors").rename(tmp_path / "elsewhere")
     try:
-        init.write_config(str(model), train, tmp_path / "b.toml", overrides=TINY)
+        _write(model, train, tmp_path / "b.toml")
     finally:
         (tmp_path / "elsewhere").rename(model / "model.safetensors")
     assert load_config(tmp_path / "b.toml").score == load_config(out).score
@@ -100,7 +104,7 @@ def test_gsm8k_and_suffix_by_the_rows(model, one_core, tmp_path):
     def written(name, rows, **options):
         data = tmp_path / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        init.write_config(str(model), str(data), tmp_path / name, measures=False, **options)
+        _write(model, data, tmp_path / name, measures=False, **options)
         return load_config(tmp_path / name)
 
     gsm8k = written("gsm8k", [{"question": "1+1=", "answer": "a\n#### 2"}] * 9)
@@ -109,7 +113,7 @@ def test_gsm8k_and_suffix_by_the_rows(model, one_core, tmp_path):
     told = written("told", [{"problem": "1+1 in \\boxed{}", "answer": "2"}] * 9)
     assert (told.data.prompt_suffix, told.reward.kind) == ("", "math")
     where = written(
-        "where", [{"problem": "1", "answer": "1", "level": 4}], overrides=["data.where.level=[4]"]
+        "where", [{"problem": "1", "answer": "1", "level": 4}], typed=["data.where.level=[4]"]
     )
     assert where.data.where == {"level": [4]}
 
@@ -144,19 +148,19 @@ def test_the_mildest_change_that_fits(big):
 
 def test_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert init._devices(4, 80.0) == (True, 4, 80.0)
-    assert init._devices(None, 24.0) == (True, 1, 24.0)
+    assert init.find_devices(4, 80.0) == (True, 4, 80.0)
+    assert init.find_devices(None, 24.0) == (True, 1, 24.0)
     with pytest.raises(ConfigError, match="--memory"):
-        init._devices(4, None)
-    is_gpu, num_ranks, memory = init._devices(None, None)
+        init.find_devices(4, None)
+    is_gpu, num_ranks, memory = init.find_devices(None, None)
     assert not is_gpu and num_ranks in (1, 2) and memory > 0
     sizes = [SimpleNamespace(total_memory=80e9), SimpleNamespace(total_memory=24e9)]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: sizes[device])
-    assert init._devices(None, None) == (True, 2, 24.0)
-    assert init._devices(1, None) == (True, 1, 24.0)
+    assert init.find_devices(None, None) == (True, 2, 24.0)
+    assert init.find_devices(1, None) == (True, 1, 24.0)
 
 
 def test_a_value_in_place_of_a_section_is_refused(model, tmp_path):
     with pytest.raises(ConfigError, match='"model": a section'):
-        init.write_config(str(model), "rows.jsonl", tmp_path / "x", overrides=["model=3"])
+        _write(model, "rows.jsonl", tmp_path / "x", typed=["model=3"])
