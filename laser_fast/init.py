@@ -160,7 +160,8 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
             draft.add(f"data.eval_{kind}_field", AUTO, "found in the first row of its own")
     template = "{prompt}" if tokenizer.chat_template is None else "chat"
     draft.add("data.template", template, "chat if the tokenizer has a template")
-    whole = DataConfig.parse(data | {"max_prompt_tokens": positions}, source="init")
+    plain = {"max_prompt_tokens": positions, "prompt_suffix": ""}
+    whole = DataConfig.parse(data | plain, source="init")
     prompts = PromptSource(whole, tokenizer, kept(rows, whole.where), name="train").all()
     count, told = len(prompts), sum("boxed" in p.text or "####" in p.text for p in prompts)
     reason = f"{told} of {count} prompts say how to write the answer"
