@@ -36,7 +36,7 @@ from bench.workload import (
     make_microbatches,
     make_model,
 )
-from laser_fast.algorithm.loss import policy_loss, tis_weights
+from laser_fast.algorithm.loss import importance_weights, policy_loss
 from laser_fast.algorithm.score import score_loss
 from laser_fast.model.attention import attention_kwargs
 from laser_fast.model.families import LmHead
@@ -60,7 +60,7 @@ def joint_loss(batch: Microbatch) -> LossOfRows:
         policy_logprobs, score_logprobs = logprobs.split([len(policy), len(score)])
         old = policy_logprobs.detach()
         terms = policy_loss(policy_logprobs, old, policy.advantages)
-        terms = terms * tis_weights(old, policy.rollout_logprobs, cap=2.0)
+        terms = terms * importance_weights(old, policy.rollout_logprobs, cap=2.0)
         score_terms = score_loss(
             score_logprobs, score.rewards, score.weights, beta=BETA, ref_logprob=REF_LOGPROB
         )

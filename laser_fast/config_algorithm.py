@@ -8,7 +8,7 @@ from laser_fast import needs_train
 with needs_train():
     from pydantic import Field
 
-from laser_fast.algorithm.loss import Aggregation, check_gspo
+from laser_fast.algorithm.loss import Aggregation, Importance, check_gspo
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError
 from laser_fast.config_section import Section
@@ -71,7 +71,9 @@ class LossConfig(Section):
     aggregation: Aggregation = "token-mean"
     """How token losses become one number; denominators are global."""
     tis_cap: float = Field(2.0, ge=0)
-    """Truncated importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
+    """Importance sampling, cap of exp(old - rollout log-prob); 0: no correction."""
+    importance: Importance = "token-truncate"
+    """Ratio of a token or of its whole sequence; above `tis_cap` truncated to it, or masked."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 KL penalty to the initial model, which is then kept in memory."""
     entropy_coef: float = Field(0.0, ge=0)
@@ -80,4 +82,8 @@ class LossConfig(Section):
     def _problems(self) -> Iterator[str]:
         if self.kind == "gspo":
             check_gspo(max(self.clip_low, self.clip_high), self.aggregation)
-        yield from ()
+        if self.tis_cap == 0 and self.importance != "token-truncate":
+            yield (
+                f'loss.importance = "{self.importance}" corrects nothing at loss.tis_cap = 0; set '
+                "that to 2.0"
+            )

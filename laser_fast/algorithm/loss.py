@@ -23,6 +23,7 @@ from torch import Tensor
 
 PolicyLossKind = Literal["grpo", "gspo", "cispo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+Importance = Literal["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
 MAX_LOG_RATIO = 5.0  # a ratio of 148
 
@@ -81,12 +82,42 @@ def is_clipped(
     return (too_high & (advantages > 0)) | (too_low & (advantages < 0))
 
 
-def tis_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
-    """Truncated importance sampling weights, [T] without gradient: min(exp(old - rollout), cap).
+def importance_weights(
+    old_logprobs: Tensor,  # [T]
+    rollout_logprobs: Tensor,  # [T]
+    *,
+    cap: float,
+    kind: Importance = "token-truncate",
+    sequence_ids: Tensor | None = None,  # [T] int64
+) -> Tensor:
+    """Weights that correct the sampler's distribution, [T] without gradient.
 
-    They correct the mismatch of two engines with the same weights, and one-step-off rollouts.
+        r_t = exp(old_logprob_t - rollout_logprob_t), or with "sequence-" the product of the
+              sequence's own, the same for each of its tokens
+        w_t = min(r_t, cap), or with "-mask" r_t where r_t <= cap and 0 above
+
+    They correct the mismatch of two engines with the same weights, and one-step-off rollouts. The
+    kinds are those of TRL's vllm_importance_sampling_mode. Only a sequence's product is unbiased,
+    but its log spreads with the length, so that it nears 0 or the cap for long completions. Weights
+    leave the denominators of `token_weights` alone: what is masked makes the update smaller.
+
+    Args:
+        old_logprobs: of the policy behind this rollout batch.
+        rollout_logprobs: of the sampler.
+        cap: the largest weight.
+        kind: see above.
+        sequence_ids: sequence of each token, of which all tokens are there; "sequence-" needs it.
     """
-    return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
+    if kind not in get_args(Importance):
+        expected = ", ".join(f'"{name}"' for name in get_args(Importance))
+        raise ValueError(f'importance_weights: expected kind {expected}, got "{kind}"')
+    log_ratio = (old_logprobs - rollout_logprobs).detach()
+    if kind.startswith("sequence"):
+        if sequence_ids is None:
+            raise ValueError(f'importance_weights: kind="{kind}" needs sequence_ids [T]')
+        log_ratio = sequence_sum(log_ratio, sequence_ids)
+    ratio = log_ratio.exp()
+    return torch.where(ratio > cap, 0.0, ratio) if kind.endswith("mask") else ratio.clamp(max=cap)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -145,14 +176,18 @@ def check_gspo(clip: float, aggregation: Aggregation) -> None:
         warnings.warn(f'loss.kind = "gspo": {"; ".join(doubts)}', stacklevel=2)
 
 
-def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Mean of the values of a token's own sequence, given back to each of its tokens, [T]."""
+def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum of the values of a token's own sequence, given back to each of its tokens, [T]."""
     if values.numel() == 0:
         return values
     num_sequences = int(sequence_ids.max()) + 1
-    sums = values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)
-    counts = values.new_zeros(num_sequences).index_add_(0, sequence_ids, torch.ones_like(values))
-    return (sums / counts.clamp(min=1))[sequence_ids]
+    return values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)[sequence_ids]
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean of the values of a token's own sequence, given back to each of its tokens, [T]."""
+    counts = sequence_sum(torch.ones_like(values), sequence_ids)
+    return sequence_sum(values, sequence_ids) / counts
 
 
 def _ratio(

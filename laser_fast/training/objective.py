@@ -1,10 +1,11 @@
 """The joint loss of one microbatch, from log-probs of its head rows (LaSeR eq. 13).
 
-    L = sum_policy rows weight * (tis * policy loss + kl_coef * k3 - entropy_coef * H)
+    L = sum_policy rows weight * (w * policy loss + kl_coef * k3 - entropy_coef * H)
       + score_coef * sum_score rows weight * (beta (logprob - ref_logprob) - reward)^2
 
-    tis = min(exp(old - rollout logprob), tis_cap), without gradient, or 1 for tis_cap = 0
-    k3  = exp(d) - 1 - d, d = reference - current logprob; neither tis nor a ratio weights it
+    w   = importance weight of exp(old - rollout logprob), without gradient: min(., tis_cap) by
+          default (algorithm.loss.importance_weights), or 1 for tis_cap = 0
+    k3  = exp(d) - 1 - d, d = reference - current logprob; neither w nor a ratio weights it
     H   = entropy of the row's whole distribution
 
 Both weights already hold global denominators, so L is summed over microbatches and ranks.
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laser_fast.algorithm.loss import kl_penalty, policy_loss, tis_weights
+from laser_fast.algorithm.loss import importance_weights, kl_penalty, policy_loss
 from laser_fast.algorithm.score import SelfScore, score_loss
 from laser_fast.config import LossConfig
 from laser_fast.model.families import LmHead
@@ -49,10 +50,12 @@ class HeadResult(NamedTuple):
 def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
     """Head function that forms the loss and its gradients in one call.
 
-    A row-separable loss takes the three-GEMM form; "gspo" couples the rows of a sequence and the
-    entropy bonus needs every logit, so those recompute logits in the backward.
+    A row-separable loss takes the three-GEMM form; "gspo" and importance weights of sequences
+    couple the rows of a sequence, and the entropy bonus needs every logit, so those recompute
+    logits in the backward.
     """
     config = objective.loss
+    couples_rows = config.kind == "gspo" or config.importance.startswith("sequence")
 
     def read(hidden_states: Tensor, head: LmHead) -> HeadResult:
         measured = HeadResult(
@@ -75,7 +78,7 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
             logprobs, entropy = linear_logprob_entropy(*arguments, **options)
             weighted = (batch.policy.weights * entropy[: len(batch.policy)]).sum()
             loss = loss_fn(logprobs, everything) - config.entropy_coef * weighted
-        elif config.kind == "gspo":
+        elif couples_rows:
             logprobs = linear_logprob(*arguments, **options)
             loss = loss_fn(logprobs, everything)
         else:
@@ -107,7 +110,13 @@ def _row_losses(
         sequence_ids=policy.sequence_ids,
     )
     if config.tis_cap > 0:
-        terms = terms * tis_weights(old, policy.rollout_logprobs, cap=config.tis_cap)
+        terms = terms * importance_weights(
+            old,
+            policy.rollout_logprobs,
+            cap=config.tis_cap,
+            kind=config.importance,
+            sequence_ids=policy.sequence_ids,
+        )
     if policy.ref_logprobs is not None:
         terms = terms + config.kl_coef * kl_penalty(policy_logprobs, policy.ref_logprobs)
     score_terms = score_loss(

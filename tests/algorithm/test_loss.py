@@ -8,11 +8,11 @@ import torch
 
 from laser_fast.algorithm.loss import (
     MAX_LOG_RATIO,
+    importance_weights,
     is_clipped,
     kl_penalty,
     policy_loss,
     sequence_mean,
-    tis_weights,
     token_weights,
 )
 
@@ -70,10 +70,8 @@ def test_signatures_are_the_published_ones():
         "clip_dual": None,
         "sequence_ids": None,
     }
-    assert list(inspect.signature(tis_weights).parameters) == [
-        "old_logprobs",
-        "rollout_logprobs",
-        "cap",
+    assert list(inspect.signature(importance_weights).parameters) == [
+        *("old_logprobs", "rollout_logprobs", "cap", "kind", "sequence_ids")
     ]
     assert list(inspect.signature(kl_penalty).parameters) == ["logprobs", "ref_logprobs"]
 
@@ -267,15 +265,6 @@ def test_grpo_clipping_by_hand():
     assert clipped.tolist() == [T, F, F, T, F, F, F]
 
 
-def test_importance_weights_are_truncated_above_only():
-    old = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0], requires_grad=True)
-    rollout = torch.tensor([-1.0, -1.0, -1.0, -1.5, -9.0])
-    weights = tis_weights(old, rollout, cap=2.0)
-    expected = torch.tensor([1.0, math.exp(-1), math.exp(-2), math.exp(0.5), 2.0])
-    torch.testing.assert_close(weights, expected)
-    assert not weights.requires_grad
-
-
 def test_kl_estimate_by_hand():
     # pi = 1/2 and pi_ref = 1/4 at the token: d = -log 2.
     logprobs = torch.tensor([math.log(0.5)], dtype=torch.float64, requires_grad=True)
@@ -324,8 +313,6 @@ def test_every_ratio_gives_a_finite_loss_and_gradient(kind, advantage, differenc
     if kind != "cispo" and advantage < 0 < difference < MAX_LOG_RATIO:  # below, nothing changes
         expected = torch.full((2,), -advantage * math.exp(difference))
         torch.testing.assert_close((loss.detach(), grad), (expected, expected))
-    weights = tis_weights(logprobs, torch.zeros(2), cap=2.0)
-    assert ((weights >= 0) & (weights <= 2)).all()
 
 
 @pytest.mark.parametrize(

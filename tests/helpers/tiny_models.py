@@ -148,7 +148,11 @@ def naive_loss(model, sequences, objective, *, temperature=1.0, old=None, ref=No
             terms = -clipped.detach() * advantage * chosen
         if config.tis_cap:
             rollout = torch.tensor(sequence.rollout_logprobs, dtype=chosen.dtype)
-            terms = terms * (behaviour - rollout).exp().clamp(max=config.tis_cap)
+            gaps = behaviour - rollout
+            level, cut = config.importance.split("-")
+            weight = (gaps.sum().expand_as(gaps) if level == "sequence" else gaps).exp()
+            above = 0.0 if cut == "mask" else config.tis_cap
+            terms = terms * torch.where(weight > config.tis_cap, above, weight)
         if ref is not None:
             gap = ref[index] - chosen
             terms = terms + config.kl_coef * (gap.exp() - 1 - gap)

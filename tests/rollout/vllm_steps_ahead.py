@@ -13,14 +13,14 @@ from laser_fast.training import objective
 
 def main(path):
     seen = []
-    tis_weights = objective.tis_weights
+    importance_weights = objective.importance_weights
 
     def spy(*arguments, **options):
-        weights = tis_weights(*arguments, **options)
+        weights = importance_weights(*arguments, **options)
         seen.append((weights.min().item(), weights.max().item()))
         return weights
 
-    objective.tis_weights = spy
+    objective.importance_weights = spy
     train_run(load_config(path))
     print(json.dumps(seen))
 

@@ -46,6 +46,7 @@ LOSSES = [
     LossConfig(clip_dual=3.0, aggregation="seq-mean-token-mean"),
     LossConfig(entropy_coef=0.01),
     LossConfig(kl_coef=0.1),
+    LossConfig(importance="sequence-truncate"),
 ]
 
 
