@@ -17,6 +17,7 @@ from laser_fast.config_algorithm import AdvantageConfig, LossConfig, ScoreConfig
 from laser_fast.config_errors import ConfigError as ConfigError  # of wrong values of the keys
 from laser_fast.config_section import Section, UserPath, section_keys
 
+_Share = Annotated[float, Field(ge=0, le=1)]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -91,6 +92,8 @@ class DataConfig(PromptConfig):
     """Split of a hub data set."""
     where: dict[str, list[bool | str | int | float]] = {}
     """Train on rows that have these values of a field only, such as {level = [4, 5]}."""
+    pass_rate: tuple[_Share, _Share] = Field((0.0, 1.0), strict=False)
+    """A prompt whose share of correct completions lies outside is left out of its next epoch."""
     eval: UserPath = ""
     """Held-out prompts, given like `train`; empty: no evaluation."""
     eval_prompt_field: str = ""
@@ -105,6 +108,12 @@ class DataConfig(PromptConfig):
     """Evaluate only this many prompts, the first ones; 0: all."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        low, high = self.pass_rate
+        if low > high:
+            yield f"data.pass_rate = [{low:g}, {high:g}] must be [lowest, highest]"
 
 
 class RolloutConfig(Section):
@@ -237,7 +246,9 @@ class OptimConfig(UpdateConfig):
     max_bad_steps: int = Field(3, ge=0)
     """Steps in a row that may be skipped for a gradient that is no finite number."""
     minibatches: int = Field(1, ge=1)
-    """Optimizer updates per step; above 1, old log-probs are recomputed once."""
+    """Optimizer updates per pass; if a step has several, old log-probs are recomputed once."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's completions; each trains the score, too, on the same rewards."""
 
 
 class CheckpointConfig(Section):
@@ -324,6 +335,11 @@ class Config(MeasureConfig):
             )
         if rollout.steps_ahead and self.loss.tis_cap == 0:
             yield f"{rollout.steps_ahead = } needs loss.tis_cap, got 0; set that to 2.0"
+        if rollout.steps_ahead and data.pass_rate != (0.0, 1.0):
+            yield (
+                f"{rollout.steps_ahead = } draws the next prompts before the pass rates are there "
+                "that data.pass_rate asks for; set it to 0, or data.pass_rate to [0, 1]"
+            )
         if data.eval_every > 0 and not data.eval:
             yield (
                 f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "

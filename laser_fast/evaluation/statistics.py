@@ -3,6 +3,7 @@
 A report is plain JSON. `metrics` maps a name to {value, low, high}:
 
     accuracy, truncated, mean_length                           over completions
+    mean_length_correct, mean_length_incorrect                 over those of one class
     pass@k, majority@k, weighted_majority@k, best_of@k         over problems (algorithm.vote)
     posterior_majority@k                                       the same
     weighted_gain@k, posterior_gain@k, best_gain@k             minus majority@k, paired
@@ -132,8 +133,10 @@ def build_report(
         at = np.concatenate([members[i] for i in problems])
         with np.errstate(invalid="ignore"):
             means = table[problems].sum(0) / is_known[problems].sum(0)
+            lengths = [pooled[2, at] @ part / part.sum() for part in (correct[at], ~correct[at])]
         names = [*rows[0], "accuracy", "truncated", "mean_length"]
         values = dict(zip(names, [*means.tolist(), *pooled[:, at].mean(1).tolist()], strict=True))
+        values |= zip(("mean_length_correct", "mean_length_incorrect"), lengths, strict=True)
         if has_scores:
             read = {"is_finished": finished[at], "threshold": thresholds[at]}
             values |= verify(scores[at], correct[at], base_rate=base_rate, **read)

@@ -1,7 +1,11 @@
 """What a terminal shows of a run: a line per step, a progress bar, and a table at the end."""
 
 import logging
+import time
+from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -15,15 +19,23 @@ Report = Mapping[str, Any]  # of an evaluation, by the names in laser_fast.log.m
 logger = logging.getLogger(__name__)
 
 
-def step_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
+# The last steps, whose median time is that of the steps to come: lengths drift over a run.
+RECENT = 16
+
+
+def step_line(
+    step: int, num_steps: int, metrics: Mapping[str, Any], *, seconds_left: float = 0.0
+) -> str:
     """One line of text; pairs such as score of correct/incorrect completions share a label.
 
-    Example: `step  12/120  reward 0.531  score +0.62/+0.31  F1 0.74  grad 0.52  1.9 s`.
+    Example: `step  12/120  reward 0.531  score +0.62/+0.31  F1 0.74  1.9 s  0:03:23 left`.
     """
     shown = _columns((metric, metrics.get(metric.key)) for metric in METRICS)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *shown]
-    if seconds := sum(metrics[key] or 0 for key in metrics if key.startswith("time/")):
+    if seconds := _seconds(metrics):
         parts.append(f"{seconds:.1f} s")
+    if seconds_left >= 1:
+        parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
 
 
@@ -31,6 +43,10 @@ def evaluation_line(step: int, report: Report) -> str:
     """The same of an evaluation after `step` steps."""
     shown = _columns((metric, report.get(metric.name)) for metric in shown_at(RUN))
     return f"evaluation after {step} steps: {'  '.join(shown)}"
+
+
+def _seconds(metrics: Mapping[str, Any]) -> float:
+    return sum(metrics[key] or 0.0 for key in metrics if key.startswith("time/"))
 
 
 def _columns(values: Iterable[tuple[Metric, float | None]]) -> list[str]:
@@ -46,10 +62,21 @@ def _columns(values: Iterable[tuple[Metric, float | None]]) -> list[str]:
 class StepConsole:
     """Step lines above a progress bar on a terminal, plain log lines anywhere else."""
 
-    def __init__(self, num_steps: int, *, first_step: int = 0, console: Console | None = None):
-        self._num_steps = num_steps
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        first_step: int = 0,
+        eval_every: int | None = None,
+        console: Console | None = None,
+    ):
+        """`eval_every` as in a run's configuration; None: it has no evaluation."""
+        self._num_steps, self._eval_every = num_steps, eval_every
+        self._step_seconds = deque[float](maxlen=RECENT)
+        self._eval_seconds, self._since = 0.0, time.monotonic()
         console = console or Console()
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        text, bar, share, _ = Progress.get_default_columns()  # the lines tell the time left
+        columns = (text, bar, share, MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._bar.disable = not console.is_terminal
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
@@ -57,8 +84,25 @@ class StepConsole:
 
     def show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print the line of a finished step and move the bar."""
-        self.show(step_line(step, self._num_steps, metrics))
+        self._step_seconds.append(_seconds(metrics))
+        left = self._seconds_left(step + 1)
+        self.show(step_line(step, self._num_steps, metrics, seconds_left=left))
         self._bar.update(self._task, completed=step + 1)
+        self._since = time.monotonic()
+
+    def show_evaluation(self, step: int, report: Report) -> None:
+        """Print the line of an evaluation, which began when the last step ended, or the run."""
+        self._eval_seconds = time.monotonic() - self._since
+        self.show(evaluation_line(step, report))
+
+    def _seconds_left(self, completed: int) -> float:
+        """Time of the steps to come, and of their evaluations if there was one in this process."""
+        steps, every, evaluations = self._num_steps, self._eval_every, 0
+        if every is not None:  # that of the last completed step is still to come
+            evaluations = 1
+        if every:
+            evaluations = -(-steps // every) - (completed - 1) // every
+        return (steps - completed) * median(self._step_seconds) + evaluations * self._eval_seconds
 
     def show(self, text: str) -> None:
         """Print one line above the bar."""

@@ -65,6 +65,7 @@ _SAMPLER = Panel("disagreement of sampler and policy (nats)", is_log=True)
 _SHARES = Panel("shares", limits=_SHARE)
 _LENGTH = Panel("completion length (tokens)", limits=_FROM_ZERO)
 _SPEED = Panel("tokens per second", limits=_FROM_ZERO)
+_WEIGHTS = Panel("importance weights of trained tokens", is_log=True)
 _COEF = Panel("weight of the score loss, after the gradient cap", limits=_FROM_ZERO)
 _FAILED = Panel("failed grades per step", limits=_FROM_ZERO)
 
@@ -113,12 +114,19 @@ METRICS = (
            "disagreement", ".1e"),
     Metric("rollout/sync_disagreement", "of given tokens after a sync", STEP, _SAMPLER, GREEN),
     Metric("rollout/mean_length", "tokens per completion", RUN, _LENGTH, BLUE, "tokens", ".0f"),
+    Metric("rollout/mean_length_correct", "of correct ones", RUN, _LENGTH, GREEN),
+    Metric("rollout/mean_length_incorrect", "of incorrect ones", RUN, _LENGTH, RED),
     Metric("throughput/tokens_per_s", "sampled", STEP, _SPEED, BLUE, "tok/s", ".0f"),
     Metric("throughput/computed_per_s", "computed, in the update", STEP, _SPEED, ORANGE),
-    Metric("throughput/mfu", "of the device's peak, in the update", STEP, _SHARES, PINK),
+    Metric("throughput/mfu", "of the device's peak, in the update", STEP, _SHARES, PINK,
+           "MFU", ".0%"),
     Metric("pack/left_out", "completions that train nothing", STEP, _SHARES, GREY),
     Metric("rollout/truncated", "truncated completions", RUN, _SHARES, RED),
     Metric("loss/clip_frac", "clipped tokens", STEP, _SHARES, ORANGE),
+    Metric("loss/importance_cut", "importance weights above the cap", STEP, _SHARES, BROWN),
+    Metric("loss/importance_ess", "effective sample size", STEP, _SHARES, GREEN),
+    Metric("loss/importance_mean", "mean", STEP, _WEIGHTS, BLUE),
+    Metric("loss/importance_max", "largest ratio, before the cap", STEP, _WEIGHTS, RED),
     Metric("advantage/zero_std_groups", "groups without reward spread", STEP, _SHARES),
     Metric("loss/entropy", "estimate", STEP, Panel("entropy (nats per token)")),
     Metric("score/coef", "alpha", STEP, _COEF, ORANGE),

@@ -14,7 +14,7 @@ from typing import Any
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_sft import SftConfig
 from laser_fast.log import jsonl, samples
-from laser_fast.log.console import StepConsole, evaluation_line, print_summary, summarize_run
+from laser_fast.log.console import StepConsole, print_summary, summarize_run
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.samples import SampleRecord
 
@@ -73,7 +73,10 @@ class RunLog(Log):
         for package in ("wandb", "trackio"):
             if getattr(config.log, package):
                 self._senders.append(self._open_hosted(package, config, last_step))
-        self._console = StepConsole(self._num_steps, first_step=resume_step or 0)
+        first_step, eval_every = resume_step or 0, None
+        if isinstance(config, Config) and config.data.eval:
+            eval_every = config.data.eval_every
+        self._console = StepConsole(self._num_steps, first_step=first_step, eval_every=eval_every)
         self.callback(self._console.close)
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102
@@ -90,7 +93,7 @@ class RunLog(Log):
         with self.folder.evaluations.open("a", encoding="utf-8") as file:
             file.write(jsonl.to_line({"step": step, **report}))
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
-        self._console.show(evaluation_line(step, report))
+        self._console.show_evaluation(step, report)
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Reports by the number of updates before them, those of an interrupted run included."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
+from laser_fast.data.curriculum import make_curriculum
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
@@ -166,6 +167,7 @@ def _build_sampler(
         grader=grader,
         policy=policy,
         packer=packer,
+        curriculum=make_curriculum(config.data, prompts),
         digests=digests,
     )
     return sampler, reference, held_out
@@ -183,6 +185,8 @@ def _build_trainer(
         state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
         first_step, ref_logprob = state["step"], state["ref_logprob"]
         cap.load_state_dict(state["cap"])
+        if sampler.curriculum:
+            sampler.curriculum.load_state_dict(state["curriculum"])
         num_bad = state.get("bad_steps", 0)
         must_evaluate = state.get("must_evaluate", False) or first_step == 0
         logger.info("resumed from %s", checkpoint)
@@ -223,6 +227,8 @@ def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
 
 def _run_step(trainer: Trainer, log: Log, step: int) -> None:
     metrics, groups = trainer.step(step)
+    if trainer.sampler.curriculum:
+        trainer.sampler.curriculum.commit()
     times = trainer.stage.pop()
     metrics |= times
     metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / sum(times.values())
@@ -261,7 +267,7 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
 
 
 def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> Path:
-    ref_logprob = trainer.score.ref_logprob
+    ref_logprob, curriculum = trainer.score.ref_logprob, trainer.sampler.curriculum
     return save_checkpoint(
         trainer.config,
         completed,
@@ -273,6 +279,7 @@ def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> P
             "digests": trainer.sampler.digests,
             "bad_steps": trainer.bad_steps.count,
             "must_evaluate": must_evaluate,
+            "curriculum": curriculum and curriculum.state_dict(),
         },
         world=trainer.world,
     )

@@ -9,6 +9,7 @@ import torch
 
 from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config
+from laser_fast.data.curriculum import Curriculum, pass_rates
 from laser_fast.data.prompts import PromptSource
 from laser_fast.log.samples import mean_ref_logprob
 from laser_fast.log.timer import StageTimer
@@ -87,6 +88,7 @@ class Sampler:
     grader: Grader
     policy: Policy
     packer: Packer
+    curriculum: Curriculum | None = None
     sync_disagreement: float = 0.0  # of the last weight sync, on this rank
     staleness: int = 0  # steps between the weights that sampled the last batch and its update
     digests: dict[str, str] = field(default_factory=dict)  # of the data, by its key
@@ -109,6 +111,8 @@ class Sampler:
         `rollout.resample_rounds` times.
         """
         rounds = self.config.rollout.resample_rounds
+        if self.curriculum:
+            self.curriculum.begin()
         groups: dict[int, Group] = {}
         slots = list(range(self.config.data.prompts_per_step // self.world.size))
         for attempt in range(rounds + 1):
@@ -120,7 +124,10 @@ class Sampler:
             with self.stage("rollout"):
                 sampling = self._train_sampling(step, attempt)
                 sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
-            groups |= zip(slots, self.grade(sampled), strict=True)
+            graded = self.grade(sampled)
+            if self.curriculum:
+                self.curriculum.record(self.world.gather(pass_rates(graded)))
+            groups |= zip(slots, graded, strict=True)
             slots = [slot for slot in slots if not _has_spread(groups[slot])]
             if attempt == rounds or self.world.max(len(slots)) == 0:
                 break
@@ -215,6 +222,9 @@ class Sampler:
         return mean_ref_logprob(self.world.gather(logprobs))
 
     def _prompts(self, step: int, attempt: int = 0) -> list[Prompt]:
+        if self.curriculum:
+            share = self.config.data.prompts_per_step // self.world.size
+            return self.curriculum.take(attempt)[self.world.rank * share :][:share]
         return self.prompts.prompts(
             step,
             attempt=attempt,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from laser_fast.algorithm.loss import is_clipped, kl_penalty
+from laser_fast.algorithm.loss import importance_weights, is_clipped, kl_penalty
 from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
@@ -21,9 +21,13 @@ from laser_fast.training.tables import StepTables
 
 def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
-    num_graded = tables.is_graded.sum()
+    num_graded, correct = tables.is_graded.sum(), is_correct(tables.rewards)
+    lengths, is_graded = tables.lengths.float(), tables.is_graded
     return {
-        "rollout/mean_length": float(tables.lengths.float().mean()),
+        "rollout/mean_length": float(lengths.mean()),
+        # Of graded ones; nan without any.
+        "rollout/mean_length_correct": float(lengths[is_graded & correct].mean()),
+        "rollout/mean_length_incorrect": float(lengths[is_graded & ~correct].mean()),
         "rollout/truncated": float((~tables.is_finished).float().mean()),
         "rollout/tokens": float(tables.lengths.sum()),
         # -log pi of the sampled token estimates the entropy without bias, and without the logits.
@@ -65,15 +69,16 @@ def update_speed(metrics: Mapping[str, float], world: World) -> dict[str, float]
     return found
 
 
+_SUMS = "policy score disagreement probes clipped kl trained weights squares cut".split()
+
+
 class RowMetrics:
     """Sums over the head rows of all microbatches of a step."""
 
     def __init__(self, config: LossConfig, device: torch.device) -> None:
         self._config = config
-        self._sums = {
-            key: torch.zeros((), dtype=torch.float64, device=device)
-            for key in ("policy", "score", "disagreement", "probes", "clipped", "kl")
-        }
+        self._sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in _SUMS}
+        self._largest_ratio = torch.zeros(1, device=device)
         self._score_logprobs: list[Tensor] = []
         self._rewards: list[Tensor] = []
 
@@ -98,7 +103,24 @@ class RowMetrics:
         sums["disagreement"] += torch.where(policy.is_probe, gaps, 0).sum()
         sums["probes"] += policy.is_probe.sum()
         # Whatever else is there: some rows that train nothing are probes.
-        sums["clipped"] += (clipped & (policy.weights * policy.advantages != 0)).sum()
+        trains = policy.weights * policy.advantages != 0
+        sums["clipped"] += (clipped & trains).sum()
+        if (cap := self._config.tis_cap) > 0:
+            ratios, weights = (
+                importance_weights(
+                    old,
+                    policy.rollout_logprobs,
+                    cap=bound,
+                    kind=self._config.importance,
+                    sequence_ids=policy.sequence_ids,
+                ).where(trains, 0)
+                for bound in (math.inf, cap)
+            )
+            sums["trained"] += trains.sum()
+            sums["weights"] += weights.sum()
+            sums["squares"] += (weights * weights).sum()
+            sums["cut"] += (ratios > cap).sum()
+            self._largest_ratio = torch.cat([self._largest_ratio, ratios]).amax(0, keepdim=True)
         if policy.ref_logprobs is not None:
             sums["kl"] += kl_penalty(logprobs, policy.ref_logprobs).sum()
         self._score_logprobs.append(score_logprobs)
@@ -110,9 +132,16 @@ class RowMetrics:
         total, probes = world.sum(pair).tolist()
         return total / max(probes, 1)
 
-    def finish(self, world: World, *, num_tokens: float, has_reference: bool) -> dict[str, float]:
-        """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective."""
-        totals = world.sum(torch.stack(list(self._sums.values()))).tolist()
+    def finish(
+        self, world: World, *, num_tokens: float, has_reference: bool, epochs: int = 1
+    ) -> dict[str, float]:
+        """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
+
+        Means over the passes. Of the importance weights mean, effective sample size as a share of
+        the tokens, (sum w)^2 / (n sum w^2), and the share that `tis_cap` cut are of the tokens that
+        train; the largest ratio is that before the cut.
+        """
+        totals = (world.sum(torch.stack(list(self._sums.values()))) / epochs).tolist()
         sums = dict(zip(self._sums, totals, strict=True))
         metrics = {
             "loss/policy": sums["policy"],
@@ -122,6 +151,14 @@ class RowMetrics:
         }
         if has_reference:
             metrics["loss/kl"] = sums["kl"] / num_tokens
+        if self._config.tis_cap > 0:
+            trained, weights = max(sums["trained"], 1), sums["weights"]
+            metrics |= {
+                "loss/importance_mean": weights / trained,
+                "loss/importance_max": max(world.gather(self._largest_ratio.tolist())),
+                "loss/importance_cut": sums["cut"] / trained,
+                "loss/importance_ess": weights**2 / (trained * sums["squares"] or 1),
+            }
         return metrics
 
     def score_metrics(self, world: World, tables: StepTables, score: SelfScore) -> dict[str, float]:

@@ -84,9 +84,10 @@ class Trainer:
             sequences = training_sequences(groups, self.world, tables, advantages, config)
             parts = [share_out(part, self.world) for part in self._minibatches(sequences)]
             updates = [self.packer.microbatches(part) for part in parts]
-            metrics = pack_metrics(self.policy, sequences, updates, self.world)
+            per_pass, epochs = len(updates), config.optim.epochs
+            metrics = pack_metrics(self.policy, sequences, updates * epochs, self.world)
         with self.stage("loss"):
-            updates = self._with_logprobs(updates)
+            updates = self._with_logprobs(updates) * epochs
 
         score_step = step - config.score.warmup_steps
         objective = Objective(
@@ -105,11 +106,14 @@ class Trainer:
                     objective = replace(objective, score_coef=self.cap.coef())
                 else:
                     self._backward(objective, batches, rows)
-            if self.sampler.staleness == 0:  # else an update lies between, which TIS corrects
+            # With staleness an update lies between, which TIS corrects. A later pass has the same.
+            if self.sampler.staleness == 0 and number < per_pass:
                 found = rows.disagreement(self.world)
                 self._check_rollout(step, found, tables.logprobs)
+            if trains_score and number == per_pass - 1:  # later, the score knows these completions
+                metrics |= rows.score_metrics(self.world, tables, score)
             with self.stage.only("step"):
-                if tables.is_graded[number :: len(updates)].any():
+                if tables.is_graded[number % per_pass :: per_pass].any():
                     grad_norms[number] = apply_gradients(
                         self.policy,
                         self.optimizer,
@@ -122,15 +126,15 @@ class Trainer:
 
         # A stop ends a step before its update; what lives from step to step changes after that.
         self.score = score
-        self.bad_steps.record(step, grad_norms, parts)
+        self.bad_steps.record(step, grad_norms, parts * epochs)
         metrics |= table_metrics(tables, advantages)
         metrics |= rows.finish(
             self.world,
             num_tokens=metrics["rollout/tokens"],
             has_reference=self.reference is not None,
+            epochs=epochs,
         )
         if trains_score:
-            metrics |= rows.score_metrics(self.world, tables, score)
             metrics["score/ref_logprob"] = score.ref_logprob
         metrics |= norms
         metrics["score/coef"] = objective.score_coef
@@ -154,9 +158,11 @@ class Trainer:
     def _with_logprobs(self, updates: list[list[Microbatch]]) -> list[list[Microbatch]]:
         """The microbatches with the old and the reference log-probs that their loss needs.
 
-        With one update per rollout the old log-probs are the current ones, detached.
+        With one update per rollout the old log-probs are the current ones, detached. Further passes
+        over the same microbatches keep both: ratios and KL grow from pass to pass, while the score
+        is fitted to the same targets again.
         """
-        if len(updates) > 1:
+        if len(updates) * self.config.optim.epochs > 1:
             updates = [_read(self.policy, batches, "old_logprobs") for batches in updates]
         if self.reference is not None:
             with self.reference.without_adapters():

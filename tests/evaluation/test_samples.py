@@ -96,6 +96,8 @@ def test_report_by_hand():
     assert (report["majority"], report["weighted_majority"], report["best_of"]) == (0.5, 0.5, 0.5)
     assert report["truncated"] == pytest.approx(1 / 7)
     assert report["mean_length"] == pytest.approx(13 / 7)
+    assert report["mean_length_correct"] == pytest.approx((2 + 2 + 1 + 2) / 4)
+    assert report["mean_length_incorrect"] == pytest.approx(2.0)
     # Correct scores .9 .6 0 .3, incorrect .1 .2 1.3.
     assert (report["tpr"], report["tnr"]) == (0.5, pytest.approx(2 / 3))
     assert report["f1"] == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))

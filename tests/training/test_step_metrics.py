@@ -64,7 +64,7 @@ SECOND_RESULT = make_result([-2.0, -4.2], policy_loss=-0.75, score_loss=0.0)
 
 
 def test_sums_over_microbatches(world):
-    rows = RowMetrics(LossConfig(), CPU)
+    rows = RowMetrics(LossConfig(tis_cap=0.0), CPU)
     rows.add(FIRST, FIRST_RESULT)
     assert rows.disagreement(world) == pytest.approx((0.1 + 0.0) / 2)
     rows.add(SECOND, SECOND_RESULT)
@@ -93,6 +93,56 @@ def test_clipped_share_and_kl(world):
     assert metrics["loss/kl"] == pytest.approx((math.e - 2) / 5)
     # The engine is compared with the policy that it sampled from.
     assert metrics["rollout/disagreement"] == pytest.approx((0.5 + 0.0 + 0.1 + 0.0) / 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratios", "weights"),
+    [  # cap 1.2
+        ("token-truncate", [0.5, 2.0, 3.0], [0.5, 1.2, 1.2]),
+        ("token-mask", [0.5, 2.0, 3.0], [0.5, 0.0, 0.0]),
+        ("sequence-truncate", [1.0, 1.0, 3.0], [1.0, 1.0, 1.2]),
+        ("sequence-mask", [1.0, 1.0, 3.0], [1.0, 1.0, 0.0]),
+    ],
+)
+def test_importance_weights_of_what_trains(world, kind, ratios, weights):
+    rows = RowMetrics(LossConfig(tis_cap=1.2, importance=kind), CPU)
+    gaps = torch.tensor([0.5, 2.0, 3.0]).log()
+    for _ in range(2):  # two passes with the same old log-probs
+        rows.add(with_logprobs(FIRST, FIRST.policy.rollout_logprobs + gaps, None), FIRST_RESULT)
+        untrained = replace(SECOND.policy, weights=torch.zeros(2))
+        rows.add(replace(SECOND, policy=untrained), SECOND_RESULT)
+    metrics = rows.finish(world, num_tokens=5, has_reference=False, epochs=2)
+    found = {name: metrics[f"loss/importance_{name}"] for name in ("mean", "max", "cut", "ess")}
+    assert found == pytest.approx(
+        {
+            "mean": sum(weights) / 3,
+            "max": max(ratios),
+            "cut": sum(ratio > 1.2 for ratio in ratios) / 3,
+            "ess": sum(weights) ** 2 / (3 * sum(w * w for w in weights)),
+        }
+    )
+
+
+def test_passes_are_averaged(world):
+    once, twice = (RowMetrics(LossConfig(), CPU) for _ in range(2))
+    ref, moved = torch.tensor([-1.1, -1.0, -3.5]), torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0])
+    batch = with_logprobs(FIRST, FIRST_RESULT.logprobs[:3], ref)
+    later = FIRST_RESULT._replace(
+        logprobs=FIRST_RESULT.logprobs + moved, policy_loss=torch.tensor(0.75)
+    )
+    once.add(batch, FIRST_RESULT)
+    twice.add(batch, FIRST_RESULT)
+    twice.add(batch, later)  # one ratio of e^.5 at A > 0 is clipped, and k3 there e^-.5 - 1 + .5
+    first = once.finish(world, num_tokens=3, has_reference=True)
+    both = twice.finish(world, num_tokens=3, has_reference=True, epochs=2)
+    assert both == pytest.approx(
+        first
+        | {
+            "loss/policy": (0.25 + 0.75) / 2,
+            "loss/clip_frac": 1 / 3 / 2,
+            "loss/kl": first["loss/kl"] + (math.exp(-0.5) - 0.5) / 3 / 2,
+        }
+    )
 
 
 def test_scores_count_truncated_completions_as_rejected(world):
@@ -134,6 +184,8 @@ def test_metrics_of_the_tables(world):
     advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5]])
     assert table_metrics(tables, advantages) == {
         "rollout/mean_length": pytest.approx(4.0),
+        "rollout/mean_length_correct": pytest.approx(2.0),
+        "rollout/mean_length_incorrect": pytest.approx((10 + 1) / 2),  # a failed grade is neither
         "rollout/truncated": pytest.approx(1 / 4),
         "rollout/tokens": 16.0,
         # Token t has the log-prob -0.1 (t + 1).
@@ -144,4 +196,5 @@ def test_metrics_of_the_tables(world):
         "advantage/mean_abs": pytest.approx(0.25),
     }
     failed = gather_tables([make_group("a", [(2, True, -1.0)], [None])], world)
-    assert math.isnan(table_metrics(failed, torch.zeros(1, 1))["reward/mean"])
+    for name in ("reward/mean", "rollout/mean_length_correct", "rollout/mean_length_incorrect"):
+        assert math.isnan(table_metrics(failed, torch.zeros(1, 1))[name])
