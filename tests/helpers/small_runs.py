@@ -10,8 +10,12 @@ GROUPS, GROUP_SIZE = 6, 4
 
 # Every optional part of a step at once; the plain configuration has the usual ones.
 EXTRAS = {
-    "loss": {"kind": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "clip_dual": 3.0},
-    "optim": {"minibatches": 2, "tokens_per_microbatch": 80},
+    "data": {"train": "few.jsonl", "pass_rate": [0.2, 0.6]},
+    "loss": {
+        **{"kind": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "clip_dual": 3.0},
+        "importance": "sequence-truncate",
+    },
+    "optim": {"minibatches": 2, "epochs": 2, "tokens_per_microbatch": 80},
     "rollout": {"resample_rounds": 2, "score": "off", "temperature": 1.3, "max_num_seqs": 5},
     "reward": {"overlong": "mask"},
     "score": {"warmup_steps": 1, "ref_logprob": "floating", "beta": 0.9, "position": "last"},
@@ -30,6 +34,7 @@ def make_model(folder):
     make_sandbox_model(folder, seed=0, steps=8)
     for split in ("train", "eval"):
         write_lines(folder / f"{split}.jsonl", rows(split, seed=0))
+    write_lines(folder / "few.jsonl", rows("train", seed=0)[:8])  # a run has several epochs
     return folder
 
 
@@ -43,7 +48,7 @@ def write_config(model, folder, /, **sections):
         "output_dir": str(folder / "run"),
         "model": {"path": str(model)},
         "data": {
-            "train": str(model / "train.jsonl"),
+            "train": "train.jsonl",
             "eval": str(model / "eval.jsonl"),
             "eval_limit": 4,
             "eval_samples": 2,
@@ -67,6 +72,8 @@ def write_config(model, folder, /, **sections):
     }
     for name, keys in sections.items():
         data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
+    if data["data"]["train"].endswith(".jsonl"):
+        data["data"]["train"] = str(model / data["data"]["train"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
     path.write_text(tomli_w.dumps(data))
