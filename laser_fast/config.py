@@ -109,11 +109,10 @@ class DataConfig(PromptConfig):
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
 
-    def _problems(self) -> Iterator[str]:
-        yield from super()._problems()
-        low, high = self.pass_rate
-        if low > high:
-            yield f"data.pass_rate = [{low:g}, {high:g}] must be [lowest, highest]"
+    @property
+    def skips_prompts(self) -> bool:
+        """Whether some pass rate is outside."""
+        return self.pass_rate != (0.0, 1.0)
 
 
 class RolloutConfig(Section):
@@ -335,11 +334,10 @@ class Config(MeasureConfig):
             )
         if rollout.steps_ahead and self.loss.tis_cap == 0:
             yield f"{rollout.steps_ahead = } needs loss.tis_cap, got 0; set that to 2.0"
-        if rollout.steps_ahead and data.pass_rate != (0.0, 1.0):
-            yield (
-                f"{rollout.steps_ahead = } draws the next prompts before the pass rates are there "
-                "that data.pass_rate asks for; set it to 0, or data.pass_rate to [0, 1]"
-            )
+        if rollout.steps_ahead and data.skips_prompts:
+            yield f"{rollout.steps_ahead = } draws before data.pass_rate knows; leave one out"
+        if data.pass_rate[0] > data.pass_rate[1]:
+            yield f"data.pass_rate = {[*data.pass_rate]} must be [lowest, highest]"
         if data.eval_every > 0 and not data.eval:
             yield (
                 f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "

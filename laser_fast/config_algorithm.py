@@ -83,7 +83,4 @@ class LossConfig(Section):
         if self.kind == "gspo":
             check_gspo(max(self.clip_low, self.clip_high), self.aggregation)
         if self.tis_cap == 0 and self.importance != "token-truncate":
-            yield (
-                f'loss.importance = "{self.importance}" corrects nothing at loss.tis_cap = 0; set '
-                "that to 2.0"
-            )
+            yield f'loss.importance = "{self.importance}" needs loss.tis_cap, got 0; set it to 2.0'

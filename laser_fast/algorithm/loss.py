@@ -88,33 +88,21 @@ def importance_weights(
     *,
     cap: float,
     kind: Importance = "token-truncate",
-    sequence_ids: Tensor | None = None,  # [T] int64
+    sequence_ids: Tensor | None = None,  # [T] int64, for "sequence-"
 ) -> Tensor:
     """Weights that correct the sampler's distribution, [T] without gradient.
 
-        r_t = exp(old_logprob_t - rollout_logprob_t), or with "sequence-" the product of the
-              sequence's own, the same for each of its tokens
+        r_t = exp(old_logprob_t - rollout_logprob_t), or with "sequence-" the sequence's product
         w_t = min(r_t, cap), or with "-mask" r_t where r_t <= cap and 0 above
 
     They correct the mismatch of two engines with the same weights, and one-step-off rollouts. The
-    kinds are those of TRL's vllm_importance_sampling_mode. Only a sequence's product is unbiased,
-    but its log spreads with the length, so that it nears 0 or the cap for long completions. Weights
-    leave the denominators of `token_weights` alone: what is masked makes the update smaller.
-
-    Args:
-        old_logprobs: of the policy behind this rollout batch.
-        rollout_logprobs: of the sampler.
-        cap: the largest weight.
-        kind: see above.
-        sequence_ids: sequence of each token, of which all tokens are there; "sequence-" needs it.
+    kinds are TRL's. Only the product is unbiased, but it leaves all bounds as completions get long.
+    `token_weights` counts what is masked, too, so that a mask makes the update smaller.
     """
     if kind not in get_args(Importance):
-        expected = ", ".join(f'"{name}"' for name in get_args(Importance))
-        raise ValueError(f'importance_weights: expected kind {expected}, got "{kind}"')
+        raise ValueError(f"importance: expected a kind of {get_args(Importance)}, got {kind!r}")
     log_ratio = (old_logprobs - rollout_logprobs).detach()
     if kind.startswith("sequence"):
-        if sequence_ids is None:
-            raise ValueError(f'importance_weights: kind="{kind}" needs sequence_ids [T]')
         log_ratio = sequence_sum(log_ratio, sequence_ids)
     ratio = log_ratio.exp()
     return torch.where(ratio > cap, 0.0, ratio) if kind.endswith("mask") else ratio.clamp(max=cap)
@@ -176,15 +164,17 @@ def check_gspo(clip: float, aggregation: Aggregation) -> None:
         warnings.warn(f'loss.kind = "gspo": {"; ".join(doubts)}', stacklevel=2)
 
 
-def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
+def sequence_sum(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Sum of the values of a token's own sequence, given back to each of its tokens, [T]."""
+    if sequence_ids is None:
+        raise ValueError("a loss of whole sequences needs sequence_ids [T]")
     if values.numel() == 0:
         return values
     num_sequences = int(sequence_ids.max()) + 1
     return values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)[sequence_ids]
 
 
-def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+def sequence_mean(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Mean of the values of a token's own sequence, given back to each of its tokens, [T]."""
     counts = sequence_sum(torch.ones_like(values), sequence_ids)
     return sequence_sum(values, sequence_ids) / counts
@@ -198,8 +188,6 @@ def _ratio(
         raise ValueError(f'policy loss: expected kind "grpo", "gspo" or "cispo", got "{kind}"')
     log_ratio = logprobs - old_logprobs.detach()
     if kind == "gspo":
-        if sequence_ids is None:
-            raise ValueError('policy loss: kind="gspo" needs sequence_ids [T]')
         # The value is the sequence's ratio, the gradient that of the single token. Its term is
         # exactly 0, where adding and then subtracting logprobs would round the ratio.
         own_gradient = logprobs - logprobs.detach()

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from statistics import median
 from typing import Any
@@ -19,8 +19,7 @@ Report = Mapping[str, Any]  # of an evaluation, by the names in laser_fast.log.m
 logger = logging.getLogger(__name__)
 
 
-# The last steps, whose median time is that of the steps to come: lengths drift over a run.
-RECENT = 16
+RECENT = 16  # steps whose median time is that of those to come, since lengths drift over a run
 
 
 def step_line(
@@ -67,13 +66,12 @@ class StepConsole:
         num_steps: int,
         *,
         first_step: int = 0,
-        eval_every: int | None = None,
+        eval_steps: Sequence[int] = (),  # after which an evaluation follows, counted from 1
         console: Console | None = None,
     ):
-        """`eval_every` as in a run's configuration; None: it has no evaluation."""
-        self._num_steps, self._eval_every = num_steps, eval_every
-        self._step_seconds = deque[float](maxlen=RECENT)
-        self._eval_seconds, self._since = 0.0, time.monotonic()
+        self._num_steps, self._eval_steps = num_steps, eval_steps
+        self._seconds, self._eval_seconds = deque[float](maxlen=RECENT), 0.0
+        self._since = time.monotonic()
         console = console or Console()
         text, bar, share, _ = Progress.get_default_columns()  # the lines tell the time left
         columns = (text, bar, share, MofNCompleteColumn(), TimeElapsedColumn())
@@ -84,25 +82,17 @@ class StepConsole:
 
     def show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print the line of a finished step and move the bar."""
-        self._step_seconds.append(_seconds(metrics))
-        left = self._seconds_left(step + 1)
+        self._seconds.append(_seconds(metrics))
+        left = (self._num_steps - step - 1) * median(self._seconds)
+        left += sum(after > step for after in self._eval_steps) * self._eval_seconds
         self.show(step_line(step, self._num_steps, metrics, seconds_left=left))
         self._bar.update(self._task, completed=step + 1)
         self._since = time.monotonic()
 
     def show_evaluation(self, step: int, report: Report) -> None:
-        """Print the line of an evaluation, which began when the last step ended, or the run."""
+        """Print the line of an evaluation, which began with the run or after its last step."""
         self._eval_seconds = time.monotonic() - self._since
         self.show(evaluation_line(step, report))
-
-    def _seconds_left(self, completed: int) -> float:
-        """Time of the steps to come, and of their evaluations if there was one in this process."""
-        steps, every, evaluations = self._num_steps, self._eval_every, 0
-        if every is not None:  # that of the last completed step is still to come
-            evaluations = 1
-        if every:
-            evaluations = -(-steps // every) - (completed - 1) // every
-        return (steps - completed) * median(self._step_seconds) + evaluations * self._eval_seconds
 
     def show(self, text: str) -> None:
         """Print one line above the bar."""

@@ -73,10 +73,11 @@ class RunLog(Log):
         for package in ("wandb", "trackio"):
             if getattr(config.log, package):
                 self._senders.append(self._open_hosted(package, config, last_step))
-        first_step, eval_every = resume_step or 0, None
+        steps, eval_steps = self._num_steps, list[int]()
         if isinstance(config, Config) and config.data.eval:
-            eval_every = config.data.eval_every
-        self._console = StepConsole(self._num_steps, first_step=first_step, eval_every=eval_every)
+            every = config.data.eval_every or steps
+            eval_steps = [*range(every, steps, every), steps]
+        self._console = StepConsole(steps, first_step=resume_step or 0, eval_steps=eval_steps)
         self.callback(self._console.close)
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102

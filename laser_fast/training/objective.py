@@ -22,7 +22,7 @@ from laser_fast.algorithm.score import SelfScore, score_loss
 from laser_fast.config import LossConfig
 from laser_fast.model.families import LmHead
 from laser_fast.model.policy import Head
-from laser_fast.records import Microbatch
+from laser_fast.records import Microbatch, PolicyRows
 from laser_kernels import linear_logprob, linear_logprob_entropy, linear_logprob_loss
 
 
@@ -45,6 +45,12 @@ class HeadResult(NamedTuple):
     logprobs: Tensor  # [N]
     policy_loss: Tensor  # scalar, its share of `loss`
     score_loss: Tensor  # scalar, before score_coef
+
+
+def sampling_weights(config: LossConfig, rows: PolicyRows, old: Tensor, *, cap: float) -> Tensor:
+    """`importance_weights` of policy rows, [N_p], for their old log-probs."""
+    kind, ids = config.importance, rows.sequence_ids
+    return importance_weights(old, rows.rollout_logprobs, cap=cap, kind=kind, sequence_ids=ids)
 
 
 def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
@@ -110,13 +116,7 @@ def _row_losses(
         sequence_ids=policy.sequence_ids,
     )
     if config.tis_cap > 0:
-        terms = terms * importance_weights(
-            old,
-            policy.rollout_logprobs,
-            cap=config.tis_cap,
-            kind=config.importance,
-            sequence_ids=policy.sequence_ids,
-        )
+        terms = terms * sampling_weights(config, policy, old, cap=config.tis_cap)
     if policy.ref_logprobs is not None:
         terms = terms + config.kl_coef * kl_penalty(policy_logprobs, policy.ref_logprobs)
     score_terms = score_loss(

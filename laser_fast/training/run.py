@@ -13,7 +13,7 @@ from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
-from laser_fast.data.curriculum import make_curriculum
+from laser_fast.data.curriculum import Curriculum
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.evaluation.benchmarks import answer_of
 from laser_fast.evaluation.statistics import summarize
@@ -167,7 +167,7 @@ def _build_sampler(
         grader=grader,
         policy=policy,
         packer=packer,
-        curriculum=make_curriculum(config.data, prompts),
+        curriculum=Curriculum(prompts, config.data) if config.data.skips_prompts else None,
         digests=digests,
     )
     return sampler, reference, held_out
@@ -186,7 +186,7 @@ def _build_trainer(
         first_step, ref_logprob = state["step"], state["ref_logprob"]
         cap.load_state_dict(state["cap"])
         if sampler.curriculum:
-            sampler.curriculum.load_state_dict(state["curriculum"])
+            sampler.curriculum.state = state["curriculum"]
         num_bad = state.get("bad_steps", 0)
         must_evaluate = state.get("must_evaluate", False) or first_step == 0
         logger.info("resumed from %s", checkpoint)
@@ -279,7 +279,7 @@ def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> P
             "digests": trainer.sampler.digests,
             "bad_steps": trainer.bad_steps.count,
             "must_evaluate": must_evaluate,
-            "curriculum": curriculum and curriculum.state_dict(),
+            "curriculum": curriculum and curriculum.state,
         },
         world=trainer.world,
     )

@@ -9,7 +9,7 @@ import torch
 
 from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config
-from laser_fast.data.curriculum import Curriculum, pass_rates
+from laser_fast.data.curriculum import Curriculum
 from laser_fast.data.prompts import PromptSource
 from laser_fast.log.samples import mean_ref_logprob
 from laser_fast.log.timer import StageTimer
@@ -111,8 +111,6 @@ class Sampler:
         `rollout.resample_rounds` times.
         """
         rounds = self.config.rollout.resample_rounds
-        if self.curriculum:
-            self.curriculum.begin()
         groups: dict[int, Group] = {}
         slots = list(range(self.config.data.prompts_per_step // self.world.size))
         for attempt in range(rounds + 1):
@@ -126,7 +124,7 @@ class Sampler:
                 sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
             graded = self.grade(sampled)
             if self.curriculum:
-                self.curriculum.record(self.world.gather(pass_rates(graded)))
+                self.curriculum.record(graded, self.world.gather)
             groups |= zip(slots, graded, strict=True)
             slots = [slot for slot in slots if not _has_spread(groups[slot])]
             if attempt == rounds or self.world.max(len(slots)) == 0:

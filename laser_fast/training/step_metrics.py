@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from laser_fast.algorithm.loss import importance_weights, is_clipped, kl_penalty
+from laser_fast.algorithm.loss import is_clipped, kl_penalty
 from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
 from laser_fast.config import LossConfig
@@ -15,19 +15,18 @@ from laser_fast.model.distributed import World
 from laser_fast.model.flops import peak_flops, training_flop
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch, TrainingSequence
-from laser_fast.training.objective import HeadResult
+from laser_fast.training.objective import HeadResult, sampling_weights
 from laser_fast.training.tables import StepTables
 
 
 def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
     num_graded, correct = tables.is_graded.sum(), is_correct(tables.rewards)
-    lengths, is_graded = tables.lengths.float(), tables.is_graded
+    lengths, incorrect = tables.lengths.float(), tables.is_graded & ~correct
     return {
         "rollout/mean_length": float(lengths.mean()),
-        # Of graded ones; nan without any.
-        "rollout/mean_length_correct": float(lengths[is_graded & correct].mean()),
-        "rollout/mean_length_incorrect": float(lengths[is_graded & ~correct].mean()),
+        "rollout/mean_length_correct": float(lengths[correct].mean()),  # nan of none
+        "rollout/mean_length_incorrect": float(lengths[incorrect].mean()),
         "rollout/truncated": float((~tables.is_finished).float().mean()),
         "rollout/tokens": float(tables.lengths.sum()),
         # -log pi of the sampled token estimates the entropy without bias, and without the logits.
@@ -107,13 +106,7 @@ class RowMetrics:
         sums["clipped"] += (clipped & trains).sum()
         if (cap := self._config.tis_cap) > 0:
             ratios, weights = (
-                importance_weights(
-                    old,
-                    policy.rollout_logprobs,
-                    cap=bound,
-                    kind=self._config.importance,
-                    sequence_ids=policy.sequence_ids,
-                ).where(trains, 0)
+                sampling_weights(self._config, policy, old, cap=bound).where(trains, 0)
                 for bound in (math.inf, cap)
             )
             sums["trained"] += trains.sum()
@@ -137,9 +130,8 @@ class RowMetrics:
     ) -> dict[str, float]:
         """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
 
-        Means over the passes. Of the importance weights mean, effective sample size as a share of
-        the tokens, (sum w)^2 / (n sum w^2), and the share that `tis_cap` cut are of the tokens that
-        train; the largest ratio is that before the cut.
+        They are means over the passes. Of the importance weights, those of tokens that train count;
+        ess is the effective sample size as a share of n, (sum w)^2 / (n sum w^2).
         """
         totals = (world.sum(torch.stack(list(self._sums.values()))) / epochs).tolist()
         sums = dict(zip(self._sums, totals, strict=True))

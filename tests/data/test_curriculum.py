@@ -3,10 +3,8 @@
 import json
 from collections import Counter
 
-import pytest
-
 from laser_fast.config import DataConfig
-from laser_fast.data.curriculum import Curriculum, make_curriculum, pass_rates
+from laser_fast.data.curriculum import Curriculum
 from laser_fast.records import Completion, Group, Prompt
 
 ROWS, PER_STEP = 5, 3
@@ -30,7 +28,13 @@ def make_prompt(name):
 
 
 def make(rows=ROWS):
-    return Curriculum(source=Stream(rows), per_step=PER_STEP, pass_rate=(0.25, 0.75))
+    config = DataConfig(train="t", prompts_per_step=PER_STEP, pass_rate=(0.25, 0.75))
+    return Curriculum(Stream(rows), config)
+
+
+def graded(prompt, *rewards):
+    completion = Completion(completion_ids=(1,), rollout_logprobs=(0.0,), finish_reason="stop")
+    return Group(prompt=prompt, completions=(completion,) * len(rewards), rewards=rewards)
 
 
 def ids(prompts):
@@ -39,12 +43,14 @@ def ids(prompts):
 
 def step(curriculum, rates, *attempts):
     """The prompts of one step, whose rows have these pass rates; .5 are all others."""
-    curriculum.begin()
     found = []
     for attempt in (0, *attempts):
         prompts = curriculum.take(attempt)
         found += ids(prompts)
-        curriculum.record((p.prompt_id, rates.get(p.prompt_id[6], 0.5)) for p in prompts)
+        correct = [int(4 * rates.get(prompt.prompt_id[6], 0.5)) for prompt in prompts]
+        rewards = [[0.6] * n + [0.4] * (4 - n) for n in correct]
+        groups = [graded(p, *row) for p, row in zip(prompts, rewards, strict=True)]
+        curriculum.record(groups, list)
     curriculum.commit()
     return found
 
@@ -52,7 +58,7 @@ def step(curriculum, rates, *attempts):
 def test_a_prompt_outside_is_left_out_of_its_next_epoch_only():
     curriculum, rates = make(), {"1": 1.0, "3": 0.0, "0": 0.25, "2": 0.75}
     assert step(curriculum, rates) == ["0@0", "1@0", "2@0"]
-    assert curriculum.state_dict() == {"places": [3, 0], "outside": ["train-1"]}
+    assert curriculum.state == {"places": [3, 0], "outside": ["train-1"]}
     assert step(curriculum, rates) == ["3@0", "4@0", "2@1"]  # 1@1 is passed over
     assert step(curriculum, rates) == ["4@1", "0@1", "2@2"]  # and 3@1
     assert step(curriculum, rates) == ["3@2", "4@2", "0@2"]
@@ -78,34 +84,34 @@ def test_resampled_prompts_have_a_stream_of_their_own_with_the_same_rows():
         "3@spare0"
     ]
     assert step(curriculum, {}, 1, 2)[:3] == ["3@0", "4@0", "1@1"]
-    assert curriculum.state_dict() == {"places": [6, 10], "outside": []}
+    assert curriculum.state == {"places": [6, 10], "outside": []}
 
 
 def test_what_an_interrupted_step_took_comes_again_and_a_state_goes_on_exactly():
     curriculum, rates = make(), {"1": 1.0, "2": 0.0}
     step(curriculum, rates, 1)
-    saved = json.dumps(curriculum.state_dict())
-    curriculum.begin()
-    curriculum.record([("train-4@0", 1.0)])
-    curriculum.take(0)
-    assert json.dumps(curriculum.state_dict()) == saved
+    saved = json.dumps(curriculum.state)
+    prompts = curriculum.take(0)
+    curriculum.record([graded(prompts[0], 1.0)], list)
+    curriculum.take(1)
+    assert json.dumps(curriculum.state) == saved
     resumed = make()
-    resumed.load_state_dict(json.loads(saved))
+    resumed.state = json.loads(saved)
     for _ in range(4):
         assert step(curriculum, rates, 1) == step(resumed, rates, 1)
-        assert curriculum.state_dict() == resumed.state_dict()
+        assert curriculum.state == resumed.state
 
 
-def test_a_pass_rate_is_that_of_graded_completions():
-    completion = Completion(completion_ids=(1,), rollout_logprobs=(0.0,), finish_reason="stop")
+def test_a_pass_rate_is_that_of_the_graded_completions_of_all_ranks():
+    curriculum = make()
+    curriculum.take(0)
+    rewards = {"a@0": (1.0, None, 0.0), "b@1": (None, None), "c@0": (1.0, None)}
+    groups = [graded(make_prompt(name), *row) for name, row in rewards.items()]
+    curriculum.record(groups, lambda own: [*own, ("d", [0.0, 0.0])])
+    curriculum.commit()
+    assert curriculum.state["outside"] == ["c", "d"]
 
-    def group(name, *rewards):
-        return Group(prompt=make_prompt(name), completions=(completion,) * 3, rewards=rewards)
 
-    groups = [group("a@0", 1.0, None, 0.0), group("b@1", None, None, None), group("c@0", 0.6, 1, 0)]
-    assert pass_rates(groups) == [("a@0", 0.5), ("c@0", pytest.approx(2 / 3))]
-
-
-def test_every_rate_inside_needs_no_curriculum():
-    assert make_curriculum(DataConfig(train="t"), Stream()) is None
-    assert make_curriculum(DataConfig(train="t", pass_rate=(0.0, 0.9)), Stream()) is not None
+def test_only_a_range_that_leaves_something_out_skips():
+    assert not DataConfig(train="t").skips_prompts
+    assert DataConfig(train="t", pass_rate=(0.0, 0.9)).skips_prompts

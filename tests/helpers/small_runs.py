@@ -10,7 +10,7 @@ GROUPS, GROUP_SIZE = 6, 4
 
 # Every optional part of a step at once; the plain configuration has the usual ones.
 EXTRAS = {
-    "data": {"train": "few.jsonl", "pass_rate": [0.2, 0.6]},
+    "data": {"train": "few.jsonl", "pass_rate": [0.3, 0.6]},
     "loss": {
         **{"kind": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "clip_dual": 3.0},
         "importance": "sequence-truncate",

@@ -61,22 +61,23 @@ def test_bar_below_the_lines_on_a_terminal():
 
 
 @pytest.mark.parametrize(
-    ("every", "left"),
+    ("eval_steps", "left"),
     [
-        (None, ["0:01:00", "0:01:50", "0:00:20", ""]),  # 3 x 20, 2 x (20 + 90) / 2, 20
-        (0, ["0:01:00", "0:01:57", "0:00:27", "0:00:07"]),  # and one after the last step
-        (2, ["0:01:00", "0:02:04", "0:00:34", "0:00:07"]),  # and after 6
+        ((), ["0:01:00", "0:01:50", "0:00:20", ""]),  # 3 x 20, 2 x (20 + 90) / 2, 20
+        ([7], ["0:01:00", "0:01:57", "0:00:27", "0:00:07"]),  # and one after the last step
+        ([2, 4, 6, 7], ["0:01:00", "0:02:04", "0:00:34", "0:00:07"]),  # and after 6
     ],
 )
-def test_time_left_of_a_resumed_run(monkeypatch, every, left):
+def test_time_left_of_a_resumed_run(monkeypatch, eval_steps, left):
     now, lines = [100.0], []
     monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
-    console = StepConsole(7, first_step=3, eval_every=every, console=Console(file=io.StringIO()))
+    terminal = Console(file=io.StringIO())
+    console = StepConsole(7, first_step=3, eval_steps=eval_steps, console=terminal)
     monkeypatch.setattr(console, "show", lines.append)
     for step, seconds in zip(range(3, 7), (20.0, 90.0, 20.0, 20.0), strict=True):
         now[0] += seconds + 5.0  # a checkpoint is in no step's time
         console.show_step(step, {"time/loss": seconds})
-        if step == 3 and every is not None:
+        if step == 3 and eval_steps:
             now[0] += 7.0
             console.show_evaluation(4, {})
     found = [line.partition("s  ")[2].removesuffix(" left") for line in lines if "step " in line]

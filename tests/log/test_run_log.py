@@ -196,3 +196,24 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
 
 def test_log_of_a_run_does_what_the_other_ranks_leave():
     assert {name for name in vars(Log) if not name.startswith("_")} <= vars(RunLog).keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, []),
+        ({"eval": "sandbox"}, [7]),
+        ({"eval": "sandbox", "eval_every": 3}, [3, 6, 7]),
+        ({"eval": "sandbox", "eval_every": 7}, [7]),
+    ],
+)
+def test_the_time_left_knows_the_evaluations_to_come(tmp_path, monkeypatch, data, expected):
+    given = {}
+    monkeypatch.setattr(
+        "laser_fast.log.run_log.StepConsole",
+        lambda *steps, **keys: given.update(keys) or types.SimpleNamespace(close=list),
+    )
+    config = _config(tmp_path, steps=7)
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    with RunLog(tmp_path, config, resume_step=2):
+        assert given == {"first_step": 2, "eval_steps": expected}

@@ -252,6 +252,7 @@ def test_samples_of_the_current_weights_must_agree_with_the_policy(write_ahead, 
         ("rollout.engine=vllm", r'steps_ahead = 1 needs the engine "vllm_server", .* set it to 0'),
         ("rollout.resample_rounds=2", r"resample_rounds = 2 asks for; set one to 0"),
         ("loss.tis_cap=0", r"steps_ahead = 1 needs loss\.tis_cap, got 0; set that to 2\.0"),
+        ("data.pass_rate=[0.1, 0.9]", r"draws before data\.pass_rate knows; leave one out"),
         ("rollout.steps_ahead=2", r"expected a number less than or equal to 1, got 2"),
     ],
 )
