@@ -90,6 +90,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
         "optim": {"steps": 2, "schedule": "linear", "warmup_steps": 1},
     }
     config["data"] |= {"max_prompt_tokens": 24, "prompts_per_step": 2, "eval_samples": 2}
+    config["data"]["pass_rate"] = [0.0, 0.9]
     train_run(Config.parse(config, source="test"))
 
     # What only vLLM reads, with something in its place.

@@ -65,7 +65,6 @@ _SAMPLER = Panel("disagreement of sampler and policy (nats)", is_log=True)
 _SHARES = Panel("shares", limits=_SHARE)
 _LENGTH = Panel("completion length (tokens)", limits=_FROM_ZERO)
 _SPEED = Panel("tokens per second", limits=_FROM_ZERO)
-_WEIGHTS = Panel("importance weights of trained tokens", is_log=True)
 _COEF = Panel("weight of the score loss, after the gradient cap", limits=_FROM_ZERO)
 _FAILED = Panel("failed grades per step", limits=_FROM_ZERO)
 
@@ -125,8 +124,6 @@ METRICS = (
     Metric("loss/clip_frac", "clipped tokens", STEP, _SHARES, ORANGE),
     Metric("loss/importance_cut", "importance weights above the cap", STEP, _SHARES, BROWN),
     Metric("loss/importance_ess", "effective sample size", STEP, _SHARES, GREEN),
-    Metric("loss/importance_mean", "mean", STEP, _WEIGHTS, BLUE),
-    Metric("loss/importance_max", "largest ratio, before the cap", STEP, _WEIGHTS, RED),
     Metric("advantage/zero_std_groups", "groups without reward spread", STEP, _SHARES),
     Metric("loss/entropy", "estimate", STEP, Panel("entropy (nats per token)")),
     Metric("score/coef", "alpha", STEP, _COEF, ORANGE),
