@@ -96,7 +96,7 @@ def importance_weights(
         w_t = min(r_t, cap), or with "-mask" r_t where r_t <= cap and 0 above
 
     They correct the mismatch of two engines with the same weights, and one-step-off rollouts. The
-    kinds are TRL's. Only the product is unbiased, but it leaves all bounds as completions get long.
+    kinds are TRL's. Only the product is unbiased, but for long completions it nears 0 or infinity.
     `token_weights` counts what is masked, too, so that a mask makes the update smaller.
     """
     if kind not in get_args(Importance):
