@@ -183,6 +183,8 @@ class RewardConfig(Section):
 
     kind: str = "math"
     """One of math, gsm8k, exact, sandbox, or "module:function" of yours."""
+    extra: dict[str, float] = {}
+    """Weights of further functions, {"module:function" = 0.2}, for advantages; no score target."""
     timeout_s: float = Field(10.0, gt=0)
     """Deadline of one answer; one that misses it is wrong if its gold is readable, else None."""
     batch_timeout_s: float = Field(300.0, gt=0)

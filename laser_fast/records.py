@@ -50,7 +50,7 @@ class Prompt:
 
     Example: `Prompt(prompt_id="train-17", text="2+3=", prompt_ids=(12, 4, 13, 9), answer="5")`.
     `prompt_id` is unique in its data set; sampling noise is keyed by it. `fields` is a JSON object
-    of what a reward function asks for besides.
+    of what a reward function asks for besides. `source` names the data set where a run has several.
     """
 
     prompt_id: str
@@ -58,6 +58,7 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     answer: str
     fields: str = "{}"
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,16 +116,20 @@ class Completion:
 class Group:
     """A prompt and its G completions; rewards and advantages are relative to the group.
 
-    `rewards` holds one number per completion, None where grading failed; it is empty before the
-    group is graded.
+    `rewards` holds the verifier's number of each completion, None where grading failed; `totals`,
+    which advantages read, the same with what further functions add, whose numbers are in `extras`,
+    by name. All are empty before the group is graded.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     rewards: tuple[float | None, ...] = ()
+    totals: tuple[float | None, ...] = ()
+    extras: tuple[dict[str, float | None], ...] = ()
 
     def __post_init__(self) -> None:
-        assert not self.rewards or len(self.rewards) == len(self.completions)
+        for numbers in (self.rewards, self.totals, self.extras):
+            assert len(numbers) in (0, len(self.completions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

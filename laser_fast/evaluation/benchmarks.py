@@ -114,13 +114,14 @@ class Graders(ExitStack):
     def __init__(self, votes: RewardConfig) -> None:
         super().__init__()
         self._votes = votes.model_copy(update={"kind": "math", "format_gate": False})
-        self._open: dict[RewardConfig, Grader] = {}
+        self._open: dict[str, Grader] = {}  # by configuration, in which a dict is not hashable
 
     def of(self, config: RewardConfig) -> Grader:
         """The grader of a configuration."""
-        if config not in self._open:
-            self._open[config] = self.enter_context(Grader(config))
-        return self._open[config]
+        key = config.model_dump_json()
+        if key not in self._open:
+            self._open[key] = self.enter_context(Grader(config))
+        return self._open[key]
 
     def same_answer(self, first: str, second: str) -> bool:
         """Whether two answers are one value by math-verify; as text, 1/2 and 0.5 are two."""

@@ -31,7 +31,7 @@ _SCORE_KEYS = {"token": str, "position": str, "beta": float, "ref_logprob": floa
 # Keys of the sections that measuring shares with training, which only training reads.
 _UNREAD = """
     rollout.max_disagreement rollout.resample_rounds rollout.steps_ahead
-    reward.overlong reward.overlong_buffer
+    reward.extra reward.overlong reward.overlong_buffer
     score.loss_coef score.warmup_steps score.max_class_weight score.max_grad_ratio
 """
 _INSTEAD = {

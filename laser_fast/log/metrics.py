@@ -70,6 +70,7 @@ _FAILED = Panel("failed grades per step", limits=_FROM_ZERO)
 
 METRICS = (
     Metric("reward/mean", "training prompts", STEP, _REWARD, BLUE, "reward"),
+    Metric("reward/total", "with the extras", STEP, _REWARD, PINK),
     Metric("reward/accuracy", "accuracy", TILE, _REWARD, RED, "accuracy"),
     Metric("vote/pass", "pass@k", BENCHMARK, color=GREY),
     Metric("vote/majority", "maj@k", TILE, _REWARD, ORANGE),

@@ -25,7 +25,8 @@ class SampleRecord:
 
     `answer` is what votes, None if the completion gave none. `reward` is None if grading failed.
     `score` is 0 for an unfinished completion and None for a finished one that was not scored.
-    `step` is the training step that sampled it, None in an evaluation.
+    `step` is the training step that sampled it, None in an evaluation. `total` is the reward with
+    what further functions add, whose numbers are `extras`; None without such functions.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -42,6 +43,8 @@ class SampleRecord:
     score_logprob: float | None
     finish_reason: FinishReason
     num_tokens: int
+    total: float | None = None
+    extras: dict[str, float | None] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -73,6 +76,7 @@ def to_records(
     records = []
     for group, i in members:
         completion, text = group.completions[i], decode(group.completions[i].completion_ids)
+        extras = group.extras[i] if group.extras else None
         record = SampleRecord(
             step=step,
             prompt_id=group.prompt.prompt_id,
@@ -86,6 +90,8 @@ def to_records(
             score_logprob=completion.score_logprob,
             finish_reason=completion.finish_reason,
             num_tokens=len(completion.completion_ids),
+            total=group.totals[i] if extras else None,
+            extras=extras or None,
         )
         records.append(record)
     return records
@@ -143,9 +149,9 @@ def group_by_prompt(records: Sequence[SampleRecord]) -> list[list[SampleRecord]]
 
 
 def to_line(record: SampleRecord) -> str:
-    """One record as one line of JSON; `step` is left out where there is none."""
-    fields = asdict(record).items()
-    return jsonl.to_line({key: value for key, value in fields if (key, value) != ("step", None)})
+    """One record as one line of JSON, without what is None where it need not be there."""
+    fields, optional = asdict(record).items(), {"step", "total", "extras"}
+    return jsonl.to_line({k: v for k, v in fields if v is not None or k not in optional})
 
 
 def write_samples(path: str | Path, records: Iterable[SampleRecord]) -> None:

@@ -41,18 +41,24 @@ _log = logging.getLogger(__name__)
 class Grader(ExitStack):
     """Worker processes that grade by one `RewardConfig`, until it is closed.
 
+    `extras` are the graders of its `extra`: each is a function with workers of its own, so that
+    none can cost a grade of this one.
+
     Args:
-        config: `kind`, `range`, the deadlines, `workers` and `format_gate` are read.
+        config: all but `max_failed` and what is said of over-long completions is read.
         trains_score: whether rewards become targets of the score, which are from 0 to 1.
+        key: what messages call the key of `kind`.
 
     Raises:
         ConfigError: if `kind` is unknown, does not import in a worker, is no function or asks for
             what no reward gets, or if `format_gate` is asked of a kind that has none.
     """
 
-    def __init__(self, config: RewardConfig, *, trains_score: bool = False) -> None:
+    def __init__(
+        self, config: RewardConfig, *, trains_score: bool = False, key: str = "reward.kind"
+    ) -> None:
         super().__init__()
-        _check(config)
+        _check(config, key)
         self._config = config
         self._is_bounded = trains_score or config.range != (0.0, 1.0)
         self._function = _BUILT_IN.get(config.kind, config.kind)
@@ -60,15 +66,20 @@ class Grader(ExitStack):
         try:
             self._pool = WorkerPool(self._function, num_workers=config.workers, memory_limit=limit)
         except WorkerStartError as error:
-            raise ConfigError(f'reward.kind = "{config.kind}" cannot be loaded: {error}') from None
+            raise ConfigError(f'{key} = "{config.kind}" cannot be loaded: {error}') from None
         self.callback(self._pool.close)
         self.fields: tuple[str, ...] = ()  # of the data, that the function asks for
         if config.kind not in _BUILT_IN:
             [found] = self._run(_CHECK_USER, [(config.kind,)])
             if not isinstance(found, tuple):
                 self.close()
-                raise ConfigError(f'reward.kind = "{config.kind}": {found}')
+                raise ConfigError(f'{key} = "{config.kind}": {found}')
             self.fields = found
+        alone = {"extra": {}, "format_gate": False, "range": (0.0, 1.0)}
+        self.weights, self.extras = config.extra, dict[str, Grader]()
+        for kind in config.extra:
+            own = config.model_copy(update={"kind": kind, **alone})
+            self.extras[kind] = self.enter_context(Grader(own, key="reward.extra"))
 
     def grade(
         self,
@@ -115,7 +126,8 @@ class Grader(ExitStack):
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         for reason, count in Counter(failure.reason for failure in failures).items():
             example = next(failure.summary for failure in failures if failure.reason == reason)
-            _log.warning("%d of %d grades failed: %s", count, len(outcomes), example)
+            of = len(outcomes), self._config.kind
+            _log.warning('%d of %d grades by "%s" failed: %s', count, *of, example)
         rewards: list[float | None] = [0.0] * len(texts)
         for i, outcome in zip(rows, outcomes, strict=True):
             rewards[i] = None if isinstance(outcome, Failure) else outcome
@@ -198,19 +210,33 @@ class Grader(ExitStack):
 
 
 def grade_groups(
-    grader: Grader, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
+    grader: Grader,
+    groups: Sequence[Group],
+    decode: Callable[[Sequence[int]], str],
+    *,
+    with_extras: bool = False,
 ) -> list[Group]:
-    """The groups with a reward for every completion, None where grading failed."""
+    """The groups with a reward for every completion, None where grading failed.
+
+    `with_extras`, also with those of `reward.extra`, one after the other; None adds nothing.
+    """
     members = [(group.prompt, c) for group in groups for c in group.completions]
-    rewards = iter(
-        grader.grade(
-            [decode(completion.completion_ids) for _, completion in members],
-            [prompt.answer for prompt, _ in members],
-            prompts=[prompt.text for prompt, _ in members],
-            fields=[prompt.fields for prompt, _ in members],
-        )
-    )
-    return [replace(g, rewards=tuple(islice(rewards, len(g.completions)))) for g in groups]
+    texts = [decode(completion.completion_ids) for _, completion in members]
+    answers = [prompt.answer for prompt, _ in members]
+    told = {"prompts": [p.text for p, _ in members], "fields": [p.fields for p, _ in members]}
+    rewards = grader.grade(texts, answers, **told)
+    extras: list[dict[str, float | None]] = [{} for _ in members]
+    for name, extra in grader.extras.items() if with_extras else ():
+        for said, value in zip(extras, extra.grade(texts, answers, **told), strict=True):
+            said[name] = value
+    totals = [
+        None if r is None else r + sum(grader.weights[n] * (v or 0.0) for n, v in said.items())
+        for r, said in zip(rewards, extras, strict=True)
+    ]
+    rows = iter(zip(rewards, totals, extras, strict=True))
+    own = (zip(*islice(rows, len(group.completions)), strict=True) for group in groups)
+    numbered = zip(groups, own, strict=True)
+    return [replace(g, rewards=r, totals=t, extras=e) for g, (r, t, e) in numbered]
 
 
 def grade(
@@ -242,17 +268,17 @@ def _shared_grader(kind: str, timeout_s: float) -> Grader:
     return Grader(RewardConfig(kind=kind, timeout_s=timeout_s, workers=1))
 
 
-def _check(config: RewardConfig) -> None:
+def _check(config: RewardConfig, key: str) -> None:
     """Refuse what no worker needs to find out."""
     kind = config.kind
     if kind == "laser_fast.data.sandbox:reward":  # before 0.2
-        raise ConfigError(f'reward.kind = "{kind}" is now a kind: set it to "sandbox"')
+        raise ConfigError(f'{key} = "{kind}" is now a kind: set it to "sandbox"')
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
         hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
         raise ConfigError(
-            f'reward.kind = "{kind}": expected {", ".join(_BUILT_IN)} or "module:function"{hint}'
+            f'{key} = "{kind}": expected {", ".join(_BUILT_IN)} or "module:function"{hint}'
         )
     if config.format_gate and kind != "math":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reward "module:function": a function of the user's, called with a batch.
+"""Rewards "module:function": functions of the user's, called with a batch.
 
     def reward(completions: list[str], answers: list[str]) -> list[float]
     def reward(prompts, completions, answer, **kwargs) -> list[float]     # as TRL calls it
@@ -55,7 +55,9 @@ def call(
     completions, answers = map(list, zip(*pairs, strict=True))
     asked, takes_all = _parameters(kind)
     rows = [json.loads(row) for row in fields or ()]
-    offered: dict[str, list[Any]] = {n: [row[n] for row in rows] for n in (rows or [{}])[0]}
+    # Other functions may ask for further fields.
+    own = {p.name for p in asked if p.default is p.empty} & {*(rows or [{}])[0]}
+    offered: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in own}
     offered |= {"completions": completions, "answers": answers, "answer": answers}
     if prompts is not None:
         offered["prompts"] = list(prompts)

@@ -125,7 +125,8 @@ def _build_sampler(
             config.model.path, score_token=config.score.token, model_config=model_config
         )
         tokenizer, asked = vocabulary.tokenizer, grader.fields
-        prompts = train_prompts(config.data, tokenizer, seed=config.seed, asked=asked)
+        every = dict.fromkeys(n for g in (grader, *grader.extras.values()) for n in g.fields)
+        prompts = train_prompts(config.data, tokenizer, seed=config.seed, asked=[*every])
         prompts.check_ids(model_config.vocab_size)
         digests = {"data.train": prompts.digest, **base_digest(config.model, model_config)}
         held_out = list[Prompt]()

@@ -122,7 +122,7 @@ class Sampler:
             with self.stage("rollout"):
                 sampling = self._train_sampling(step, attempt)
                 sampled = self.engine.generate([prompts[slot] for slot in slots], sampling)
-            graded = self.grade(sampled)
+            graded = self.grade(sampled, with_extras=True)
             if self.curriculum:
                 self.curriculum.record(graded, self.world.gather)
             groups |= zip(slots, graded, strict=True)
@@ -148,7 +148,7 @@ class Sampler:
                 groups = self.engine.generate(prompts, self._train_sampling(step))
             if self._may_start(step + 1):
                 self._ahead.start(step + 1, self._prompts(step + 1), self._train_sampling(step + 1))
-        return self.grade(groups)
+        return self.grade(groups, with_extras=True)
 
     def _may_start(self, step: int) -> bool:
         """Whether `step` may be sampled from weights that are one update old.
@@ -184,10 +184,11 @@ class Sampler:
                 max_disagreement=config.max_disagreement,
             )
 
-    def grade(self, groups: Sequence[Group]) -> list[Group]:
+    def grade(self, groups: Sequence[Group], *, with_extras: bool = False) -> list[Group]:
         """The groups with their rewards; None where grading failed."""
         with self.stage("reward"):
-            return grade_groups(self.grader, groups, self.vocabulary.decode)
+            decode = self.vocabulary.decode
+            return grade_groups(self.grader, groups, decode, with_extras=with_extras)
 
     def sample_scored(
         self, prompts: Sequence[Prompt], draw: Literal["calibrate", "eval"], *, group_size: int
@@ -250,6 +251,6 @@ def _as_group(prompt: Prompt) -> Group:
 
 
 def _has_spread(group: Group) -> bool:
-    rewards = torch.tensor([[reward or 0.0 for reward in group.rewards]])
-    is_graded = torch.tensor([[reward is not None for reward in group.rewards]])
+    rewards = torch.tensor([[reward or 0.0 for reward in group.totals]])
+    is_graded = torch.tensor([[reward is not None for reward in group.totals]])
     return bool(has_reward_spread(rewards, is_graded))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -23,7 +24,18 @@ def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
     num_graded, correct = tables.is_graded.sum(), is_correct(tables.rewards)
     lengths, incorrect = tables.lengths.float(), tables.is_graded & ~correct
-    return {
+    apart: dict[str, float] = {}
+    for name in sorted({source for source, _ in tables.apart} - {""}):
+        own = torch.tensor([source == name for source, _ in tables.apart])
+        rewards, graded = tables.rewards[own], tables.is_graded[own]
+        apart[f"reward/mean/{name}"] = float(rewards.sum() / graded.sum())
+    said = [extras for _, of_group in tables.apart for extras in of_group]
+    for name in said[0]:
+        found = [value for extras in said if (value := extras[name]) is not None]
+        apart[f"reward/extra/{name}"] = fmean(found) if found else math.nan
+        apart[f"reward/extra_failed/{name}"] = 1 - len(found) / len(said)
+        apart["reward/total"] = float(tables.totals.sum() / num_graded)
+    return apart | {
         "rollout/mean_length": float(lengths.mean()),
         "rollout/mean_length_correct": float(lengths[correct].mean()),  # nan of none
         "rollout/mean_length_incorrect": float(lengths[incorrect].mean()),

@@ -5,7 +5,7 @@ how prompts were shared out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,11 +33,14 @@ class StepTables:
     """What rollout and grader gave, [P, G] on the CPU; P counts the prompts of all ranks."""
 
     rewards: Tensor  # float32, the verifier's; 0 where grading failed
+    totals: Tensor  # float32, with what further functions add
     is_graded: Tensor  # bool
     is_finished: Tensor  # bool
     lengths: Tensor  # int64, completion tokens
     logprobs: Tensor  # float32, the sampler's, summed over the tokens
     score_logprobs: Tensor  # float32; 0 where there is none
+    # Of the P prompts: the data set, and the numbers of further functions for each completion.
+    apart: list[tuple[str, tuple[dict[str, float | None], ...]]] = field(kw_only=True)
 
     @property
     def has_score_target(self) -> Tensor:
@@ -46,8 +49,8 @@ class StepTables:
 
     @property
     def has_spread(self) -> Tensor:
-        """Groups whose rewards differ, [P] bool."""
-        return has_reward_spread(self.rewards, self.is_graded)
+        """Groups whose total rewards differ, [P] bool."""
+        return has_reward_spread(self.totals, self.is_graded)
 
 
 def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
@@ -56,6 +59,7 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
     rows = [
         (
             float(reward or 0.0),
+            float(total or 0.0),
             reward is not None,
             completion.is_finished,
             len(completion.completion_ids),
@@ -63,15 +67,19 @@ def gather_tables(groups: Sequence[Group], world: World) -> StepTables:
             completion.score_logprob or 0.0,
         )
         for group in groups
-        for completion, reward in zip(group.completions, group.rewards, strict=True)
+        for completion, reward, total in zip(
+            group.completions, group.rewards, group.totals, strict=True
+        )
     ]
     columns = zip(*world.gather(rows), strict=True)
-    return StepTables(*(torch.tensor(column).reshape(-1, group_size) for column in columns))
+    tables = (torch.tensor(column).reshape(-1, group_size) for column in columns)
+    apart = world.gather([(group.prompt.source, group.extras) for group in groups])
+    return StepTables(*tables, apart=apart)
 
 
 def step_advantages(tables: StepTables, config: Config, score: SelfScore | None) -> Tensor:
     """Advantages of all completions, [P, G] float32; a `score` is mixed in. Failed grades get 0."""
-    rewards = tables.rewards
+    rewards = tables.totals
     if config.reward.overlong == "penalty":
         rewards = rewards + overlong_penalty(
             tables.lengths,

@@ -66,6 +66,7 @@ def test_later_layers_win(tmp_path):
         ("score.loss_coef=0.1", "only training"),
         ("advantage.score_coef=0.1", "only training"),
         ("output_dir=runs", "only training"),
+        ("reward.extra={}", "only training"),
         ("rollout.group_size=4", "--samples"),
         ("data.train_split=test", "data.eval_split"),
         ("data.eval_prompt_field=q", "data.prompt_field"),

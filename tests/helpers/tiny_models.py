@@ -95,7 +95,10 @@ def make_group(name, members, rewards=()):
         for length, is_finished, score in members
     )
     prompt = Prompt(prompt_id=name, text=name, prompt_ids=(7, 8, 9), answer="1")
-    return Group(prompt=prompt, completions=completions, rewards=tuple(rewards))
+    rewards, extras = tuple(rewards), ({},) * len(rewards)
+    return Group(
+        prompt=prompt, completions=completions, rewards=rewards, totals=rewards, extras=extras
+    )
 
 
 def make_sequences(count=12, *, seed=0, longest=12, group_size=1):

@@ -25,6 +25,8 @@ def _group(prompt_id, logprobs, rewards) -> Group:
             for g, logprob in enumerate(logprobs)
         ),
         rewards=rewards,
+        totals=rewards,
+        extras=({},) * len(rewards),
     )
 
 
@@ -103,3 +105,17 @@ def test_broken_sample_file_names_the_line(tmp_path):
     path.write_text(json.dumps(json.loads(lines[0]) | {"other": 1}) + "\n")
     with pytest.raises(ConfigError, match="line 1: other: Unexpected"):
         read_samples(path)
+
+
+def test_further_functions_are_written_beside_the_reward(tmp_path):
+    extras = {"m:style": 0.5}, {"m:style": None}
+    group = dataclasses.replace(GROUPS[0], totals=(1.25, 0.0), extras=extras)
+    records = to_records([group], decode=lambda ids: "", extract=lambda text: None)
+    assert [record.reward for record in records] == [1.0, 0.0]
+    assert [record.total for record in records] == [1.25, 0.0]
+    write_samples(tmp_path / "samples.jsonl", records)
+    lines = read_lines(tmp_path / "samples.jsonl")
+    assert [line["extras"] for line in lines] == [*extras]
+    assert read_samples(tmp_path / "samples.jsonl") == records
+    write_samples(tmp_path / "plain.jsonl", _records())
+    assert not {"total", "extras", "step"} & read_lines(tmp_path / "plain.jsonl")[0].keys()

@@ -161,7 +161,7 @@ def test_an_interrupted_call_leaves_no_reply_behind(user_module, tmp_path):
 
 def test_an_unreadable_gold_is_none_and_logged(math_grader, caplog):
     assert math_grader.grade([r"\boxed{4}"] * 2, ["", "4"]) == [None, 1.0]
-    assert "1 of 2 grades failed: ValueError: math-verify finds no answer" in caplog.text
+    assert '1 of 2 grades by "math" failed: ValueError: math-verify finds no answer' in caplog.text
 
 
 def test_same_answer_has_a_deadline(math_grader):

@@ -173,7 +173,7 @@ def test_a_failed_grade_has_no_score_row(tables):
 
 
 def test_everything_failed(world):
-    tables = gather_tables([replace(GROUPS[0], rewards=(None, None, None))], world)
+    tables = gather_tables([replace(GROUPS[0], rewards=(None,) * 3, totals=(None,) * 3)], world)
     config = make_config()
     advantages = step_advantages(tables, config, SCORE)
     token, score = step_weights(tables, config)
