@@ -86,8 +86,8 @@ class PromptConfig(WordingConfig):
 class DataConfig(PromptConfig):
     """Where a run's prompts come from."""
 
-    train: UserPath
-    """Hub data set id, local jsonl, json, parquet or csv file, "sandbox" or "sandbox-hard"."""
+    train: UserPath | dict[UserPath, Annotated[float, Field(gt=0)]]
+    """Hub id, jsonl, json, parquet or csv file, "sandbox", "sandbox-hard"; or table of weights."""
     train_split: str = "train"
     """Split of a hub data set."""
     where: dict[str, list[bool | str | int | float]] = {}

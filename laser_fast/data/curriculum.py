@@ -13,6 +13,7 @@ import torch
 
 from laser_fast.algorithm.score import is_correct
 from laser_fast.config import DataConfig
+from laser_fast.data.mix import PromptMix
 from laser_fast.data.prompts import PromptSource
 from laser_fast.records import Group, Prompt
 
@@ -20,7 +21,7 @@ from laser_fast.records import Group, Prompt
 class Curriculum:
     """Takes the prompts of each step from a source; `state` is JSON and changes with `commit`."""
 
-    def __init__(self, source: PromptSource, config: DataConfig) -> None:
+    def __init__(self, source: PromptSource | PromptMix, config: DataConfig) -> None:
         self._source, self._size, self._range = source, config.prompts_per_step, config.pass_rate
         self.state: dict[str, Any] = {"places": [0, 0], "outside": []}
 

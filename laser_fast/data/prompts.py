@@ -1,8 +1,9 @@
 """Prompts of a step: worded, tokenized, in an order that depends only on (seed, step).
 
-The data set is an endless stream of epochs, each its own permutation drawn from (seed, epoch).
-With P = `data.prompts_per_step`, step s takes its positions [s P, (s + 1) P), and each rank a
-contiguous share of them. Round a = 1, 2, ... of r rounds of resampling takes the positions
+The data set is an endless stream of epochs, each its own permutation drawn from (seed, epoch); of
+several data sets each has one, and laser_fast/data/mix.py shares the steps out. With P =
+`data.prompts_per_step`, step s takes its positions [s P, (s + 1) P), and each rank a contiguous
+share of them. Round a = 1, 2, ... of r rounds of resampling takes the positions
 [(s r + a - 1) P, (s r + a) P) of a second such stream, so that resampling, or none, skips no
 prompt of the first. A step's prompts do not depend on what came before it, on the number of ranks
 or on how often earlier steps resampled, and P may exceed the data set. Nothing has to be saved to
@@ -48,6 +49,7 @@ from laser_fast.data.fields import (
     kept,
     question_of,
 )
+from laser_fast.data.mix import PromptMix, short_names
 from laser_fast.data.rows import RowSource, open_rows
 from laser_fast.records import Prompt
 
@@ -146,7 +148,11 @@ class PromptSource:
         assert rest == 0, f"{self._per_step} prompts do not divide over {world_size} ranks"
         stream, turn = ("", step) if attempt == 0 else ("spare", step * rounds + attempt - 1)
         start = turn * self._per_step + rank * share
-        places = [divmod(i, self.num_prompts) for i in range(start, start + share)]
+        return self.at(stream, range(start, start + share))
+
+    def at(self, stream: str, positions: Sequence[int]) -> list[Prompt]:
+        """The prompts at positions of the stream "", the first, or "spare", of resampling."""
+        places = [divmod(position, self.num_prompts) for position in positions]
         rows = [int(self._rows[self._order(stream, epoch)[index]]) for epoch, index in places]
         names = [f"{row}@{stream}{epoch}" for row, (epoch, _) in zip(rows, places, strict=True)]
         return self._fetch(rows, names)
@@ -189,13 +195,21 @@ class PromptSource:
 
 def train_prompts(
     config: DataConfig, tokenizer: Tokenizer, *, seed: int, asked: Sequence[str] = ()
-) -> PromptSource:
+) -> PromptSource | PromptMix:
     """The prompts that a run trains on."""
-    rows = kept(open_rows(config.train, split=config.train_split), config.where)
     size = config.prompts_per_step
-    return PromptSource(
-        config, tokenizer, rows, name="train", seed=seed, per_step=size, asked=asked
-    )
+
+    def source(path: str, name: str) -> PromptSource:
+        rows = kept(open_rows(path, split=config.train_split), config.where)
+        return PromptSource(
+            config, tokenizer, rows, name=name, seed=seed, per_step=size, asked=asked
+        )
+
+    if isinstance(config.train, str):
+        return source(config.train, "train")
+    named = zip(short_names([*config.train]), config.train.items(), strict=True)
+    parts = {name: (source(path, name), weight) for name, (path, weight) in named}
+    return PromptMix(parts, seed=seed, per_step=size)
 
 
 def held_out_prompts(

@@ -72,7 +72,9 @@ def moved_config(config: AnyConfig, folder: Path, *, recorded: str = "") -> AnyC
     """
     before, model, data = Path(recorded or config.output_dir), config.model, config.data
 
-    def moved(text: str) -> str:
+    def moved(text: str | dict[str, float]) -> Any:
+        if isinstance(text, dict):
+            return {moved(name): weight for name, weight in text.items()}
         if not text or not Path(text).is_relative_to(before):
             return text
         path = folder / Path(text).relative_to(before)

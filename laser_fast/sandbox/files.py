@@ -8,7 +8,7 @@ resumed run finds what the first one made.
 import json
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from uuid import uuid4
 
 from laser_fast.config import Config
@@ -20,15 +20,20 @@ from laser_fast.sandbox.task import TASKS, Split, rows
 def resolve_sandbox(config: Config) -> Config:
     """The configuration with the files in place of the words; writes nothing."""
 
-    def path(name: str, file: str) -> str:
-        folder = Path(config.output_dir) / name / f"seed{config.seed}"
-        return str(folder / file) if name in TASKS else name
+    def path(name: str | dict[str, float], file: str) -> Any:
+        if isinstance(name, dict):
+            return {path(task, file): weight for task, weight in name.items()}
+        return str(_path(config, name, file)) if name in TASKS else name
 
     model, data = config.model, config.data
     model = model.model_copy(update={"path": path(model.path, "model")})
     paths = {split: path(getattr(data, split), f"{split}.jsonl") for split in get_args(Split)}
     data = data.model_copy(update=paths)
     return config.model_copy(update={"model": model, "data": data})
+
+
+def _path(config: Config, task: str, file: str) -> Path:
+    return Path(config.output_dir) / task / f"seed{config.seed}" / file
 
 
 def write_sandbox(config: Config, world: World) -> Config:
@@ -42,8 +47,11 @@ def write_sandbox(config: Config, world: World) -> Config:
     if is_missing and (task := config.model.path) in TASKS:
         make_sandbox_model(resolved.model.path, task=task, seed=config.seed, world=world)
     for split in get_args(Split):
-        if world.is_main and (task := getattr(config.data, split)) in TASKS:
-            write_rows(Path(getattr(resolved.data, split)), split, seed=config.seed, task=task)
+        named = getattr(config.data, split)
+        for task in {*TASKS} & {*([named] if isinstance(named, str) else named)}:
+            if world.is_main:
+                path = _path(config, task, f"{split}.jsonl")
+                write_rows(path, split, seed=config.seed, task=task)
     world.barrier()
     return resolved
 

@@ -10,6 +10,7 @@ import torch
 from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.config import Config
 from laser_fast.data.curriculum import Curriculum
+from laser_fast.data.mix import PromptMix
 from laser_fast.data.prompts import PromptSource
 from laser_fast.log.samples import mean_ref_logprob
 from laser_fast.log.timer import StageTimer
@@ -83,7 +84,7 @@ class Sampler:
     world: World
     stage: StageTimer
     vocabulary: Vocabulary
-    prompts: PromptSource
+    prompts: PromptSource | PromptMix
     engine: Engine
     grader: Grader
     policy: Policy

@@ -6,48 +6,19 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import make_tokenizer
+from tokenizers import processors
 
 from laser_fast.config import ConfigError, DataConfig
 from laser_fast.data.prompts import held_out_prompts, train_prompts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def make_tokenizer():
-    """One token per byte, and a BOS that only the post-processor adds."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<bos>", "<eos>"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", chat_template=CHAT
-    )
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    yield folder
-    datasets.enable_progress_bars()
 
 
 def write_jsonl(path, rows):
@@ -359,7 +330,7 @@ def test_a_prompt_without_tokens_is_refused(tmp_path):
 
 MEASURE = """
 import resource, sys
-sys.path[:0] = [{folder!r}]
+sys.path[:0] = {folders!r}
 import datasets
 datasets.disable_progress_bars()
 from test_prompts import make_tokenizer, source
@@ -384,7 +355,7 @@ def test_a_large_file_is_not_loaded_into_memory(tmp_path):
     (tmp_path / "large.json").write_text("[" + ",\n".join(rows) + "]")
     (tmp_path / "large.jsonl").write_text("\n".join(rows))
     script = MEASURE.format(
-        folder=str(Path(__file__).parent),
+        folders=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")],
         small=numbered(tmp_path / "small.jsonl", 10),
         large=[str(tmp_path / "large.json"), str(tmp_path / "large.jsonl")],
     )

@@ -115,6 +115,9 @@ def test_what_lies_in_a_run_folder_moves_with_it(moved):
     old = _config(before, **_files(before))
     assert moved_config(old, now) == _config(now, **_files(now))
     assert moved_config(old, before) == old
+    mix = {str(before / "sandbox" / "train"): 0.7, "/data/train.jsonl": 0.3}
+    found = moved_config(_config(before, **_files(before, train=mix)), now)
+    assert found.data.train == {str(now / "sandbox" / "train"): 0.7, "/data/train.jsonl": 0.3}
     outside = _config(before, **_files(before, train="/data/train.jsonl", eval="", model="a/b"))
     assert moved_config(outside, now) == outside.model_copy(update={"output_dir": str(now)})
 

@@ -14,7 +14,7 @@ from laser_fast.data.prompts import held_out_prompts, train_prompts
 from laser_fast.sandbox import files
 from laser_fast.sandbox.files import cached_rows, resolve_sandbox, write_sandbox
 from laser_fast.sandbox.model import make_sandbox_model
-from laser_fast.sandbox.task import rows
+from laser_fast.sandbox.task import TASKS, rows
 
 
 def make_config(folder, *, seed=0, **sections):
@@ -106,6 +106,19 @@ def test_every_task_has_files_of_its_own(tmp_path, world, short_warm_start):
     assert read(resolved.data.eval) == rows("eval", seed=0)
     assert read(cached_rows("eval", 0, "sandbox-hard")) != read(cached_rows("eval", 0))
     assert short_warm_start == ["sandbox-hard"]
+
+
+def test_the_tasks_may_be_mixed(tmp_path, world, short_warm_start):
+    data = {"train": {"sandbox": 0.7, "sandbox-hard": 0.2, "my.jsonl": 0.1}}
+    resolved = write_sandbox(make_config(tmp_path, model={"path": "m"}, data=data), world)
+    places = {task: str(tmp_path / task / "seed0" / "train.jsonl") for task in TASKS}
+    assert resolved.data.train == {
+        places["sandbox"]: 0.7,
+        places["sandbox-hard"]: 0.2,
+        "my.jsonl": 0.1,
+    }
+    for task, place in places.items():
+        assert read(place) == rows("train", seed=0, task=task)
 
 
 def test_another_seed_has_a_model_of_its_own(tmp_path, world, short_warm_start):
