@@ -166,12 +166,16 @@ def export(
     run: RunDir,
     out: Annotated[Path, Argument(help="New folder for the Hugging Face model.")],
     adapter: Annotated[bool, Option("--adapter", help="Write the adapters alone.")] = False,
+    checkpoint: Annotated[
+        str, Option(help="latest, best (by checkpoint.best), a step.")
+    ] = "latest",
+    push: Annotated[str, Option(help="Upload it to this hub repository, too.")] = "",
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face model, adapters merged."""
+    """Write a checkpoint of a run as a Hugging Face model, adapters merged."""
     from laser_fast.training.export import export as export_model
 
-    checkpoint = export_model(run, out, adapter=adapter)
-    typer.echo(f"{checkpoint} -> {out}")
+    path = export_model(run, out, adapter=adapter, checkpoint=checkpoint, push=push)
+    typer.echo(f"{path} -> {out}")
 
 
 @app.command()

@@ -253,12 +253,27 @@ class OptimConfig(UpdateConfig):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved."""
+    """When a run is saved."""
 
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0: only the last."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
+
+
+class RunCheckpointConfig(CheckpointConfig):
+    """When a training with rewards is saved, given away and ended."""
+
+    asynchronous: bool = False
+    """Go on with the next step while a copy of the state, in host memory, is written."""
+    best: str = ""
+    """Number of an evaluation, such as "accuracy", whose best checkpoint is kept, too."""
+    patience: int = Field(0, ge=0)
+    """Evaluations in a row without a new `best` that end the run; 0: off."""
+    export_every: int = Field(0, ge=0)
+    """Steps between Hugging Face models in output_dir/exports, of which `keep` stay; 0: none."""
+    hub_repo: str = ""
+    """Hub repository, "user/name", for exports and the last model; private if it is new."""
 
 
 class DashboardConfig(Section):
@@ -308,7 +323,7 @@ class Config(MeasureConfig):
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: RunCheckpointConfig = RunCheckpointConfig()
     log: LogConfig = LogConfig()
 
     def _problems(self) -> Iterator[str]:
@@ -345,6 +360,10 @@ class Config(MeasureConfig):
                 f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "
                 "data.eval or set data.eval_every = 0"
             )
+        if self.checkpoint.best and not data.eval:
+            yield "checkpoint.best needs evaluations; name held-out prompts in data.eval"
+        if self.checkpoint.patience and not (self.checkpoint.best and data.eval_every):
+            yield "checkpoint.patience needs checkpoint.best and data.eval_every; set both"
         buffer, limit = reward.overlong_buffer, rollout.max_new_tokens
         if reward.overlong == "penalty" and not 0 < buffer <= limit:
             yield (

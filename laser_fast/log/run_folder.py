@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from laser_fast.config import Config, ConfigError, all_keys
 from laser_fast.config_sft import SftConfig
+from laser_fast.log import jsonl
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 
@@ -18,6 +19,12 @@ _FREE_KEYS = frozenset((
     "rollout.gpu_memory_fraction", "rollout.server_url", "rollout.sync_buffer_mb",
     "optim.max_bad_steps", "rollout.timeout_s", "reward.max_failed", "reward.batch_timeout_s",
 ))  # fmt: skip
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """What is whole of the `step-000050` in a folder, by its step, oldest first."""
+    steps = {path.name.removeprefix("step-"): path for path in folder.glob("step-*")}
+    return dict(sorted((int(step), path) for step, path in steps.items() if step.isdecimal()))
 
 
 class RunFolder:
@@ -33,11 +40,17 @@ class RunFolder:
         self.curves = path / "curves.png"  # the run at a glance
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"  # everything that --resume and export need
+        self.exports = path / "exports"  # Hugging Face models of checkpoint.export_every
         self.bad_steps = path / "bad_steps"  # batches whose gradient was no finite number
 
     def contents(self) -> tuple[Path, ...]:
         """Everything that a run writes here."""
         return tuple(path for name, path in vars(self).items() if name != "path")
+
+    def reports(self) -> dict[int, dict[str, Any]]:
+        """Evaluations by the number of updates before them."""
+        lines = jsonl.read_lines(self.evaluations) if self.evaluations.exists() else []
+        return {line.pop("step"): line for line in lines}
 
 
 def open_run_folder(config: AnyConfig, *, resume: bool) -> RunFolder:
@@ -102,7 +115,9 @@ def config_differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, A
     known = all_keys(type(new))
     free = _FREE_KEYS | {key for key in known if key.startswith(_FREE_SECTIONS)}
     if isinstance(new, Config) and new.rollout.steps_ahead:
-        free -= {"checkpoint.every"}  # the step after a checkpoint is on-policy
+        # The step after a checkpoint is on-policy.
+        free -= {"checkpoint.every", "checkpoint.best"}
+        free -= {"data.eval_every"} if new.checkpoint.best else set()
     keys = [key for key in known if key not in free]
     values = zip(keys, attrgetter(*keys)(old), attrgetter(*keys)(new), strict=True)
     return {key: (before, now) for key, before, now in values if before != now}

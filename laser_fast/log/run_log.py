@@ -33,8 +33,8 @@ class Log(ExitStack):
     def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:
         """Log an evaluation after `step` updates, a flat report as of `evaluation.statistics`."""
 
-    def finish(self, *, wall_seconds: float) -> dict[str, Any]:
-        """Write and print the result of a run that is through; returns what summary.json holds."""
+    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:
+        """Write and print the result after the last step; returns what summary.json holds."""
         return {}
 
 
@@ -50,7 +50,7 @@ class RunLog(Log):
         dropped. A ConfigError says that another run has taken the folder in the meantime.
         """
         super().__init__()
-        self.folder, self._num_steps = RunFolder(Path(output_dir)), config.optim.steps
+        self.folder = RunFolder(Path(output_dir))
         self.folder.path.mkdir(parents=True, exist_ok=True)
         last_step = -1
         if resume_step is None:
@@ -73,7 +73,7 @@ class RunLog(Log):
         for package in ("wandb", "trackio"):
             if getattr(config.log, package):
                 self._senders.append(self._open_hosted(package, config, last_step))
-        steps, eval_steps = self._num_steps, list[int]()
+        steps, eval_steps = config.optim.steps, list[int]()
         if isinstance(config, Config) and config.data.eval:
             every = config.data.eval_every or steps
             eval_steps = [*range(every, steps, every), steps]
@@ -96,14 +96,8 @@ class RunLog(Log):
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
         self._console.show_evaluation(step, report)
 
-    def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Reports by the number of updates before them, those of an interrupted run included."""
-        if not self.folder.evaluations.exists():
-            return {}
-        return {line.pop("step"): line for line in jsonl.read_lines(self.folder.evaluations)}
-
-    def finish(self, *, wall_seconds: float) -> dict[str, Any]:  # noqa: D102
-        steps, reports = self._num_steps, self.evaluations()
+    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:  # noqa: D102
+        reports = self.folder.reports()
         before, after = reports.get(0, {}), reports.get(steps, {})
         summary = summarize_run(before, after, steps=steps, wall_seconds=wall_seconds)
         jsonl.replace_text(self.folder.summary, jsonl.to_text(summary))

@@ -14,13 +14,14 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
@@ -33,11 +34,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from laser_fast.config import ConfigError, dump_config
+from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_errors import RunError
-from laser_fast.log.run_folder import AnyConfig, RunFolder, check_resume, open_run_folder
+from laser_fast.log.run_folder import AnyConfig, RunFolder, check_resume, open_run_folder, steps_in
 from laser_fast.model.distributed import World, check_shared, check_world
 from laser_fast.model.policy import Policy
+from laser_fast.training.background import BackgroundWriter
+from laser_fast.training.best import standing
 
 # Everything that a `.metadata` of torch 2.11 to 2.13 is made of, dtypes apart.
 _METADATA = {
@@ -55,9 +58,7 @@ _OWN_KEYS = StateDictOptions(strict=False)
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    steps = {path: path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")}
-    found = {path: int(step) for path, step in steps.items() if step.isdecimal()}
-    return sorted(found, key=lambda path: found[path])
+    return list(steps_in(run / "checkpoints").values())
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -90,11 +91,22 @@ def check_run_folder(config: AnyConfig, world: World, *, resume: bool | Literal[
 
 
 def save_checkpoint(
-    config: AnyConfig, step: int, *, policy: Policy, optimizer: Optimizer, state: dict, world: World
+    config: AnyConfig,
+    step: int,
+    *,
+    policy: Policy,
+    optimizer: Optimizer,
+    state: dict,
+    world: World,
+    writer: BackgroundWriter | None = None,
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest `checkpoint.keep`. Collective."""
-    run = Path(config.output_dir)
-    final = run / "checkpoints" / f"step-{step:06d}"
+    """Write a checkpoint, then delete all but the newest `checkpoint.keep` and the best.
+
+    With a `writer` it is there when that has settled. Collective.
+    """
+    if writer is not None:
+        writer.settle(wait=True)
+    final = Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
     if world.on_main(final.exists):  # the last step may already be saved by its own schedule
         return final
     partial = _partial(final)
@@ -111,16 +123,30 @@ def save_checkpoint(
         small = [partial / name for name in (".metadata", "trainer.json", "config.toml")]
         (partial / "SHA256SUMS").write_text("".join(_sums(small) + shards))
         partial.rename(final)
-        for old in list_checkpoints(run)[: -config.checkpoint.keep]:  # its name says: it is whole
-            shutil.rmtree(old.rename(_partial(old)))
+        best = standing(config).step if isinstance(config, Config) else None
+        for old, path in list(steps_in(final.parent).items())[: -config.checkpoint.keep]:
+            if old != best:
+                shutil.rmtree(path.rename(_partial(path)))  # its name says: it is whole
+
+    def write(state: dict[str, Any], group: ProcessGroup | None) -> tuple[Metadata, list[str]]:
+        metadata = dcp.save(state, checkpoint_id=partial, process_group=group)
+        return metadata, _sums(partial.glob(f"__{world.rank}_*"))
+
+    def complete(written: Callable[[], tuple[Metadata, list[str]]]) -> None:
+        with writing(final):
+            metadata, sums = written()
+            shards = world.gather_on_main(sums)
+            world.on_main(lambda: finish(metadata, shards))
 
     # A stop may leave gradients without their update, beside which torch makes no missing moments.
     optimizer.zero_grad(set_to_none=True)
     with writing(final):
         world.on_main(prepare)
-        metadata = dcp.save(_state(policy, optimizer), checkpoint_id=partial)
-        shards = world.gather_on_main(_sums(partial.glob(f"__{world.rank}_*")))
-        world.on_main(lambda: finish(metadata, shards))
+    sharded = _state(policy, optimizer)
+    if writer is not None:
+        writer.start(sharded, write, complete)
+    else:
+        complete(lambda: write(sharded, None))
     return final
 
 

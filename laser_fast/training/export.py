@@ -1,5 +1,6 @@
-"""A run's newest checkpoint as an ordinary Hugging Face model folder."""
+"""A run's checkpoint as an ordinary Hugging Face model folder."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,30 +8,39 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import state_dict
 
-from laser_fast.config import ConfigError, ModelConfig, load_config
+from laser_fast.config import Config, ConfigError, ModelConfig, ScoreConfig, load_config
+from laser_fast.config_errors import RunError
 from laser_fast.evaluation.settings import write_score_settings
-from laser_fast.log.run_folder import RunFolder, moved_config
+from laser_fast.log.run_folder import RunFolder, moved_config, steps_in
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_tokenizer
 from laser_fast.model.weights import base_digest
+from laser_fast.training.best import standing
 from laser_fast.training.checkpoint import (
     check_digests,
     latest_checkpoint,
     load_trained,
     trainer_state,
 )
+from laser_fast.training.hub import check_hub, upload
 
 
 def write_model(
-    policy: Policy, config: ModelConfig, out: Path, world: World, *, adapter: bool = False
+    policy: Policy,
+    config: ModelConfig,
+    out: Path,
+    world: World,
+    *,
+    adapter: bool = False,
+    score: ScoreConfig | None = None,
 ) -> None:
     """Write the policy and the tokenizer of its base model, whole or not at all. Collective.
 
     In the dtype that the base model was stored in; what was at `out` is replaced. Adapters are
     merged into the weights as they were trained with, in the compute dtype; or with `adapter` they
-    are all that is written.
+    are all that is written. A `score` that was trained goes with it, as laser_fast.json.
     """
     full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
@@ -42,39 +52,60 @@ def write_model(
         else:
             dtype = load_model_config(config).dtype or torch.float32
             weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
-            policy.hf.config.dtype = dtype
             policy.hf.save_pretrained(partial, state_dict=weights)
+            stored = copy.deepcopy(policy.hf.config)  # transformers wrote the dtype of the masters
+            stored.dtype = dtype
+            stored.save_pretrained(partial)
         load_tokenizer(config.path).save_pretrained(partial)
+        if score is not None and score.loss_coef > 0:
+            write_score_settings(partial, score)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     world.barrier()
 
 
-def export(run: Path, out: Path, *, adapter: bool = False) -> Path:
+def export(
+    run: Path, out: Path, *, adapter: bool = False, checkpoint: str = "latest", push: str = ""
+) -> Path:
     """Write the policy of `run` to `out`, in the dtype that its base model was stored in.
 
     A score that was trained goes with it, as laser_fast.json. With `adapter` only the adapters are
-    written, as a folder of peft. Returns the checkpoint; a ConfigError says that `run` is no run,
-    has no checkpoint or no adapters, or that `out` exists.
+    written, as a folder of peft. `checkpoint` is "latest", "best" by `checkpoint.best` of the run,
+    or a step; `push` names a repository of the hub that gets the folder, too. Returns the
+    checkpoint; a ConfigError says that `run` is no run, has no such checkpoint or no adapters, or
+    that `out` exists.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose a new folder for the exported model")
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise ConfigError(f"{run} is no run folder ({folder.config.name} is missing)")
-    checkpoint = latest_checkpoint(run)
     config = moved_config(load_config(folder.config), run)
-    model, score = config.model, config.score
+    path = _find_checkpoint(config, checkpoint)
+    model = config.model
     if adapter and not model.lora_rank:
         raise ConfigError(f"{run} trained no adapters (model.lora_rank = 0); export the model")
+    if push:
+        check_hub(push)
     load_tokenizer(model.path)  # a missing one is named before the model is loaded
+    score = config.score.model_copy(update={"ref_logprob": trainer_state(path)["ref_logprob"]})
     with open_world() as world:
         policy = build_policy(model, world)
-        check_digests(checkpoint, base_digest(model, policy.hf.config))
-        load_trained(checkpoint, policy)
-        write_model(policy, model, out, world, adapter=adapter)
-    if score.loss_coef > 0:
-        ref_logprob = trainer_state(checkpoint)["ref_logprob"]
-        settings = score.model_copy(update={"ref_logprob": ref_logprob})
-        write_score_settings(out, settings)
-    return checkpoint
+        check_digests(path, base_digest(model, policy.hf.config))
+        load_trained(path, policy)
+        write_model(policy, model, out, world, adapter=adapter, score=score)
+    if push and not upload(out, push, f"{path.name} of {run.name}"):
+        raise RunError(f"{out} is written, but not uploaded; see the warning above")
+    return path
+
+
+def _find_checkpoint(config: Config, name: str) -> Path:
+    run = Path(config.output_dir)
+    if name == "latest":
+        return latest_checkpoint(run)
+    saved = {str(step): path for step, path in steps_in(RunFolder(run).checkpoints).items()}
+    found = saved.get(str(standing(config).step) if name == "best" else name)
+    if found is None:
+        known = ", ".join(["latest", "best (with checkpoint.best)", *saved])
+        raise ConfigError(f'{run} has no checkpoint "{name}"; choose among {known}')
+    return found

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,8 @@ from laser_fast.rewards.grader import Grader
 from laser_fast.rollout.engine import make_engine
 from laser_fast.rollout.vllm import import_vllm
 from laser_fast.stopping import StopRun
+from laser_fast.training.background import BackgroundWriter
+from laser_fast.training.best import metric_of, standing
 from laser_fast.training.checkpoint import (
     check_digests,
     check_run_folder,
@@ -40,6 +43,8 @@ from laser_fast.training.checkpoint import (
     save_checkpoint,
     writing,
 )
+from laser_fast.training.exports import Exports
+from laser_fast.training.hub import check_hub
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
 from laser_fast.training.step_metrics import update_speed
@@ -50,7 +55,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(config: Config, world: World, *, resume: bool | Literal["auto"]) -> bool:
-    """`check_run_folder`, and refuse a vLLM that does not fit. Collective."""
+    """`check_run_folder`, and refuse what would end or fail a run later. Collective."""
+    metric_of(config)
+    if config.checkpoint.hub_repo:
+        world.on_main(partial(check_hub, config.checkpoint.hub_repo))
     resumes = check_run_folder(config, world, resume=resume)
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
@@ -89,27 +97,43 @@ def train(
             log = RunLog(folder, config, resume_step=resume_step)
             stack.callback(on_end, folder)
         stack.enter_context(log)
-        completed = first_step
+        completed, checkpoints, exports = first_step, config.checkpoint, Exports()
+        writer = BackgroundWriter(world, config.rollout.timeout_s)
         try:
-            if must_evaluate:
-                _evaluate(trainer, held_out, log, step=first_step)
-                must_evaluate = False
-            for step in range(first_step, config.optim.steps):
-                _run_step(trainer, log, step)
-                completed = step + 1
-                is_last = completed == config.optim.steps
+            while True:
                 # Evaluate first: a run that dies in between repeats the step and its evaluation.
-                must_evaluate = is_last or is_due(completed, config.data.eval_every)
                 if must_evaluate:
                     _evaluate(trainer, held_out, log, step=completed)
-                    must_evaluate = False
-                if is_last or is_due(completed, config.checkpoint.every):
-                    _save(trainer, completed)
+                if must_evaluate or completed == first_step:
+                    writer.settle(wait=True)
+                    found = world.on_main(partial(standing, config, completed))
+                    if checkpoints.best and found.step:
+                        logger.info(
+                            "best %s so far: %.4g after %d steps", checkpoints.best, *found[1::-1]
+                        )
+                must_evaluate = False
+                is_last = completed == config.optim.steps or found.is_over
+                if completed > 0:
+                    if is_last or is_due(completed, checkpoints.every) or found.step == completed:
+                        _save(trainer, completed, writer if checkpoints.asynchronous else None)
+                    exports.write(trainer, completed, is_last=is_last)
+                if found.is_over:
+                    logger.info("no better one in %d evaluations: the run ends", found.num_since)
+                if is_last:
+                    break
+                _run_step(trainer, log, completed)
+                completed += 1
+                must_evaluate = completed == config.optim.steps
+                must_evaluate |= is_due(completed, config.data.eval_every)
+                writer.settle(wait=False)
         except StopRun:
-            path = _save(trainer, completed, must_evaluate=must_evaluate)
+            writer.settle(wait=True)
+            path = _save(trainer, completed, None, must_evaluate)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
-        log.finish(wall_seconds=time.monotonic() - started)
+        writer.settle(wait=True)
+        log.finish(completed, wall_seconds=time.monotonic() - started)
+        exports.finish(world)
         return True
 
 
@@ -267,7 +291,9 @@ def _evaluate(trainer: Trainer, held_out: Sequence[Prompt], log: Log, *, step: i
     trainer.stage.pop()  # evaluation is not part of any step
 
 
-def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> Path:
+def _save(
+    trainer: Trainer, completed: int, writer: BackgroundWriter | None, must_evaluate: bool = False
+) -> Path:
     ref_logprob, curriculum = trainer.score.ref_logprob, trainer.sampler.curriculum
     return save_checkpoint(
         trainer.config,
@@ -283,4 +309,5 @@ def _save(trainer: Trainer, completed: int, *, must_evaluate: bool = False) -> P
             "curriculum": curriculum and curriculum.state,
         },
         world=trainer.world,
+        writer=writer,
     )

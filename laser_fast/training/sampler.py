@@ -160,6 +160,8 @@ class Sampler:
         whose `optim.steps` was raised later.
         """
         config = self.config
+        if config.checkpoint.best and is_due(step, config.data.eval_every):
+            return False  # what comes before the step may be the best, and saved
         return step < config.optim.steps and not is_due(step, config.checkpoint.every)
 
     def sync(self, prompts: Sequence[Prompt]) -> None:

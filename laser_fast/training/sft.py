@@ -175,7 +175,7 @@ def sft(
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         write_model(trainer.policy, config.model, folder / "model", world)
-        log.finish(wall_seconds=time.monotonic() - started)
+        log.finish(completed, wall_seconds=time.monotonic() - started)
         return True
 
 

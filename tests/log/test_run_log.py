@@ -64,7 +64,7 @@ def test_files_of_a_run(tmp_path, capsys, caplog):
             assert len(read_lines(folder / "metrics.jsonl")) == step + 1
             assert len(read_lines(folder / "samples.jsonl")) == 2 * (step + 1)
         log.log_evaluation(2, _report(0.8))
-        summary = log.finish(wall_seconds=12.0)
+        summary = log.finish(2, wall_seconds=12.0)
     assert load_config(folder / "config.toml") == config
     assert read_lines(folder / "metrics.jsonl") == [
         {"step": 0, "reward/mean": 0.5, "score/f1": None},
@@ -103,12 +103,12 @@ def test_resume_counts_nothing_twice(tmp_path):
         file.write('{"step": 4, "rew')  # killed in the middle of a line
     longer = _config(tmp_path, steps=5)
     with RunLog(tmp_path, longer, resume_step=2) as log:
-        assert list(log.evaluations()) == [0, 1, 2]
-        assert log.evaluations()[0]["accuracy"] == 0.5
+        assert list(log.folder.reports()) == [0, 1, 2]
+        assert log.folder.reports()[0]["accuracy"] == 0.5
         log.log_step(2, {"reward/mean": 2.0})
         log.log_samples(_samples(2))
         log.log_evaluation(2, _report(0.75))
-        assert log.evaluations()[2]["accuracy"] == 0.75
+        assert log.folder.reports()[2]["accuracy"] == 0.75
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2]
     assert (tmp_path / "config.toml").read_text() == dump_config(longer)
@@ -190,7 +190,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
         log.log_step(0, {"reward/mean": 0.5})
         log.log_samples(_samples(0))
         log.log_evaluation(0, _report(0.5))
-        assert log.finish(wall_seconds=1.0) == {}
+        assert log.finish(1, wall_seconds=1.0) == {}
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 

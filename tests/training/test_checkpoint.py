@@ -230,8 +230,8 @@ def test_a_shard_that_rank_0_does_not_see_whole_is_found_before_the_rename(
     save(tmp_path, 1, fresh, world)
     write = checkpoint.dcp.save
 
-    def save_elsewhere(state, checkpoint_id):
-        metadata = write(state, checkpoint_id=checkpoint_id)
+    def save_elsewhere(state, checkpoint_id, **keys):
+        metadata = write(state, checkpoint_id=checkpoint_id, **keys)
         (checkpoint_id / "__0_0.distcp").unlink()
         if size:
             (checkpoint_id / "__0_0.distcp").write_bytes(b"x" * size)
