@@ -44,7 +44,8 @@ def write_model(
     """
     full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
-    if world.is_main:
+
+    def write() -> None:
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         if adapter:
@@ -61,7 +62,8 @@ def write_model(
             write_score_settings(partial, score)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-    world.barrier()
+
+    world.on_main(write)
 
 
 def export(

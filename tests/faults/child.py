@@ -73,7 +73,8 @@ def wrap(fault, now):
     function = getattr(owner, attribute)
 
     def strike(given, arguments):
-        if struck or now != [fault["step"]] or not is_meant(fault["place"], arguments):
+        is_now = now and 0 <= now[0] - fault["step"] <= fault.get("later", 0)
+        if struck or not is_now or not is_meant(fault["place"], arguments):
             return given
         struck.append(True)
         with (Path(os.environ["LASER_DRILL"]) / STRUCK).open("a") as notes:

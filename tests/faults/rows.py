@@ -62,6 +62,12 @@ def be_of_another_run(checkpoint):
 
 ROWS = [
     *(Row("SIGKILL of all ranks", place, inject=at(place, "kill all")) for place in STAGES),
+    Row(
+        "SIGKILL of all ranks",
+        "rename after a later step",
+        inject=at("rename", "kill all", later=2),  # in the background it is a step, or a save, on
+        overrides=("checkpoint.asynchronous=true",),
+    ),
     *(
         Row(
             "SIGKILL of one rank",

@@ -1,0 +1,100 @@
+"""Models that are written and uploaded while a run goes on."""
+
+import json
+import logging
+import threading
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from laser_fast.config import Config, ConfigError, ModelConfig
+from laser_fast.model.policy import build_policy
+from laser_fast.training import exports, hub
+from laser_fast.training.export import write_model
+from laser_fast.training.exports import Exports
+
+
+def test_a_model_says_the_dtype_that_it_is_stored_in(tmp_path, world, model_folders, monkeypatch):
+    """Masters are float32, of which transformers would tell instead."""
+    base = model_folders / "qwen2-tied"
+    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    hf.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("laser_fast.training.export.load_tokenizer", MagicMock())
+    config = ModelConfig(path=str(tmp_path / "base"))
+    policy = build_policy(config, world)
+    write_model(policy, config, tmp_path / "out", world)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in hf.state_dict().items())
+
+
+@pytest.fixture
+def uploads(monkeypatch, tmp_path):
+    """Names of what was uploaded, each after `uploads.gate` is open, and a trainer to export."""
+    gate, found = threading.Event(), []
+
+    def write(policy, config, out, world, **keys):
+        out.mkdir(parents=True)
+
+    class Api:
+        def create_repo(self, *arguments, **keys):
+            assert gate.wait(60)
+
+        def upload_folder(self, *, folder_path, **keys):
+            found.append(folder_path.name)
+
+    monkeypatch.setattr(exports, "write_model", write)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    sections = {
+        "output_dir": str(tmp_path),
+        "model": {"path": "m"},
+        "data": {"train": "t"},
+        "optim": {"steps": 9},
+        "checkpoint": {"export_every": 1, "keep": 1, "hub_repo": "me/model"},
+    }
+    config = Config.parse(sections, source="test")
+    trainer = {"config": config, "policy": None, "score": SimpleNamespace(ref_logprob=-1.0)}
+    return SimpleNamespace(gate=gate, found=found, trainer=trainer)
+
+
+def test_training_waits_for_no_upload_and_the_last_one_comes_last(uploads, world, tmp_path, caplog):
+    trainer, writer = SimpleNamespace(world=world, **uploads.trainer), Exports()
+    for step in (1, 2, 3):
+        writer.write(trainer, step, is_last=step == 3)
+    assert uploads.found == []
+    assert "step-000002 is not uploaded, since the upload before it goes on" in caplog.text
+    # Neither of the two that are still read is deleted.
+    assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == [
+        "step-000001",
+        "step-000003",
+    ]
+    uploads.gate.set()
+    writer.finish(world)
+    assert uploads.found == ["step-000001", "step-000003"]
+
+
+def test_an_upload_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **keys):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    assert not hub.upload(tmp_path / "step-000001", "me/model", "a message")
+    assert "step-000001 was not uploaded to me/model: no route to host" in caplog.text
+    assert [record.levelno for record in caplog.records][-1] == logging.WARNING
+
+
+def test_a_place_that_cannot_take_an_upload_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match='expected a hub repository "user/name", got "model"'):
+        hub.check_hub("model")
+    with pytest.raises(ConfigError, match="me/model while HF_HUB_OFFLINE is set; unset it"):
+        hub.check_hub("me/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigError, match="me/model needs a token of the hub; set HF_TOKEN"):
+        hub.check_hub("me/model")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    hub.check_hub("me/model")
