@@ -161,6 +161,13 @@ def test_with_steps_ahead_the_schedule_of_checkpoints_stays(tmp_path):
             for every in (10, 5)
         )
         assert config_differences(old, new) == differences
+    # That of the best evaluation may come after any.
+    best = {"checkpoint": {"best": "accuracy"}, "rollout": ahead}
+    old, new = (_config(tmp_path, data={"eval": "e", "eval_every": n}, **best) for n in (2, 3))
+    assert config_differences(old, new) == {"data.eval_every": (2, 3)}
+    saves = {"data": {"eval": "e"}, "rollout": ahead}
+    old, new = _config(tmp_path, **saves), _config(tmp_path, **saves, checkpoint=best["checkpoint"])
+    assert config_differences(old, new) == {"checkpoint.best": ("", "accuracy")}
 
 
 def test_keys_that_may_change_exist():

@@ -1,10 +1,13 @@
 """Which checkpoint is the best, and when a run has looked for it long enough."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from laser_fast.config import Config, ConfigError
 from laser_fast.log.jsonl import write_lines
 from laser_fast.training.best import standing
+from laser_fast.training.sampler import Sampler
 
 BASE = {"model": {"path": "m"}, "optim": {"steps": 9}}
 
@@ -47,6 +50,15 @@ def test_patience_counts_the_evaluations_after_the_best(run):
     assert (nothing.step, nothing.num_since, nothing.is_over) == (None, 4, True)
     assert standing(config_of(run)).step is None
     assert standing(config_of(run / "new", best="accuracy", patience=1)).num_since == 0
+
+
+def test_no_step_is_sampled_ahead_across_a_checkpoint_that_may_come(tmp_path):
+    for best, starts in (("", [1, 2, 3, 5, 6, 7]), ("accuracy", [1, 3, 5, 7])):
+        config = config_of(
+            tmp_path, {"train": "t", "eval": "e", "eval_every": 2}, every=4, best=best
+        )
+        sampler = SimpleNamespace(config=config)
+        assert [s for s in range(1, 9) if Sampler._may_start(sampler, s)] == starts
 
 
 def test_what_cannot_be_watched_is_refused(tmp_path):
