@@ -9,8 +9,8 @@ from contextlib import contextmanager
 __version__ = "0.1.0"
 
 TRAIN_PACKAGES = tuple(
-    "datasets jinja2 math_verify matplotlib numpy pydantic rich safetensors tensorboard tokenizers "
-    "tomli_w transformers typer".split()
+    "datasets huggingface_hub jinja2 math_verify matplotlib numpy pydantic rich safetensors "
+    "tensorboard tokenizers tomli_w transformers typer".split()
 )
 """What the extra [train] adds to torch and triton, as they are imported."""
 

@@ -1,8 +1,11 @@
-"""A run's checkpoint as an ordinary Hugging Face model folder."""
+"""A run's checkpoint, or the run as it goes on, as an ordinary Hugging Face model folder."""
 
 import copy
+import logging
 import shutil
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -11,12 +14,14 @@ from torch.distributed.checkpoint import state_dict
 from laser_fast.config import Config, ConfigError, ModelConfig, ScoreConfig, load_config
 from laser_fast.config_errors import RunError
 from laser_fast.evaluation.settings import write_score_settings
+from laser_fast.log.console import evaluation_line
 from laser_fast.log.run_folder import RunFolder, moved_config, steps_in
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import load_tokenizer
 from laser_fast.model.weights import base_digest
+from laser_fast.stopping import is_asked
 from laser_fast.training.best import standing
 from laser_fast.training.checkpoint import (
     check_digests,
@@ -25,6 +30,10 @@ from laser_fast.training.checkpoint import (
     trainer_state,
 )
 from laser_fast.training.hub import check_hub, upload
+from laser_fast.training.schedule import is_due
+from laser_fast.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def write_model(
@@ -111,3 +120,46 @@ def _find_checkpoint(config: Config, name: str) -> Path:
         known = ", ".join(["latest", "best (with checkpoint.best)", *saved])
         raise ConfigError(f'{run} has no checkpoint "{name}"; choose among {known}')
     return found
+
+
+class Exports:
+    """What `checkpoint.export_every` and `checkpoint.hub_repo` ask for while a run goes on."""
+
+    def __init__(self) -> None:
+        self._upload = Thread()  # the last that began
+
+    def write(self, trainer: Trainer, step: int, *, is_last: bool) -> None:
+        """Write the model after `step` steps if it is due and not there, and sweep. Collective.
+
+        Its upload begins in the background; while another goes on it is left out with a warning,
+        but the last one comes after it.
+        """
+        config, world = trainer.config, trainer.world
+        every, repo = config.checkpoint.export_every, config.checkpoint.hub_repo
+        folder = RunFolder(Path(config.output_dir))
+        out = folder.exports / f"step-{step:06d}"
+        is_asked = is_due(step, every) or (is_last and (every > 0 or repo != ""))
+        if not is_asked or world.on_main(out.exists):
+            return
+        score = config.score.model_copy(update={"ref_logprob": trainer.score.ref_logprob})
+        write_model(trainer.policy, config.model, out, world, score=score)
+        if not world.is_main:
+            return
+        logger.info("exported %s", out)
+        before, goes_on = self._upload, self._upload.is_alive()
+        if repo and goes_on and not is_last:
+            logger.warning("%s is not uploaded, since the upload before it goes on", out)
+        elif repo:
+            report = folder.reports().get(step)
+            message = evaluation_line(step, report) if report else f"after {step} steps"
+            given = (out, repo, message, before if goes_on else None)
+            self._upload = Thread(target=upload, args=given, name=out.name, daemon=True)
+            self._upload.start()
+        for old in list(steps_in(out.parent).values())[: -config.checkpoint.keep]:
+            if not (goes_on and old.name == before.name):
+                shutil.rmtree(old)
+
+    def finish(self, world: World) -> None:
+        """Wait for the upload, unless asked to stop. Collective, in short ones: none times out."""
+        while world.max(int(self._upload.is_alive() and not is_asked())):
+            time.sleep(0.2)

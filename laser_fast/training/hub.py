@@ -1,7 +1,6 @@
 """Model folders to a repository of the Hugging Face hub, with the token of the environment."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from threading import Thread
 
@@ -22,13 +21,13 @@ def check_hub(repo: str) -> None:
         raise ConfigError(f"{repo} needs a token of the hub; set HF_TOKEN or run `hf auth login`")
 
 
-def upload(folder: Path, repo: str, message: str, *, after: Iterable[Thread] = ()) -> bool:
-    """Upload the files of a folder, after others, to a repository; a new one is private.
+def upload(folder: Path, repo: str, message: str, after: Thread | None = None) -> bool:
+    """Upload the files of a folder, after another upload, to a repository; a new one is private.
 
     Returns whether it went well; else a warning says what was wrong, since a run needs no hub.
     """
-    for thread in after:
-        thread.join()
+    if after is not None:
+        after.join()
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repo, private=True, exist_ok=True)

@@ -43,7 +43,7 @@ from laser_fast.training.checkpoint import (
     save_checkpoint,
     writing,
 )
-from laser_fast.training.exports import Exports
+from laser_fast.training.export import Exports
 from laser_fast.training.hub import check_hub
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
@@ -108,9 +108,8 @@ def train(
                     writer.settle(wait=True)
                     found = world.on_main(partial(standing, config, completed))
                     if checkpoints.best and found.step:
-                        logger.info(
-                            "best %s so far: %.4g after %d steps", checkpoints.best, *found[1::-1]
-                        )
+                        said = f"best {checkpoints.best} so far: {found.value:.4g}"
+                        logger.info("%s after %d steps", said, found.step)
                 must_evaluate = False
                 is_last = completed == config.optim.steps or found.is_over
                 if completed > 0:

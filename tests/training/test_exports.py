@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from laser_fast.config import Config, ConfigError, ModelConfig
 from laser_fast.model.policy import build_policy
-from laser_fast.training import exports, hub
-from laser_fast.training.export import write_model
-from laser_fast.training.exports import Exports
+from laser_fast.training import export, hub
+from laser_fast.training.export import Exports, write_model
 
 
 def test_a_model_says_the_dtype_that_it_is_stored_in(tmp_path, world, model_folders, monkeypatch):
@@ -46,7 +45,7 @@ def uploads(monkeypatch, tmp_path):
         def upload_folder(self, *, folder_path, **keys):
             found.append(folder_path.name)
 
-    monkeypatch.setattr(exports, "write_model", write)
+    monkeypatch.setattr(export, "write_model", write)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     sections = {
         "output_dir": str(tmp_path),
