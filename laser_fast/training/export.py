@@ -132,7 +132,7 @@ class Exports:
         """Write the model after `step` steps if it is due and not there, and sweep. Collective.
 
         Its upload begins in the background; while another goes on it is left out with a warning,
-        but the last one comes after it.
+        but the last one waits.
         """
         config, world = trainer.config, trainer.world
         every, repo = config.checkpoint.export_every, config.checkpoint.hub_repo
@@ -143,20 +143,21 @@ class Exports:
             return
         score = config.score.model_copy(update={"ref_logprob": trainer.score.ref_logprob})
         write_model(trainer.policy, config.model, out, world, score=score)
+        if is_last:
+            self.finish(world)
         if not world.is_main:
             return
         logger.info("exported %s", out)
-        before, goes_on = self._upload, self._upload.is_alive()
-        if repo and goes_on and not is_last:
+        if self._upload.is_alive():
             logger.warning("%s is not uploaded, since the upload before it goes on", out)
         elif repo:
             report = folder.reports().get(step)
             message = evaluation_line(step, report) if report else f"after {step} steps"
-            given = (out, repo, message, before if goes_on else None)
+            given = (out, repo, message)
             self._upload = Thread(target=upload, args=given, name=out.name, daemon=True)
             self._upload.start()
         for old in list(steps_in(out.parent).values())[: -config.checkpoint.keep]:
-            if not (goes_on and old.name == before.name):
+            if not (self._upload.is_alive() and self._upload.name == old.name):
                 shutil.rmtree(old)
 
     def finish(self, world: World) -> None:

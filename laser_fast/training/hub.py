@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from threading import Thread
 
 import huggingface_hub
 
@@ -21,13 +20,11 @@ def check_hub(repo: str) -> None:
         raise ConfigError(f"{repo} needs a token of the hub; set HF_TOKEN or run `hf auth login`")
 
 
-def upload(folder: Path, repo: str, message: str, after: Thread | None = None) -> bool:
-    """Upload the files of a folder, after another upload, to a repository; a new one is private.
+def upload(folder: Path, repo: str, message: str) -> bool:
+    """Upload the files of a folder to a repository; a new one is private.
 
     Returns whether it went well; else a warning says what was wrong, since a run needs no hub.
     """
-    if after is not None:
-        after.join()
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
