@@ -74,7 +74,7 @@ def test_the_next_one_waits_and_what_a_kill_leaves_is_swept(tmp_path, world, sav
     save(1, writer)
     save(2, writer)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
-    # Killed before the rename: another process saves next.
+    writer._pending[0].result()  # written, but killed before the rename: another process saves next
     save(3, None)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000003"]
