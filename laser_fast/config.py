@@ -32,6 +32,8 @@ class ModelConfig(Section):
     """Dtype of forward and backward; master weights stay float32. auto: bfloat16 on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward instead of keeping its activations."""
+    activation_offload: bool = False
+    """Keep in host memory what the blocks save for their backward, weights excepted."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory between uses."""
     compile: bool = False
@@ -40,6 +42,8 @@ class ModelConfig(Section):
     """Use Liger's RMSNorm, SwiGLU and rotary layers; needs the extra [liger] and a GPU."""
     replicas: int = Field(1, ge=1)
     """HSDP: number of groups that each hold a full copy; one per node keeps gathers inside it."""
+    reshard_after_forward: bool = True
+    """False: blocks stay gathered until their backward (ZeRO-2), for one gather less."""
     lora_rank: int = Field(0, ge=0)
     """Train adapters of this rank beside frozen weights; 0: train the weights. Extra [lora]."""
     lora_alpha: float = Field(32.0, gt=0)
@@ -232,6 +236,8 @@ class UpdateConfig(ForwardConfig):
     """AdamW's moment decay rates."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
+    state_bits: Literal[8, 32] = 32
+    """Bits of each of AdamW's moments; 8: quantized in blocks of 256, by the extra [torchao]."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip of the global gradient norm."""
 

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from tiny_models import save_model
-from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
@@ -33,6 +32,7 @@ from laser_fast.sandbox.task import EOS_TOKEN, RESERVED_TOKENS, rows
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.trainer import Trainer
+from laser_fast.training.update import build_optimizer
 
 GOLDEN = Path(__file__).parent / "golden"
 PINNED = ("loss/policy", "loss/score", "step/grad_norm")
@@ -166,7 +166,7 @@ def run(case):
             packer=packer,
             policy=policy,
             reference=None,
-            optimizer=AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=0.01),
+            optimizer=build_optimizer(policy, config.optim),
             cap=GradientCap(
                 loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio
             ),

@@ -8,7 +8,7 @@ need no special case, and [tokens, vocabulary] logits never exist.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,7 @@ from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
 from laser_fast.model.families import LmHead, check_family, checkpoint_entries, head_form
 from laser_fast.model.lora import add_adapters, merged, set_adapters
+from laser_fast.model.offload import ActivationOffload
 from laser_fast.model.packing import Packer
 from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch, TrainingSequence
@@ -57,16 +58,20 @@ class Policy(nn.Module):
         self.hf = hf
         self.compute_dtype = compute_dtype
         self.head_form = head_form(hf.config)
+        # What `shard` may set: how activations are saved, and whether blocks are gathered twice.
+        self.saving: Callable[[], AbstractContextManager] = nullcontext
+        self.reshards_blocks = True
 
     def forward(self, batch: Microbatch, head: Head[Output]) -> Output:
         """Hidden states of the labelled rows and the model's own head, through `head`."""
         device = batch.input_ids.device
-        hidden_states = self.hf.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            **attention_kwargs(batch.segments, device),
-        ).last_hidden_state[0]
+        with self.saving():  # not the head, whose weight and logits stay where they are
+            hidden_states = self.hf.model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                **attention_kwargs(batch.segments, device),
+            ).last_hidden_state[0]
         # Rows repeat; an embedding's backward adds them up in a fixed order.
         lm_head = LmHead(self.hf.lm_head.weight, *self.head_form)
         return head(embedding(batch.rows, hidden_states), lm_head)
@@ -77,9 +82,12 @@ class Policy(nn.Module):
             self.set_requires_all_reduce(is_last)
 
     def release(self) -> None:
-        """Give the root's gathered parameters back after a forward without a backward."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
+        """Give gathered parameters back, the root's at least, after a forward without backward."""
+        for module in self._sharded():
+            module.reshard()
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -87,7 +95,7 @@ class Policy(nn.Module):
 
         Compiled blocks run eagerly in here: decoding changes its shapes with every token.
         """
-        modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        modules = self._sharded()
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -97,7 +105,8 @@ class Policy(nn.Module):
         finally:
             for module in modules:
                 module.reshard()
-                module.set_reshard_after_forward(module is not self, recurse=False)
+                reshards = self.reshards_blocks and module is not self
+                module.set_reshard_after_forward(reshards, recurse=False)
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -164,17 +173,19 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.compute_dtype)
 
 
-def build_policy(config: ModelConfig, world: World) -> Policy:
+def build_policy(config: ModelConfig, world: World, *, is_trained: bool = True) -> Policy:
     """Load the model on rank 0, shard it, and broadcast the shards' values.
 
-    The other ranks allocate but never touch a full copy, so host memory holds one.
+    The other ranks allocate but never touch a full copy, so host memory holds one. A policy that
+    is not trained needs no masters: its parameters are in the compute dtype, to which FSDP2 rounds
+    those of another one whenever it gathers them.
     """
     if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError(
             'model.attention = "flash_attention_2" needs flash-attn; pip install '
             "'laser-fast[flash]', or set \"varlen\", which comes with torch"
         )
-    hf, full_state = _load_on_main(config, world)
+    hf, full_state = _load_on_main(config, world, is_trained=is_trained)
     buffers = dict(hf.named_buffers())
     policy = Policy(hf, compute_dtype=compute_dtype(config, world.device)).train()
     if config.liger:
@@ -208,16 +219,20 @@ def shard(policy: Policy, config: ModelConfig, world: World) -> None:
     offload = OffloadPolicy()
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    policy.reshards_blocks = config.reshard_after_forward
     # The root stays gathered until its backward: embedding, final norm and head are used at both
     # ends of the forward.
     for module in (*policy.hf.model.layers, policy):
         fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=module is not policy,
+            reshard_after_forward=policy.reshards_blocks and module is not policy,
             mp_policy=precision,
             offload_policy=offload,
         )
+    if config.activation_offload:
+        body = policy.hf.model
+        policy.saving = ActivationOffload([*body.layers, *body.children()])
 
 
 @torch.no_grad()
@@ -269,7 +284,9 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
             )
 
 
-def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_on_main(
+    config: ModelConfig, world: World, *, is_trained: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with its weights on rank 0, and an untouched allocation elsewhere."""
     attention, dtype = IMPLEMENTATIONS[config.attention], compute_dtype(config, world.device)
     with world.agreement():
@@ -289,6 +306,9 @@ def _load_on_main(config: ModelConfig, world: World) -> tuple[PreTrainedModel, d
             )
         if config.lora_rank:
             add_adapters(hf, config, dtype=dtype)
+        elif not is_trained:
+            for parameter in hf.requires_grad_(False).parameters():
+                parameter.data = parameter.data.to(dtype)  # buffers stay float32
     return hf, hf.state_dict() if world.is_main else {}
 
 

@@ -169,7 +169,7 @@ def _build_sampler(
     if config.loss.kl_coef > 0 and config.model.lora_rank:
         reference = policy
     elif config.loss.kl_coef > 0:  # before the engine, which takes a share of what is left
-        reference = build_policy(config.model, world).requires_grad_(False)
+        reference = build_policy(config.model, world, is_trained=False)
     engine = engine or make_engine(config, policy, vocabulary.special)
     stack.callback(engine.close)
     check_stop = stack.enter_context(stop_at_sigterm(world))

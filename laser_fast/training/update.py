@@ -1,21 +1,37 @@
 """The optimizer's update from accumulated gradients, the same in every kind of training."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from laser_fast.config import UpdateConfig
+from laser_fast.config_errors import ConfigError
 from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
 
 
-def build_optimizer(policy: Policy, config: UpdateConfig) -> AdamW:
-    """AdamW over the sharded float32 masters, those that are trained."""
+def build_optimizer(policy: Policy, config: UpdateConfig) -> Optimizer:
+    """AdamW over the sharded float32 masters, those that are trained.
+
+    torch's fused one, also on a CPU: 3.7 times as fast there (6.3 million parameters on one core),
+    at differences of 2e-8, and without the temporary copy of a moment.
+    """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    if config.state_bits == 32:
+        return AdamW(trained, lr=config.lr, fused=True, **options)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            f"optim.state_bits = {config.state_bits} needs torchao; pip install 'laser-fast[torchao]'"
+        ) from None
+    return AdamW8bit(trained, lr=config.lr, **options)
 
 
 def gradient_norm(policy: Policy) -> float:
@@ -38,7 +54,10 @@ def apply_gradients(
     else:
         clip_grads_with_norm_(policy.parameters(), max_norm, torch.tensor(norm))
         for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+            if isinstance(parameters["lr"], Tensor):  # of torchao, whose update is compiled
+                parameters["lr"].fill_(lr)
+            else:
+                parameters["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

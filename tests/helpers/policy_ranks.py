@@ -17,12 +17,12 @@ from fork_ranks import run_ranks
 from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
 
 from laser_fast.algorithm.score import SelfScore
-from laser_fast.config import LossConfig, ModelConfig
+from laser_fast.config import LossConfig, ModelConfig, UpdateConfig
 from laser_fast.config_sft import SftConfig
 from laser_fast.model.distributed import open_world
+from laser_fast.model.logprobs import label_logprobs
 from laser_fast.model.packing import Packer, share_out
 from laser_fast.model.policy import build_policy
 from laser_fast.records import Prompt, Sampling, SpecialTokens
@@ -30,6 +30,7 @@ from laser_fast.rollout.hf import HfEngine
 from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.trainer import Trainer
+from laser_fast.training.update import build_optimizer
 
 TEMPERATURE = 0.7
 SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
@@ -51,6 +52,10 @@ MODEL_CASES = {
 }
 
 
+# Keys that change where things are and no number.
+MEMORY_SAVERS = {"cpu_offload": True, "activation_offload": True, "reshard_after_forward": False}
+
+
 def save_models(folder):
     """Write the model folder of every case."""
     for name, (family, tied) in MODEL_CASES.items():
@@ -58,7 +63,7 @@ def save_models(folder):
 
 
 def make_optimizer(policy):
-    return AdamW(policy.parameters(), lr=0.05, weight_decay=0.1)
+    return build_optimizer(policy, UpdateConfig(steps=9, lr=0.05, weight_decay=0.1))
 
 
 def full(tensor):
@@ -137,8 +142,8 @@ def count_calls(module):
     handle.remove()
 
 
-def count_all_reduces(policy, world):
-    """Of gradients over replicas, in the trainer's accumulation of a step, and its gradients."""
+def microbatches(world):
+    """This rank's contiguous share of the sequences, in small microbatches."""
     packer = Packer(
         budget=LARGEST,
         score_token_id=SCORE_TOKEN,
@@ -148,7 +153,12 @@ def count_all_reduces(policy, world):
         agree=world.max,
     )
     share = -(-len(SEQUENCES) // world.size)
-    batches = packer.microbatches(SEQUENCES[world.rank * share : (world.rank + 1) * share])
+    return packer.microbatches(SEQUENCES[world.rank * share : (world.rank + 1) * share])
+
+
+def count_all_reduces(policy, world):
+    """Of gradients over replicas, in the trainer's accumulation of a step, and its gradients."""
+    batches = microbatches(world)
     trainer = SimpleNamespace(policy=policy, world=world)
     calls = []
     all_reduce = dist.all_reduce
@@ -215,8 +225,9 @@ def measure_checkpoint(config, world, run):
 def measure(world, models, out):
     """Everything that the tests ask of this number of ranks."""
 
-    def build(name, **keys):
-        return build_policy(ModelConfig(path=str(models / name), **keys), world)
+    def build(name, *, is_trained=True, **keys):
+        config = ModelConfig(path=str(models / name), **keys)
+        return build_policy(config, world, is_trained=is_trained)
 
     found = {"gradients": {}}
     for name in MODEL_CASES if world.size == 2 else ("qwen2-tied", "qwen2-untied"):
@@ -244,8 +255,15 @@ def measure(world, models, out):
         found["bfloat16"] = measure_gradients(policy, world, SEQUENCES)
         found["bfloat16_stream"] = dict(policy.stream_weights(world.device))
         found["bfloat16_masters"] = {p.dtype for p in policy.parameters()}
-        policy = build("qwen2-tied", cpu_offload=True)
-        found["variants"]["cpu_offload"] = measure_gradients(policy, world, SEQUENCES)
+        for key, value in MEMORY_SAVERS.items():
+            policy = build("qwen2-tied", **{key: value})
+            found["variants"][key] = measure_gradients(policy, world, SEQUENCES)
+        found["references"] = [
+            label_logprobs(policy, batches)
+            for batches in [microbatches(world)]
+            for is_trained in (True, False)
+            for policy in [build("qwen2-tied", compute_dtype="bfloat16", is_trained=is_trained)]
+        ]
     if world.size == 4:
         policy = build("qwen2-tied", replicas=2)
         found["variants"]["replicas"] = measure_gradients(policy, world, SEQUENCES)

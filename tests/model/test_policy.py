@@ -81,9 +81,14 @@ def test_ranks_compute_about_as_many_tokens_and_no_more(two_ranks, four_ranks):
         assert sum(shared_out) <= sum(as_they_come)
 
 
-@pytest.mark.parametrize("variant", ["gradient_checkpointing", "cpu_offload"])
+@pytest.mark.parametrize("variant", ["gradient_checkpointing", *policy_ranks.MEMORY_SAVERS])
 def test_memory_savers_change_nothing(two_ranks, variant):
     assert_same_step(two_ranks["variants"][variant], two_ranks["gradients"]["qwen2-tied"])
+
+
+def test_a_reference_without_masters_reads_the_same_bits(two_ranks):
+    masters, rounded = two_ranks["references"]
+    assert all(map(torch.equal, masters, rounded)) and len(masters) > 1
 
 
 def test_checkpointed_blocks_run_again_in_the_backward(two_ranks):
