@@ -81,7 +81,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = {
         "output_dir": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "model"), "lora_rank": 2},
+        "model": {"path": str(tmp_path / "model"), "lora_rank": 2, "activation_offload": True},
         "data": {"train": str(problems), "eval": str(problems), "template": "{prompt}"},
         "rollout": {"max_new_tokens": 24, "group_size": 2, "resample_rounds": 1},
         "reward": {"kind": "length_reward:reward", "overlong": "penalty", "overlong_buffer": 4},
@@ -89,6 +89,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
         "loss": {"kl_coef": 0.1, "entropy_coef": 0.01},
         "optim": {"steps": 2, "schedule": "linear", "warmup_steps": 1},
     }
+    config["model"] |= {"reshard_after_forward": False}
     config["data"] |= {"max_prompt_tokens": 24, "prompts_per_step": 2, "eval_samples": 2}
     config["data"]["pass_rate"] = [0.0, 0.9]
     train_run(Config.parse(config, source="test"))

@@ -1,20 +1,11 @@
 """laser-fast plan with LoRA: frozen weights in the compute dtype, state for the adapters alone."""
 
+from model_shapes import COUNTS_7B, QWEN_7B, qwen
 from tiny_models import make_config, make_model_config
-from transformers import Qwen2Config
 
 from laser_fast.config import ModelConfig
-from laser_fast.plan import Plan, count_adapters, count_parameters
-
-QWEN_7B = Qwen2Config(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    tie_word_embeddings=False,
-)
+from laser_fast.plan import Plan
+from laser_fast.plan.memory import count_adapters
 
 
 def test_adapters_by_hand():
@@ -35,8 +26,8 @@ def test_lora_of_7b_fits_a_card_that_full_training_does_not():
             rollout={"max_new_tokens": 512, "group_size": 4, "max_num_seqs": 8},
             optim={"tokens_per_microbatch": 1025},
         )
-        counts, adapters = count_parameters(QWEN_7B), count_adapters(QWEN_7B, config.model)
-        return Plan(config, QWEN_7B, *counts, 1, 48.0, 256.0, adapters)
+        adapters = count_adapters(qwen(QWEN_7B), config.model)
+        return Plan(config, qwen(QWEN_7B), *COUNTS_7B, 1, 48.0, 256.0, adapters)
 
     whole, lora = plan(0), plan(32)
     assert whole.misfits() and not lora.misfits()

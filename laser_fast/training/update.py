@@ -29,7 +29,7 @@ def build_optimizer(policy: Policy, config: UpdateConfig) -> Optimizer:
         from torchao.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
-            f"optim.state_bits = {config.state_bits} needs torchao; pip install 'laser-fast[torchao]'"
+            "optim.state_bits = 8 needs torchao; pip install 'laser-fast[torchao]'"
         ) from None
     return AdamW8bit(trained, lr=config.lr, **options)
 
