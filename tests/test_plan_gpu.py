@@ -16,6 +16,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan.memory import RESERVE_GB, Plan, count_parameters
 from laser_fast.records import TrainingSequence
+from laser_fast.training.update import IS_FUSED
 from laser_kernels import linear_logprob_loss
 
 pytestmark = pytest.mark.gpu
@@ -81,7 +82,7 @@ def _measure(plan):
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         shard(policy, config.model, world)
         found["parameters"] = allocated() - nothing
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=IS_FUSED or None)
         batch = _batch(device)
 
         def read(hidden_states, head):

@@ -58,7 +58,6 @@ def test_eight_bits_a_moment():
     total, table = COUNTS_7B[0], 152064 * 3584
     assert size(found, "optimizer") == pytest.approx(total / 8 * 2 * (1 + 4 / 256))
     assert size(found, "temporary of AdamW") == 8 * table / 8
-    assert size(plan(), "temporary of AdamW") == 0
     offloaded = plan(optim={"state_bits": 8}, model={"cpu_offload": True})
     assert offloaded.host_gb == pytest.approx(1e-9 * total / 8 * (8 + 2 * (1 + 4 / 256)))
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from laser_fast.model.distributed import check_world
 from laser_fast.model.lora import check_targets, linear_layers
 from laser_fast.model.policy import compute_dtype
+from laser_fast.training.update import IS_FUSED
 
 if TYPE_CHECKING:
     from laser_fast.config import Config, ModelConfig
@@ -106,7 +107,9 @@ class Plan:
         gathered = Term("gathered weights", c * (R + 2 * B), "c (R + 2 B): root and two blocks")
         if not config.model.reshard_after_forward:
             gathered = Term("gathered weights", c * self.num_parameters, "c P, to their backward")
-        update = Term("temporary of AdamW", 0, "fused")
+        update = Term("temporary of AdamW", 4 * share, "4 W / S")
+        if IS_FUSED:
+            update = Term("temporary of AdamW", 0, "fused")
         if is_quantized and not config.model.cpu_offload:
             # torch.compile's peak on a CPU is 2.01 times the tensor; without it, 13.3 times.
             largest = self.num_adapter_parameters if has_adapters else max(V * D, B)

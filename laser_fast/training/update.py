@@ -1,7 +1,9 @@
 """The optimizer's update from accumulated gradients, the same in every kind of training."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,22 +11,28 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
-from laser_fast.config import UpdateConfig
 from laser_fast.config_errors import ConfigError
 from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
+
+if TYPE_CHECKING:
+    from laser_fast.config import UpdateConfig
+
+# Earlier ones keep a DTensorSpec of every parameter and update (pytorch/pytorch#188174); with 2.13
+# no more are alive after 1,000 updates of 80 parameters than after 50.
+IS_FUSED = torch.__version__ >= "2.13"
 
 
 def build_optimizer(policy: Policy, config: UpdateConfig) -> Optimizer:
     """AdamW over the sharded float32 masters, those that are trained.
 
-    torch's fused one, also on a CPU: 3.7 times as fast there (6.3 million parameters on one core),
-    at differences of 2e-8, and without the temporary copy of a moment.
+    torch's fused one from 2.13 on, also on a CPU: 3.7 times as fast there (6.3 million parameters
+    on one core), at differences of 2e-8, and with 200 MB less at its peak for 100 MB of parameters.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
     if config.state_bits == 32:
-        return AdamW(trained, lr=config.lr, fused=True, **options)
+        return AdamW(trained, lr=config.lr, fused=IS_FUSED or None, **options)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
