@@ -75,7 +75,8 @@ def test_activations_on_the_host(is_checkpointed):
     keys = {"gradient_checkpointing": is_checkpointed}
     on_gpu, found = plan(model=keys), plan(model=keys | {"activation_offload": True})
     assert size(found, "activations") == 4096 * 2 * 3584  # what goes from block to block
-    assert found.host_gb == pytest.approx(2e-9 * size(on_gpu, "activations"))
+    factor = 2 if is_checkpointed else 2.7
+    assert found.host_gb == pytest.approx(factor * 1e-9 * size(on_gpu, "activations"))
     recomputed = plan(model={"gradient_checkpointing": True})
     assert size(found, "block at work") == size(recomputed, "block at work")
 

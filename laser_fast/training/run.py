@@ -49,7 +49,7 @@ from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, is_due
 from laser_fast.training.step_metrics import update_speed
 from laser_fast.training.trainer import Trainer
-from laser_fast.training.update import build_optimizer
+from laser_fast.training.update import build_optimizer, import_adamw8bit
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def check_start(config: Config, world: World, *, resume: bool | Literal["auto"])
     resumes = check_run_folder(config, world, resume=resume)
     uses_server = config.rollout.engine == "vllm_server"
     if config.rollout.engine == "vllm" or (uses_server and world.device.type == "cuda"):
-        import_vllm()  # a missing or unsupported one is named before minutes of loading
+        import_vllm()
+    if config.optim.state_bits == 8:
+        import_adamw8bit()
     return resumes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,13 +34,18 @@ def build_optimizer(policy: Policy, config: UpdateConfig) -> Optimizer:
     options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
     if config.state_bits == 32:
         return AdamW(trained, lr=config.lr, fused=IS_FUSED or None, **options)
+    return import_adamw8bit()(trained, lr=config.lr, **options)
+
+
+def import_adamw8bit() -> Callable[..., Optimizer]:
+    """AdamW8bit of torchao; a ConfigError says what installs it."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
             "optim.state_bits = 8 needs torchao; pip install 'laser-fast[torchao]'"
         ) from None
-    return AdamW8bit(trained, lr=config.lr, **options)
+    return AdamW8bit
 
 
 def gradient_norm(policy: Policy) -> float:

@@ -6,20 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import make_config, make_model
 from torch import nn
 
 from laser_fast.config import ConfigError, UpdateConfig
+from laser_fast.training.run import check_start
 from laser_fast.training.update import IS_FUSED, build_optimizer
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-def test_eight_bits_need_torchao(monkeypatch):
+def test_eight_bits_need_torchao(monkeypatch, tmp_path, world):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    config = UpdateConfig(steps=1, state_bits=8)
+    config = make_config(optim={"steps": 1, "state_bits": 8})
+    config = config.model_copy(update={"output_dir": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"optim.state_bits = 8 needs torchao; pip install 'las"):
-        build_optimizer(nn.Linear(2, 2), config)
+        build_optimizer(nn.Linear(2, 2), config.optim)
+    with pytest.raises(ConfigError, match="needs torchao"):  # before anything is loaded
+        check_start(config, world, resume=False)
     with pytest.raises(ValueError, match="state_bits"):
         UpdateConfig(steps=1, state_bits=4)
 
