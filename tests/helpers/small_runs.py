@@ -72,8 +72,9 @@ def write_config(model, folder, /, **sections):
     }
     for name, keys in sections.items():
         data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
-    if data["data"]["train"].endswith(".jsonl"):
-        data["data"]["train"] = str(model / data["data"]["train"])
+    train = data["data"]["train"]
+    if isinstance(train, str) and train.endswith(".jsonl"):
+        data["data"]["train"] = str(model / train)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
     path.write_text(tomli_w.dumps(data))
