@@ -143,12 +143,11 @@ class LaserGRPOTrainer(GRPOTrainer):
         ) -> Any:
             is_score = self._is_end(input_ids, attention_mask) & (labels != NO_LABEL)
             labels = pad(labels[:, 1:], (0, 1), value=NO_LABEL)
-            temperature = torch.full(labels.shape, self.temperature, device=labels.device)
             outputs = model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 shift_labels=labels.masked_fill(is_score, self._score.token_id),
-                row_temperature=temperature.masked_fill(is_score, 1.0),
+                unit_rows=is_score,
                 **inputs,
             )
             chunks.append(outputs.log_probs.where(is_score, 0.0).sum(1))

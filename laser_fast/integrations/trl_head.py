@@ -6,15 +6,16 @@ of the weight, masks and losses stay TRL's.
 """
 
 import functools
+import inspect
 import math
 import types
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from laser_fast import needs_host
 from laser_fast.integrations import refuse
@@ -72,6 +73,11 @@ def use_laser_kernels(trainer: Any) -> None:
         "compute_loss_func": callable(trainer.compute_loss_func),
     }
     refuse(f"use_laser_kernels: {name}", refused)
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        # With mixed precision accelerate lets it round what the forward returns: the log-probs.
+        policy = fsdp.mixed_precision_policy or MixedPrecisionPolicy()
+        fsdp.mixed_precision_policy = replace(policy, output_dtype=None)
     _patch_forward(model)
     if getattr(trainer, "ref_model", None) is not None:
         _patch_forward(trainer.ref_model)
@@ -88,20 +94,23 @@ class _Call:
     """What the op has to know of the forward that it runs in."""
 
     labels: Tensor  # [B, S] shifted
-    temperature: Tensor | None  # [B, S] float32; None: that of the trainer
+    unit_rows: Tensor | None  # [B, S] bool: rows at temperature 1, not the trainer's
     is_checked: bool
     num_rows: int | None = None  # set by the op
 
 
 _current_call: ContextVar[_Call | None] = ContextVar("current_call", default=None)
-_patched: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def _is_patch(forward: Any) -> bool:
+    return hasattr(forward, "runs_laser_kernels")
 
 
 def _patch_forward(model: Any) -> None:
-    """Let forwards with `fused_lm_head=True` run our op, also with a temperature for each row."""
-    if model in _patched:
+    """Let forwards with `fused_lm_head=True` run our op, also with some rows at temperature 1."""
+    # Under a wrapper of accelerate; but another trainer of the model puts TRL's op above it.
+    if _is_patch(inspect.unwrap(model.forward, stop=_is_patch)):
         return
-    _patched.add(model)
     trl_utils._ChunkedLogProbFunction = _Head
     trl_forward, is_checked = model.forward, False
 
@@ -110,7 +119,8 @@ def _patch_forward(model: Any) -> None:
         self: Any,
         *args: Any,
         fused_lm_head: bool = False,
-        row_temperature: Tensor | None = None,  # [B, S] float32
+        # [B, S] bool: FSDP and DeepSpeed round temperatures, as all floats, on their way in here.
+        unit_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         nonlocal is_checked
@@ -118,7 +128,7 @@ def _patch_forward(model: Any) -> None:
             return trl_forward(*args, **kwargs)
         labels = kwargs.get("shift_labels")
         labels = kwargs["labels"][:, 1:] if labels is None else labels
-        call = _Call(labels, row_temperature, is_checked)
+        call = _Call(labels, unit_rows, is_checked)
         token = _current_call.set(call)
         try:
             outputs = trl_forward(*args, fused_lm_head=True, **kwargs)
@@ -129,6 +139,7 @@ def _patch_forward(model: Any) -> None:
         is_checked = is_checked or call.num_rows > 0
         return outputs
 
+    forward.runs_laser_kernels = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
@@ -157,8 +168,8 @@ class _Head:
         if num_given == call.labels.numel():  # on a CPU TRL also scores rows without a label
             hidden, targets = hidden[rows], targets[rows]
         temperatures = torch.full(rows.shape, temperature, device=hidden.device)
-        if call.temperature is not None:
-            temperatures = call.temperature.flatten()[rows]
+        if call.unit_rows is not None:
+            temperatures[call.unit_rows.flatten()[rows]] = 1.0
         # As TRL's op does, also outside autocast, where a head may be float32 and the rest 16-bit.
         kind, dtype = hidden.device.type, hidden.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype

@@ -166,13 +166,12 @@ def _shard(folder, out, size):
     ids = torch.randint(7, 33, (4, 9))
     labels = ids.roll(-1, dims=1).index_fill(1, torch.tensor([0, 1, 8]), -100)
     labels[:, 7] = TOKENS.index(SCORE_TOKEN)
-    temperature = torch.full(ids.shape, 0.7)
-    temperature[:, 7] = 1.0
+    unit_rows = labels == TOKENS.index(SCORE_TOKEN)
     own = slice(mesh.get_local_rank(), None, size)
     outputs = model(
         input_ids=ids[own],
         shift_labels=labels[own],
-        row_temperature=temperature[own],
+        unit_rows=unit_rows[own],
         fused_lm_head=True,
     )
     loss = (outputs.log_probs - 0.1 * outputs.entropy).sum() * size  # gradients are averaged

@@ -1,0 +1,78 @@
+"""The patched forward of TRL's models, where a host wraps it or a second trainer comes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs TRL")
+
+import trl
+import trl_runs
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+from trl_runs import fixed_rollout, make_trainer
+
+from laser_fast.integrations import trl_head
+from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer, use_laser_kernels
+
+pytestmark = pytest.mark.trl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    trl_runs.save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def temperatures(monkeypatch):
+    """Those of each call of the op."""
+    found, op = [], trl_head.linear_logprob_entropy
+
+    def counted(*args, temperature, **kwargs):
+        found.append(temperature.unique().tolist())
+        return op(*args, temperature=temperature, **kwargs)
+
+    monkeypatch.setattr(trl_head, "linear_logprob_entropy", counted)
+    return found
+
+
+def test_a_second_trainer_of_the_same_model_runs_the_op(folder, temperatures):
+    options = {"folder": folder, "max_steps": 1, "temperature": 0.5, "rollout_func": fixed_rollout}
+    first = make_trainer(trl.GRPOTrainer, trl.GRPOConfig, bf16=True, **options)
+    use_laser_kernels(first)
+    first.train()
+    num_calls = len(temperatures)
+    use_laser_kernels(first)  # under accelerate's wrappers, and again without an effect
+    ids = torch.ones(1, 2, dtype=torch.long)
+    first.model(input_ids=ids, labels=ids, fused_lm_head=True)
+
+    def same_model(*args, model, **kwargs):
+        return LaserGRPOTrainer(*args, model=first.model, **kwargs)
+
+    second = make_trainer(same_model, LaserConfig, **options)
+    second.train()
+    assert num_calls and temperatures[-1] == [0.5, 1.0]
+
+
+def test_fsdp2_in_16_bits_leaves_temperatures_alone(folder, temperatures, world):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    trl_head._patch_forward(model)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    ids = torch.randint(7, 33, (2, 6))
+    model(input_ids=ids, shift_labels=ids, unit_rows=ids > 20, fused_lm_head=True)
+    assert temperatures == [pytest.approx([0.7, 1.0], abs=1e-7)]
+
+
+def test_log_probs_leave_fsdp2_in_float32(folder, monkeypatch):
+    trainer = make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    use_laser_kernels(trainer)
+    expected = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    assert plugin.mixed_precision_policy == expected
