@@ -133,10 +133,12 @@ class EosScore:
             inputs, output_args = _verl_inputs(engine, micro_batch)
             if isinstance(engine, fsdp.FSDPEngineWithValueHead):
                 return inputs, output_args
-            if "shift_labels" not in inputs or engine.use_ulysses_sp:
+            # VeOmni's engine is one of FSDP's, but has heads of its own and sets the labels again.
+            if "shift_labels" not in inputs or engine.use_ulysses_sp or not _heads:
                 raise ValueError(
-                    "EosScore: expected use_fused_kernels=True, use_remove_padding=True and "
-                    "ulysses_sequence_parallel_size=1; set them, or leave the score out"
+                    "EosScore: expected the FSDP engine, use_fused_kernels=True, "
+                    "use_remove_padding=True and ulysses_sequence_parallel_size=1; set them, or "
+                    "leave the score out"
                 )
             ends, is_finished = self._ends(micro_batch)
             labels = inputs["shift_labels"] = inputs["shift_labels"].clone()  # [1, T]

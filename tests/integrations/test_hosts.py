@@ -174,6 +174,10 @@ def test_the_score_of_verl_is_read_at_the_eos_at_temperature_1(verl):
 
 def test_the_score_of_verl_needs_packed_rows_and_leaves_critics_alone(verl):
     verl.integration.EosScore(token_id=SCORE, eos_token_ids=(EOS,)).install()
+    with pytest.raises(ValueError, match="expected the FSDP engine"):  # its models get our heads
+        verl.engines.FSDPEngineWithLMHead().prepare_model_inputs(micro_batch())
+    model = make_model()
+    verl.patch(model, True, "torch")
     batch = micro_batch(use_remove_padding=False)
     with pytest.raises(ValueError, match="use_remove_padding=True"):
         verl.engines.FSDPEngineWithLMHead().prepare_model_inputs(batch)
