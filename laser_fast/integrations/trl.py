@@ -9,7 +9,6 @@ with class balance and denominator of the generation batch, over all processes; 
 share of those of the scores (eq. 15). `laser_fast.algorithm` has the formulas.
 """
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,8 @@ from laser_fast.algorithm.score import (
     score_loss,
 )
 from laser_fast.algorithm.verification import verify
+from laser_fast.config import ScoreConfig
+from laser_fast.evaluation.settings import read_score_settings, write_score_settings
 from laser_fast.integrations import refuse
 from laser_fast.integrations.trl_head import NO_LABEL, base_model, use_laser_kernels
 from laser_fast.model.vocabulary import reserved_tokens
@@ -267,17 +268,27 @@ class LaserGRPOTrainer(GRPOTrainer):
                 self._metrics[mode][f"score/{name}"].append(found[name])
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            reference = {"ref_logprob": self._score.ref_logprob}
-            (folder / "laser.json").write_text(json.dumps(reference))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, of a score that trains, its laser_fast.json; so do checkpoints."""
+        super().save_model(output_dir, _internal_call)
+        score, folder = self._score, Path(output_dir or self.args.output_dir)
+        is_known = self.args.score_loss_coef > 0 and not math.isnan(score.ref_logprob)
+        if self.args.should_save and is_known:
+            folder.mkdir(parents=True, exist_ok=True)
+            token, ref_logprob = self.args.score_token, score.ref_logprob
+            settings = ScoreConfig(token=token, beta=score.beta, ref_logprob=ref_logprob)
+            write_score_settings(folder, settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._set_reference(**json.loads(Path(checkpoint, "laser.json").read_text()))
+        args = self.args
+        if checkpoint and args.score_loss_coef > 0 and args.score_ref_logprob is None:
+            if not (known := read_score_settings(checkpoint)):
+                raise ValueError(
+                    f"LaserConfig.score_ref_logprob: {checkpoint} has no laser_fast.json that says "
+                    "it; give the number of the run"
+                )
+            self._set_reference(known["ref_logprob"])
 
 
 def _mean_ref_logprob(logprobs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The patched forward of TRL's models, where a host wraps it or a second trainer comes."""
+"""TRL's models where FSDP2 wraps them, a second trainer comes, or a checkpoint is read."""
 
 from types import SimpleNamespace
 
@@ -12,8 +12,9 @@ import trl_runs
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
-from trl_runs import fixed_rollout, make_trainer
+from trl_runs import SCORE_TOKEN, fixed_rollout, make_trainer
 
+from laser_fast.evaluation.settings import read_score_settings
 from laser_fast.integrations import trl_head
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer, use_laser_kernels
 
@@ -76,3 +77,27 @@ def test_log_probs_leave_fsdp2_in_float32(folder, monkeypatch):
     use_laser_kernels(trainer)
     expected = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     assert plugin.mixed_precision_policy == expected
+
+
+def test_a_resumed_run_keeps_its_reference(folder, tmp_path):
+    options = {"folder": folder, "rollout_func": fixed_rollout, "output_dir": str(tmp_path)}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    first = make_trainer(LaserGRPOTrainer, LaserConfig, max_steps=1, learning_rate=1e-2, **options)
+    first.train()
+    first.save_model()
+    ref_logprob = first._score.ref_logprob
+    score = {"token": SCORE_TOKEN, "position": "eos", "beta": 0.2, "ref_logprob": ref_logprob}
+    assert read_score_settings(tmp_path) == score  # what scoring needs, beside the weights
+    again = make_trainer(LaserGRPOTrainer, LaserConfig, max_steps=2, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert again._score.ref_logprob == ref_logprob
+    stated = make_trainer(
+        LaserGRPOTrainer, LaserConfig, max_steps=2, score_ref_logprob=-20.0, **options
+    )
+    checkpoint = str(tmp_path / "checkpoint-1")
+    stated.train(resume_from_checkpoint=checkpoint)
+    assert stated._score.ref_logprob == -20.0
+    (tmp_path / "checkpoint-1" / "laser_fast.json").unlink()
+    with pytest.raises(ValueError, match="has no laser_fast.json"):
+        again.train(resume_from_checkpoint=checkpoint)
