@@ -133,12 +133,10 @@ class EosScore:
             inputs, output_args = _verl_inputs(engine, micro_batch)
             if isinstance(engine, fsdp.FSDPEngineWithValueHead):
                 return inputs, output_args
-            # VeOmni's engine is one of FSDP's, but has heads of its own and sets the labels again.
-            if "shift_labels" not in inputs or engine.use_ulysses_sp or not _heads:
+            if "shift_labels" not in inputs or engine.use_ulysses_sp:
                 raise ValueError(
-                    "EosScore: expected the FSDP engine, use_fused_kernels=True, "
-                    "use_remove_padding=True and ulysses_sequence_parallel_size=1; set them, or "
-                    "leave the score out"
+                    "EosScore: expected use_fused_kernels=True, use_remove_padding=True and "
+                    "ulysses_sequence_parallel_size=1; set them, or leave the score out"
                 )
             ends, is_finished = self._ends(micro_batch)
             labels = inputs["shift_labels"] = inputs["shift_labels"].clone()  # [1, T]
@@ -156,6 +154,8 @@ class EosScore:
 
     def _ends(self, data: Any) -> tuple[Tensor, Tensor]:
         """Row of the last token of each sequence of the packed batch, and whether it is an EOS."""
+        if not _heads:  # VeOmni's engine, for one, is FSDP's, but sets its labels again
+            refuse("EosScore", {"other engines than FSDP": True})
         ids = data["input_ids"]
         ends = ids.offsets()[1:] - 1
         return ends, torch.isin(ids.values()[ends], ids.values().new_tensor(self.eos_token_ids))

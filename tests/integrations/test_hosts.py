@@ -174,10 +174,6 @@ def test_the_score_of_verl_is_read_at_the_eos_at_temperature_1(verl):
 
 def test_the_score_of_verl_needs_packed_rows_and_leaves_critics_alone(verl):
     verl.integration.EosScore(token_id=SCORE, eos_token_ids=(EOS,)).install()
-    with pytest.raises(ValueError, match="expected the FSDP engine"):  # its models get our heads
-        verl.engines.FSDPEngineWithLMHead().prepare_model_inputs(micro_batch())
-    model = make_model()
-    verl.patch(model, True, "torch")
     batch = micro_batch(use_remove_padding=False)
     with pytest.raises(ValueError, match="use_remove_padding=True"):
         verl.engines.FSDPEngineWithLMHead().prepare_model_inputs(batch)
@@ -187,6 +183,15 @@ def test_the_score_of_verl_needs_packed_rows_and_leaves_critics_alone(verl):
         engine.prepare_model_inputs(micro_batch())
     inputs, _ = verl.engines.FSDPEngineWithValueHead().prepare_model_inputs(batch)
     assert inputs["temperature"] == 0.7 and "shift_labels" not in inputs
+
+
+def test_the_score_of_verl_is_refused_where_the_heads_are_others(verl):
+    score = verl.integration.EosScore(token_id=SCORE, eos_token_ids=(EOS,))
+    score.install()
+    engine, batch = verl.engines.FSDPEngineWithLMHead(), micro_batch()
+    for call in (engine.prepare_model_inputs, lambda batch: score.logprobs({}, batch)):
+        with pytest.raises(ValueError, match="other engines than FSDP"):
+            call(batch)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
