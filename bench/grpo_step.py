@@ -274,7 +274,8 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for case in dict.fromkeys(row["case"] for row in rows):
         sides = [[r for r in rows if (r["case"], r["trainer"]) == (case, n)] for n in (TRL, LASER)]
-        cells += [[f"{case}; {len(sides[0])} rounds", *line] for line in lines(*sides)]
+        name = f"{case}; {len(sides[0])} rounds; {sides[0][0]['measured']}"
+        cells += [[name, *line] for line in lines(*sides)]
     return ["case", "", TRL, LASER, f"{TRL} / {LASER} (range)"], cells
 
 
@@ -332,11 +333,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         f"{name}; {args.prompts} prompt(s) of {args.prompt_tokens} tokens, {args.group_size} "
         f"completions of {args.length} each"
     )
-    new = [{"trainer": n, "case": case} | step for n, steps in found.items() for step in steps]
+    facts = {"op": "grpo_step"} | header(torch.device("cpu"))
+    # The header is that of the last case; the others were measured by other code and versions.
+    measured = f"{facts['date']}, commit {facts['commit']}, {facts['versions']}"
+    about = {"case": case, "measured": measured}
+    new = [{"trainer": n} | about | step for n, steps in found.items() for step in steps]
     if args.json and args.json.exists():
         kept = json.loads(args.json.read_text())["rows"]
         new = [row for row in kept if row["case"] != case] + new
-    facts = {"op": "grpo_step"} | header(torch.device("cpu"))
     return runner.publish(args, facts, *table(new), new)
 
 

@@ -148,6 +148,8 @@ def test_trl(arguments, tmp_path):
         "TRL",
         "laser_fast",
     }
+    if "grpo_step" in arguments:  # of which a file holds cases of several runs
+        assert all(result["header"]["commit"] in row["measured"] for row in result["rows"])
     assert path.with_suffix(".md").exists()
 
 
