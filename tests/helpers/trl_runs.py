@@ -169,10 +169,7 @@ def _shard(folder, out, size):
     unit_rows = labels == TOKENS.index(SCORE_TOKEN)
     own = slice(mesh.get_local_rank(), None, size)
     outputs = model(
-        input_ids=ids[own],
-        shift_labels=labels[own],
-        unit_rows=unit_rows[own],
-        fused_lm_head=True,
+        input_ids=ids[own], shift_labels=labels[own], unit_rows=unit_rows[own], fused_lm_head=True
     )
     loss = (outputs.log_probs - 0.1 * outputs.entropy).sum() * size  # gradients are averaged
     loss.backward()

@@ -1,5 +1,6 @@
 """TRL's models where FSDP2 wraps them, a second trainer comes, or a checkpoint is read."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -101,3 +102,11 @@ def test_a_resumed_run_keeps_its_reference(folder, tmp_path):
     (tmp_path / "checkpoint-1" / "laser_fast.json").unlink()
     with pytest.raises(ValueError, match="has no laser_fast.json"):
         again.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.16.0"])
+def test_other_versions_of_trl_are_refused(monkeypatch, version):
+    spec = importlib.util.spec_from_file_location("other_trl_head", trl_head.__file__)
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=rf"expected trl>=1.16,<1.17, got {version}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
