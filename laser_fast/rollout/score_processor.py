@@ -13,17 +13,21 @@ log pi(z_c | x, y) at temperature 1, for one more decode step. In process, a req
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Interface
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from laser_fast.rollout.score_request import (
     EOS_TOKEN_IDS,
+    NEWEST,
+    OLDEST,
     SCORE_TOKEN_ID,
     TEMPERING,
     VOCAB_SIZE,
@@ -40,6 +44,13 @@ except ImportError:  # before 0.31 the V2 runner has none and vLLM uses V1 for c
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+if not OLDEST <= tuple(vllm.__version_tuple__[:2]) <= NEWEST:  # the trainer refuses; servers go on
+    warnings.warn(
+        f"laser_fast scores on vLLM 0.{OLDEST[1]} to 0.{NEWEST[1]} were tested, this is "
+        f"{vllm.__version__}: compare some with the model's own log-probs first",
+        stacklevel=2,
+    )
 
 # Score token, vocabulary and EOS ids of a request: rows of one kind are edited together.
 _Kind = tuple[int, int | None, frozenset[int]]

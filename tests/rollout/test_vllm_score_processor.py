@@ -1,5 +1,6 @@
 """The logits processor inside both of vLLM's runners, and next to requests that know nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -192,3 +193,21 @@ def test_the_v2_runner_gives_the_same_numbers(tiny):
     *_, (_, _, completions) = found["rollout"]
     for given, (_, _, logprobs, _) in zip(found["given"], completions, strict=True):
         assert given == pytest.approx(logprobs, abs=2e-5)
+
+
+def test_a_server_of_an_untested_version_warns(monkeypatch, recwarn):
+    import vllm
+
+    name = "laser_fast.rollout.score_processor"
+
+    def load(version):
+        monkeypatch.setattr(vllm, "__version_tuple__", version)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.import_module(name)
+
+    load((0, 26, 0))
+    load((0, 32, 1))
+    assert not [warning for warning in recwarn if "were tested" in str(warning.message)]
+    with pytest.warns(UserWarning, match="vLLM 0.26 to 0.32 were tested"):
+        load((0, 33, 0, "dev1"))
+    monkeypatch.delitem(sys.modules, name)
