@@ -3,7 +3,8 @@
     python trl_runs.py MODEL OUT
 
 writes what 1 and 2 ranks make of the same completions: world-N.json, and of the same rows where
-FSDP2 shards the model: sharded-N.json.
+FSDP2 shards the model: sharded-N.json; and what 2 ranks log under TRL's trainer and under ours
+without a score: stock.json and off.json.
 """
 
 import json
@@ -20,7 +21,7 @@ from tiny_models import save_model as save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer
@@ -30,6 +31,7 @@ from laser_fast.sandbox.task import EOS_TOKEN, TOKENS
 SCORE_TOKEN = "<|reserved_0|>"
 EOS = TOKENS.index(EOS_TOKEN)
 GROUP = 4
+OFF = {"score_loss_coef": 0.0, "score_advantage_coef": 0.0}
 PROMPTS = ("1+2=", "3*4+1=", "7=", "2*2+5*1=")
 COMMON = {
     "use_cpu": True,
@@ -154,6 +156,17 @@ def _train(folder, out, size):
         Path(out, f"world-{size}.json").write_text(json.dumps([losses(trainer), norms]))
 
 
+def _compare(folder, out):
+    for name, trainer, config, own in (
+        ("stock", GRPOTrainer, GRPOConfig, {}),
+        ("off", LaserGRPOTrainer, LaserConfig, OFF),
+    ):
+        run = make_trainer(trainer, config, folder, max_steps=5, **own)
+        run.train()
+        if run.accelerator.is_main_process:
+            Path(out, f"{name}.json").write_text(json.dumps(losses(run)))
+
+
 def _shard(folder, out, size):
     """Norms of the gradients of a model that FSDP2 shards; accelerate does so on GPUs only."""
     mesh = init_device_mesh("cpu", (size,))
@@ -183,3 +196,4 @@ if __name__ == "__main__":
     for size in (1, 2):
         run_ranks(size, _train, *sys.argv[1:], size)
         run_ranks(size, _shard, *sys.argv[1:], size)
+    run_ranks(2, _compare, *sys.argv[1:])

@@ -23,7 +23,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
 )
-from trl_runs import GROUP, SCORE_TOKEN, fixed_rollout, losses, make_other, save_model
+from trl_runs import GROUP, OFF, SCORE_TOKEN, fixed_rollout, losses, make_other, save_model
 
 from laser_fast.integrations import trl_head
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer, use_laser_kernels
@@ -31,7 +31,6 @@ from laser_fast.sandbox.task import write_tokenizer
 
 pytestmark = pytest.mark.trl
 
-OFF = {"score_loss_coef": 0.0, "score_advantage_coef": 0.0}
 GRPO_CASES = {
     "default": {},
     "reference": {"num_iterations": 2, "beta": 0.04, "temperature": 0.7},
@@ -67,10 +66,14 @@ def test_without_a_score_it_trains_as_trl(make, case):
     use_laser_kernels(laser)  # a second time, which changes nothing
     laser.train()
     tolerance = 2e-2 if options.get("bf16") else 1e-5
-    for own, expected in zip(losses(laser), losses(stock), strict=True):
+    assert_same_steps(losses(laser), losses(stock), tolerance=tolerance)
+
+
+def assert_same_steps(found, expected, *, tolerance=1e-5):
+    for own, theirs in zip(found, expected, strict=True):
         assert own["score/ref_logprob"] < -5 and own["score/loss"] >= 0
         own = {name: value for name, value in own.items() if not name.startswith("score/")}
-        assert own == pytest.approx(expected, abs=tolerance, rel=tolerance)
+        assert own == pytest.approx(theirs, abs=tolerance, rel=tolerance)
 
 
 def gradients(trainer, inputs):
@@ -203,6 +206,14 @@ def test_two_ranks_train_as_one(ranks_folder):
         for name in same:
             assert step_of_two[name] == pytest.approx(step_of_one[name], rel=1e-4, abs=1e-5), name
     assert two[1] == pytest.approx(one[1], rel=1e-4)
+
+
+def test_two_ranks_without_a_score_train_as_trl(ranks_folder):
+    stock, off = (
+        json.loads((ranks_folder / f"{name}.json").read_text()) for name in ("stock", "off")
+    )
+    assert len(off) == 5
+    assert_same_steps(off, stock)
 
 
 def test_shards_of_fsdp2_have_the_gradients_of_the_whole(ranks_folder):
