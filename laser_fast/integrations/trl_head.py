@@ -86,7 +86,8 @@ def use_laser_kernels(trainer: Any) -> None:
 def base_model(trainer: Any) -> Any:
     """The causal model of a trainer, without its adapters."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    # transformers' own `add_adapter` leaves a model with a peft_config and without a base model.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass

@@ -75,6 +75,7 @@ def test_log_probs_leave_fsdp2_in_float32(folder, monkeypatch):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.model.peft_config = {}  # as after transformers' add_adapter
     use_laser_kernels(trainer)
     expected = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     assert plugin.mixed_precision_policy == expected
