@@ -1,6 +1,7 @@
 """TRL's models where FSDP2 wraps them, a second trainer comes, or a checkpoint is read."""
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ pytest.importorskip("trl", reason="needs TRL")
 
 import trl
 import trl_runs
+from datasets import Dataset
+from page_code import code_blocks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -20,6 +23,7 @@ from laser_fast.integrations import trl_head
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer, use_laser_kernels
 
 pytestmark = pytest.mark.trl
+PAGE = Path(trl_head.__file__).with_name("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +115,17 @@ def test_other_versions_of_trl_are_refused(monkeypatch, version):
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(ImportError, match=rf"expected trl>=1.16,<1.17, got {version}"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_code_of_the_page_runs(folder, tmp_path):
+    [code] = code_blocks(PAGE, "TRL")
+    trainer = make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder)
+    prompts = Dataset.from_list([{"prompt": prompt} for prompt in trl_runs.PROMPTS])
+    names = {"trainer": trainer, "model": str(folder), "prompts": prompts}
+    names["verifier"] = trl_runs.odd_sum
+    code = code.replace("<|vision_start|>", SCORE_TOKEN)
+    code = code.replace('"out"', f'"{tmp_path}", use_cpu=True, bf16=False')
+    exec(code, names)
+    assert isinstance(names["trainer"], LaserGRPOTrainer)
+    assert trl_head._is_patch(trainer.model.forward)
+    assert names["args"].score_token == SCORE_TOKEN
