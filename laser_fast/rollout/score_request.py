@@ -25,8 +25,6 @@ from torch import Tensor
 
 from laser_fast.records import Completion, Sampling, ScorePosition, SpecialTokens
 
-OLDEST, NEWEST = (0, 26), (0, 32)
-"""Versions of vLLM that were tested."""
 PROCESSOR = "laser_fast.rollout.score_processor:SelfScoreProcessor"
 """What vLLM loads by `--logits-processors`, or by `logits_processors` in process."""
 SCORE_TOKEN_ID = "laser_score_token_id"

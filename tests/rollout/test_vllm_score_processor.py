@@ -198,6 +198,8 @@ def test_the_v2_runner_gives_the_same_numbers(tiny):
 def test_a_server_of_an_untested_version_warns(monkeypatch, recwarn):
     import vllm
 
+    from laser_fast.rollout.vllm import NEWEST, OLDEST
+
     name = "laser_fast.rollout.score_processor"
 
     def load(version):
@@ -205,9 +207,10 @@ def test_a_server_of_an_untested_version_warns(monkeypatch, recwarn):
         monkeypatch.delitem(sys.modules, name, raising=False)
         importlib.import_module(name)
 
-    load((0, 26, 0))
-    load((0, 32, 1))
-    assert not [warning for warning in recwarn if "were tested" in str(warning.message)]
-    with pytest.warns(UserWarning, match="vLLM 0.26 to 0.32 were tested"):
-        load((0, 33, 0, "dev1"))
+    load((*OLDEST, 0))
+    load((*NEWEST, 1))
+    assert not [warning for warning in recwarn if "tested with vLLM" in str(warning.message)]
+    for version in ((0, OLDEST[1] - 1, 0), (0, NEWEST[1] + 1, 0, "dev1")):
+        with pytest.warns(UserWarning, match="tested with vLLM 0.26 to 0.32"):
+            load(version)
     monkeypatch.delitem(sys.modules, name)
