@@ -16,7 +16,8 @@ Deliberately not decided, so do not build on either outcome:
 - 1,234 in a list or point, which is also two values; a decimal comma;
 - rounding (accepted from six decimals and six digits on, if the value has no finite decimals);
 - a value twice in a list (1, 1 for 1); (1, 2) as point, open interval or list;
-- the order of the letters of a product that spells a word.
+- the order of the letters of a product that spells a word, and the case of words and choices;
+- a whole number before a fraction above 1 (2\frac{3}{2}), which TeX multiplies and a hand adds.
 """
 
 import logging
@@ -30,7 +31,18 @@ from laser_fast import needs_train
 
 with needs_train():
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, FiniteSet, Intersection, Interval, N, Rational, Tuple, Union
+    from sympy import (
+        Eq,
+        Expr,
+        FiniteSet,
+        Intersection,
+        Interval,
+        N,
+        Rational,
+        Tuple,
+        Union,
+        simplify,
+    )
     from sympy.logic.boolalg import Boolean
 
 from laser_fast.rewards.boxed import extract_boxed
@@ -48,11 +60,20 @@ _READING = replace(
 _DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
-_LEAD = re.compile(r"^(?:\\text\{[^{}]*(?:\bis|\bare|[:=])\s*\}|=|\\approx|\\sim)\s*")
+_LEAD = re.compile(
+    r"^(?:\\text\{(?:[^{}]*(?:\bis|\bare|[:=])|\s*(?:about|approximately|roughly))\s*\}|=|\\approx|\\sim)\s*"
+)
 _CONDITION = re.compile(r"^\\\{ *[A-Za-z] *(?:\||\\mid|:) *(.*)\\\}$")  # {x | x > 3}
 _CONJUNCTION = re.compile(r"\b(?:or|(?P<both>and))\b")
 # Digits that no rule has joined are two numbers, which math-verify would multiply.
-_LOOSE_DIGITS = re.compile(r"\d +\d")
+_LOOSE_DIGITS = re.compile(r"(?<!_)\d +\d")
+# It adds 2(3), as the mixed number of which it knows no other sign.
+_PRODUCT = re.compile(r"(?<![\^_])(?<![\^_]\d)(?<=[\d)])\s*(?=\((?:\d+|\\frac\{\d+\}\{\d+\})\))")
+_IMAGINARY = re.compile(r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])")
+_SUM = re.compile(r"\\(?:sum|prod)(?![a-z])")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
+_LETTER = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\d)")
 _WORD = re.compile(r"\\text\{[^{}]*\}|[A-Za-z() .]+")
 
@@ -99,12 +120,15 @@ def _plain(latex: str, commas: bool) -> str:
     text = re.sub(r"\\text\{ *(?:([eixyzn])|pi) *\}", lambda m: m[1] or r"\pi ", text)  # no units
     text = _CONDITION.sub(r"\1", _LEAD.sub("", text))
     text = re.sub(r"^\](?=.*,)", "(", re.sub(r"(?<=.)\[$", ")", text))  # ]3, 5[ is (3, 5)
+    if _TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     has_point = re.search(r"[(\[]|\\\{", text) is not None
     return join_thousands(text, commas=commas and not has_point)
 
 
 def _agree(gold: str, guess: str) -> bool:
     """Whether two answers in plain LaTeX are the same value in units that may be the same."""
+    named = gold, guess
     gold, guess = _without_name(gold, guess)
     gold, unit = split_unit(gold, has_letters=True)
     guess, other = split_unit(guess, has_letters=read_number(gold) is None)
@@ -119,7 +143,11 @@ def _agree(gold: str, guess: str) -> bool:
         return len({re.sub(r"\\text|[^a-z0-9]", "", t.casefold()) for t in (gold, guess)}) == 1
     first, second = read_number(gold), read_number(guess)
     if first is None or second is None:
-        return not _LOOSE_DIGITS.search(guess) and _verify(gold, guess)
+        if _LOOSE_DIGITS.search(guess):
+            return False
+        # y - 2x = 3 for y = 2x + 3
+        is_other_form = (gold, guess) != named and all("=" in text for text in named)
+        return _verify(gold, guess) or (is_other_form and _verify(*named))
     # 5% is 0.05, and 5 where the question asks for percent; 5 is not 0.05%.
     percent, plain = (first, second) if "percent" in unit else (second, first)
     is_scaled = "percent" in unit ^ other and percent == 100 * plain
@@ -138,6 +166,7 @@ def _without_name(gold: str, guess: str) -> tuple[str, str]:
 
 def _verify(gold: str, guess: str) -> bool:
     """Whether math-verify finds the same value, and finds it without rounding it away."""
+    gold, guess = _cased(gold, guess)
     golds = _parse(gold)
     try:
         guesses = _parse(guess)
@@ -155,11 +184,26 @@ def _verify(gold: str, guess: str) -> bool:
         return False
 
 
+def _cased(gold: str, guess: str) -> tuple[str, str]:
+    """Both with other letters for capitals beside their small ones, which it takes for the same."""
+    if re.fullmatch(r"[A-Za-z]+,[A-Za-z]+", f"{gold},{guess}"):
+        return gold, guess  # words, or the letter of a choice
+    used = {match[1] or "" for match in _LETTER.finditer(f"{gold},{guess}")}
+    free = sorted({*"abcdghjklmnpqrstuvwxyz"} - {letter.lower() for letter in used})
+    names = dict(
+        zip(sorted(a for a in used if a.isupper() and a.lower() in used), free, strict=False)
+    )
+    cased = [_LETTER.sub(lambda m: names.get(m[1], m[0]), text) for text in (gold, guess)]
+    return cased[0], cased[1]
+
+
 @lru_cache(maxsize=4096)
 def _parse(latex: str) -> tuple[Any, ...]:
     """Return the readings of an answer: a sympy value and the text itself, if it has any."""
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
-    exact = re.sub(r"(?<=[\d})])i(?![a-zA-Z])", " i", exact)  # it knows i only as a word
+    if not _SUM.search(exact):  # whose index is i
+        exact = _IMAGINARY.sub(" I ", exact)
+    exact = _PRODUCT.sub(r"\\cdot ", exact)
     values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
     parts = values[0].args if values and isinstance(values[0], FiniteSet) else ()
     if len(parts) > 1 and all(isinstance(part, Boolean) and not part.is_Equality for part in parts):
@@ -185,6 +229,8 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
                 raise_on_error=True,
             ) and _is_close(*pair):
                 return True
+            if _is_multiple(*pair):
+                return True
         except MemoryError:
             raise
         except Exception as error:  # kept for later: another reading may still agree
@@ -209,6 +255,15 @@ def _is_close(first: Any, second: Any) -> bool:
         return True
     a, b = N(first, 40), N(second, 40)
     return bool(abs(a - b) <= abs(a) * Rational(1, 10**30))
+
+
+def _is_multiple(first: Any, second: Any) -> bool:
+    """Whether one equation is the other one times a number, or turned round."""
+    if not (isinstance(first, Eq) and isinstance(second, Eq)):
+        return False
+    ratio = simplify((first.lhs - first.rhs) / (second.lhs - second.rhs))
+    has_several = len(first.free_symbols) > 1
+    return bool(ratio in (1, -1) or (has_several and ratio.is_number and ratio.is_nonzero))
 
 
 def _is_rounded(decimal: str, value: Any) -> bool:
