@@ -29,6 +29,7 @@ _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?<=\d)\*\*(?=\d)", "^"),
+        (r"\b(?:USD|EUR|GBP|INR|Rs\.?) ?(?=\d)", ""),
         (r"[*_]{2,}|`|\\?\$|[\xa2-\xa5\u20ac\u20b9]|\\(?:pounds|euro)(?![a-z])", ""),
         (r"(?<=[\w}])\s*\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\?[%#&]", " "),
         (r"(\\text\{[^{}]*[a-zA-Z][^{}]*\}|[a-zA-Z])\s*[\^_]\s*(?:\{[^{}]*\}|-?\w)", r"\1"),
@@ -42,7 +43,7 @@ _REWRITES = [
         (r"[{}]", ""),
     )
 ]  # fmt: skip
-_START = re.compile(r"(?<!\d')(?<![A-Za-z\d.,:])\.?\d")
+_START = re.compile(r"(?<!\d')(?<!\d:)(?<![A-Za-z\d.,])\.?\d")
 _CLUSTER = re.compile(r"[\d.,:]*\d")
 _REMARK = re.compile(r"\([^()\d]*[a-zA-Z][^()]*\)[ .]*$")
 # What makes a number behind or in front of it a part of something else.
