@@ -29,9 +29,10 @@ def find_fields(source: RowSource, question: str, answer: str) -> tuple[str, str
     """The fields of question and answer in a data set; "auto" is looked for in its first row."""
     if AUTO not in (question, answer):
         return question, answer
-    place, row = next(source.read({}), (source.name, None))
-    if row is None:
+    first = next(source.read({}), None)
+    if first is None:
         raise ConfigError(f"{source.name}: the data set has no rows")
+    place, row = first
     wanted = (question, QUESTIONS, "data.prompt_field"), (answer, ANSWERS, "data.answer_field")
     found = []
     for given, names, key in wanted:

@@ -21,6 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from laser_fast.config import ConfigError
 from laser_fast.config_errors import reading
 from laser_fast.data.fields import check_fields, columns
@@ -33,6 +35,7 @@ Fields = Mapping[str, str]  # field of the data -> the configuration key that na
 
 _BATCH = 1000
 _WINDOW = 1 << 20  # characters of a JSON array that are read at once
+_NARROW = {"float": np.float32, "halffloat": np.float16}  # by the names of Arrow
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
@@ -162,6 +165,8 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            if len({*names}) < len(names):
+                raise ConfigError(f"{path}: expected columns of different names, got {names}")
             check_fields(str(path), fields, names)
             batches = file.iter_batches(batch_size=_BATCH, columns=columns(fields, names) or None)
             yield from _number(batches, file.schema_arrow, str(path))
@@ -197,10 +202,20 @@ def _open_hub(name: str, split: str) -> RowSource:
 def _number(batches: Iterable[Any], schema: pyarrow.Schema, name: str) -> Iterator[Row]:
     """Yield the rows of Arrow batches; `datasets` stores columns of mixed type as JSON texts."""
     mixed = {field.name for field in schema if "arrow.json" in str(field.type)}
+    types = {field.name: str(getattr(field.type, "value_type", field.type)) for field in schema}
+    narrow = {name: _NARROW[kind] for name, kind in types.items() if kind in _NARROW}
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows):
         decoded = {field: _from_json(row[field]) for field in mixed & row.keys()}
+        decoded |= {f: _shortest(row[f], kind) for f, kind in narrow.items() if f in row}
         yield f"{name} row {number}", row | decoded
+
+
+def _shortest(value: Any, kind: type) -> Any:
+    """A float32 0.1 as 0.1, which it was made from, and not as 0.10000000149011612."""
+    if isinstance(value, list):
+        return [_shortest(item, kind) for item in value]
+    return value if value is None else float(str(kind(value)))
 
 
 def _from_json(value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from laser_fast.config import ConfigError
 from laser_fast.data import rows
-from laser_fast.data.fields import answer_text, question_of
+from laser_fast.data.fields import answer_text, find_fields, question_of
 from laser_fast.data.rows import open_rows
 
 
@@ -228,3 +228,25 @@ def test_floats_read_back_exactly_from_every_format(tmp_path):
         assert [float(text) for text in read_texts] == values
     (tmp_path / "a.csv").write_text("problem,answer\n" + "".join(f"?,{v}\n" for v in values))
     assert [float(answer) for _, answer in read(tmp_path / "a.csv")] == values
+
+
+def test_narrow_floats_of_parquet_are_what_they_were_made_from(tmp_path):
+    texts = ["0.1", "0.00001", "3.14"]
+    for kind in (pa.float32(), pa.float64()):
+        answers = pa.array(map(float, texts), kind)
+        lists = pa.array([[value] for value in map(float, texts)], pa.list_(kind))
+        for number, column in enumerate((answers, lists, answers.dictionary_encode())):
+            path = tmp_path / f"{kind}{number}.parquet"
+            pq.write_table(pa.table({"problem": ["a"] * 3, "answer": column}), path)
+            assert [answer for _, answer in read(path)] == texts, (kind, number)
+
+
+def test_a_column_there_twice_and_a_row_of_null_are_named(tmp_path):
+    columns = [pa.array(["a"])] * 3
+    table = pa.Table.from_arrays(columns, names=["problem", "answer", "answer"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ConfigError, match="columns of different names, got .*answer', 'answer'"):
+        read(tmp_path / "twice.parquet")
+    (tmp_path / "null.jsonl").write_text('null\n{"problem": "a", "answer": "b"}\n')
+    with pytest.raises(ConfigError, match="null.jsonl:1"):
+        find_fields(open_rows(str(tmp_path / "null.jsonl"), split="train"), "auto", "auto")
