@@ -135,7 +135,7 @@ class Policy(nn.Module):
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     with reading(f'model.path: cannot load "{config.path}"'):
-        model_config = AutoConfig.from_pretrained(config.path)
+        model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     check_family(config.path, model_config)
     dtype = model_config.dtype
     is_plain = dtype is None or (dtype.is_floating_point and dtype.itemsize > 1)

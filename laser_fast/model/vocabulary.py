@@ -34,7 +34,7 @@ class Vocabulary:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; a ConfigError says that there is none."""
     with reading(f'model.path: "{path}" has no usable tokenizer'):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("")  # what is wrong with its settings may show only now
         return tokenizer
 

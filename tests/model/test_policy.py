@@ -10,6 +10,7 @@ from laser_fast.config import ConfigError, ModelConfig
 from laser_fast.model.distributed import check_world
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
+from laser_fast.model.vocabulary import load_tokenizer
 
 SIZES = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
 
@@ -231,3 +232,18 @@ def test_a_missing_attention_kernel_is_named_with_its_extra(world, model_folders
     config = ModelConfig(path=str(model_folders / "qwen2-tied"), attention="flash_attention_2")
     with pytest.raises(ConfigError, match=r"needs flash-attn; pip install 'laser-fast\[flash\]'"):
         build_policy(config, world)
+
+
+def test_code_that_a_model_ships_is_not_even_asked_about(tmp_path, monkeypatch):
+    # transformers asks on a terminal, for 15 s, and runs it for a "y".
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    config = '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="contains custom code"):
+        load_model_config(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    settings = '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ConfigError, match="no usable tokenizer"):
+        load_tokenizer(str(tmp_path))
