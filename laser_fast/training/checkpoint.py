@@ -222,6 +222,7 @@ def _trained(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
 def trainer_state(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as such, and the step."""
     with _reading(path):
+        _verify(path, slice(3))  # the small files, which come first
         return json.loads((path / "trainer.json").read_text())
 
 

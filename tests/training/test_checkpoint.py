@@ -20,6 +20,7 @@ from laser_fast.config_sft import SftConfig
 from laser_fast.model.policy import build_policy
 from laser_fast.training import checkpoint
 from laser_fast.training.checkpoint import (
+    check_digests,
     check_run_folder,
     latest_checkpoint,
     list_checkpoints,
@@ -221,6 +222,14 @@ def test_a_flipped_byte_is_found_and_its_file_named(tmp_path, fresh, world, name
     named = ".*" if name == ".metadata" else f"{name} is not as it was written.*"
     with pytest.raises(ConfigError, match=f"step-000001 cannot be read: {named}remove the folder"):
         load_checkpoint(path, policy=fresh[0], optimizer=fresh[1])
+
+
+def test_a_changed_state_is_found_before_it_is_read(tmp_path, fresh, world):
+    path = save(tmp_path, 1, fresh, world)
+    for content in ("[]", "null", '{"step": 1, "digests": []}'):
+        (path / "trainer.json").write_text(content)
+        with pytest.raises(ConfigError, match="trainer.json is not as it was written"):
+            check_digests(path, {"data.train": "0"})
 
 
 @pytest.mark.parametrize("size", [None, 7])
