@@ -158,7 +158,7 @@ class RolloutConfig(Section):
     """1: the server samples the next step during this one, but never across a checkpoint."""
     seeded: bool = True
     """False: vLLM draws a batch at once, faster; completions then depend on the number of ranks."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(1800.0, gt=0, le=1e8)
     """Longest wait of a rank for another one, and for an answer of the server."""
     sync_buffer_mb: int = Field(512, ge=1)
     """Largest piece of weights gathered at once while streaming to vLLM."""
@@ -189,9 +189,9 @@ class RewardConfig(Section):
     """One of math, gsm8k, exact, sandbox, or "module:function" of yours."""
     extra: dict[str, float] = {}
     """Weights of further functions, {"module:function" = 0.2}, for advantages; no score target."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(10.0, gt=0, le=1e8)
     """Deadline of one answer; one that misses it is wrong if its gold is readable, else None."""
-    batch_timeout_s: float = Field(300.0, gt=0)
+    batch_timeout_s: float = Field(300.0, gt=0, le=1e8)
     """Deadline of a call of your function with all completions of a rank."""
     range: tuple[float, float] = Field((0.0, 1.0), strict=False)
     """Lowest and highest reward of your function, which the score learns; mapped to [0, 1]."""

@@ -199,7 +199,7 @@ class Grader(ExitStack):
         low, high = self._config.range
         if self._is_bounded and not low <= reward <= high:
             raise RewardError(
-                f'reward function "{self._config.kind}": got {reward:g}, but the score learns '
+                f'reward function "{self._config.kind}": got {reward:.12g}, but the score learns '
                 f"rewards from {low:g} to {high:g}; set reward.range = [lowest, highest], which is "
                 "mapped to [0, 1], or score.loss_coef = 0"
             )

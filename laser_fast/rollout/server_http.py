@@ -10,7 +10,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from laser_fast.config_errors import RunError
+from laser_fast.config_errors import RunError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class Http:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url.rstrip("/")
-        parts = urlsplit(self._url)
+        with reading("rollout.server_url"):
+            parts = urlsplit(self._url)
         self._connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._path = parts.netloc, parts.path
         self._timeout_s = timeout_s

@@ -256,6 +256,7 @@ def test_rewards_are_mapped_from_their_range_and_refused_outside(user_module):
     with Grader(RewardConfig(kind=kind)) as grader:  # no score trains
         assert grader.grade(["10", "-1"], ["", ""]) == [10.0, -1.0]
     for config, texts, fault in (
+        (RewardConfig(kind=kind), ["1.0000000001"], r"got 1.0000000001, but"),
         (RewardConfig(kind=kind), ["0.5", "1.5"], r"got 1.5, but .* rewards from 0 to 1; set rew"),
         (RewardConfig(kind=kind), ["-1"], "got -1, but .* from 0 to 1"),
         (RewardConfig(kind=kind, range=(-1.0, 3.0)), ["3.5"], "got 3.5, but .* from -1 to 3"),
@@ -266,6 +267,11 @@ def test_rewards_are_mapped_from_their_range_and_refused_outside(user_module):
             assert grader.grade(["0", "1"], ["", ""])[0] >= 0.0
     with Grader(RewardConfig(kind=kind, range=(-1.0, 3.0))) as grader:
         assert grader.grade(["-1", "0", "3"], [""] * 3) == [0.0, 0.25, 1.0]
+
+
+def test_a_function_that_cannot_be_looked_at_in_time_is_said_so(user_module):
+    with pytest.raises(ConfigError, match='my_rewards:number": the deadline passed$'):
+        Grader(RewardConfig(kind=f"{user_module}:number", timeout_s=1e-9))
 
 
 @pytest.mark.parametrize(
