@@ -61,7 +61,7 @@ _DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
 _LEAD = re.compile(
-    r"^(?:\\text\{(?:[^{}]*(?:\bis|\bare|[:=])|\s*(?:about|approximately|roughly))\s*\}|=|\\approx|\\sim)\s*"
+    r"^(?:\\text\{(?:[^{}]*(?:\bis|\bare|[:=])| *(?:about|approximately)) *\}|=|\\approx|\\sim)\s*"
 )
 _CONDITION = re.compile(r"^\\\{ *[A-Za-z] *(?:\||\\mid|:) *(.*)\\\}$")  # {x | x > 3}
 _CONJUNCTION = re.compile(r"\b(?:or|(?P<both>and))\b")
@@ -70,9 +70,10 @@ _LOOSE_DIGITS = re.compile(r"(?<!_)\d +\d")
 # It adds 2(3), as the mixed number of which it knows no other sign.
 _PRODUCT = re.compile(r"(?<![\^_])(?<![\^_]\d)(?<=[\d)])\s*(?=\((?:\d+|\\frac\{\d+\}\{\d+\})\))")
 _IMAGINARY = re.compile(r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])")
-_SUM = re.compile(r"\\(?:sum|prod)(?![a-z])")
-_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
+_DEGREES = re.compile(  # behind a function, which would take them for radians
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d\}?)?\s*[({]?\s*)(\d+(?:\.\d+)?)"
+    r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+)
 _LETTER = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\d)")
 _WORD = re.compile(r"\\text\{[^{}]*\}|[A-Za-z() .]+")
@@ -120,8 +121,7 @@ def _plain(latex: str, commas: bool) -> str:
     text = re.sub(r"\\text\{ *(?:([eixyzn])|pi) *\}", lambda m: m[1] or r"\pi ", text)  # no units
     text = _CONDITION.sub(r"\1", _LEAD.sub("", text))
     text = re.sub(r"^\](?=.*,)", "(", re.sub(r"(?<=.)\[$", ")", text))  # ]3, 5[ is (3, 5)
-    if _TRIGONOMETRY.search(text):
-        text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
+    text = _DEGREES.sub(r"\1\\frac{\2\\pi}{180}", text)
     has_point = re.search(r"[(\[]|\\\{", text) is not None
     return join_thousands(text, commas=commas and not has_point)
 
@@ -201,7 +201,7 @@ def _cased(gold: str, guess: str) -> tuple[str, str]:
 def _parse(latex: str) -> tuple[Any, ...]:
     """Return the readings of an answer: a sympy value and the text itself, if it has any."""
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
-    if not _SUM.search(exact):  # whose index is i
+    if not re.search(r"\\(?:sum|prod)_", exact):  # whose index is i
         exact = _IMAGINARY.sub(" I ", exact)
     exact = _PRODUCT.sub(r"\\cdot ", exact)
     values = parse(f"\\boxed{{{exact}}}", [_READING], parsing_timeout=None, raise_on_error=True)
