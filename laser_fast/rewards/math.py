@@ -31,18 +31,7 @@ from laser_fast import needs_train
 
 with needs_train():
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import (
-        Eq,
-        Expr,
-        FiniteSet,
-        Intersection,
-        Interval,
-        N,
-        Rational,
-        Tuple,
-        Union,
-        simplify,
-    )
+    from sympy import Eq, Expr, FiniteSet, Intersection, Interval, N, Rational, Tuple, Union
     from sympy.logic.boolalg import Boolean
 
 from laser_fast.rewards.boxed import extract_boxed
@@ -143,11 +132,8 @@ def _agree(gold: str, guess: str) -> bool:
         return len({re.sub(r"\\text|[^a-z0-9]", "", t.casefold()) for t in (gold, guess)}) == 1
     first, second = read_number(gold), read_number(guess)
     if first is None or second is None:
-        if _LOOSE_DIGITS.search(guess):
-            return False
-        # y - 2x = 3 for y = 2x + 3
-        is_other_form = (gold, guess) != named and all("=" in text for text in named)
-        return _verify(gold, guess) or (is_other_form and _verify(*named))
+        forms = [(gold, guess)] + [named] * all("=" in text for text in named)  # y-2x=3 is y=2x+3
+        return not _LOOSE_DIGITS.search(guess) and any(_verify(*form) for form in forms)
     # 5% is 0.05, and 5 where the question asks for percent; 5 is not 0.05%.
     percent, plain = (first, second) if "percent" in unit else (second, first)
     is_scaled = "percent" in unit ^ other and percent == 100 * plain
@@ -184,17 +170,15 @@ def _verify(gold: str, guess: str) -> bool:
         return False
 
 
-def _cased(gold: str, guess: str) -> tuple[str, str]:
+def _cased(gold: str, guess: str) -> tuple[str, ...]:
     """Both with other letters for capitals beside their small ones, which it takes for the same."""
     if re.fullmatch(r"[A-Za-z]+,[A-Za-z]+", f"{gold},{guess}"):
         return gold, guess  # words, or the letter of a choice
     used = {match[1] or "" for match in _LETTER.finditer(f"{gold},{guess}")}
     free = sorted({*"abcdghjklmnpqrstuvwxyz"} - {letter.lower() for letter in used})
-    names = dict(
-        zip(sorted(a for a in used if a.isupper() and a.lower() in used), free, strict=False)
-    )
-    cased = [_LETTER.sub(lambda m: names.get(m[1], m[0]), text) for text in (gold, guess)]
-    return cased[0], cased[1]
+    big = sorted(letter for letter in used if letter.isupper() and letter.lower() in used)
+    names = dict(zip(big, free, strict=False))
+    return tuple(_LETTER.sub(lambda m: names.get(m[1], m[0]), text) for text in (gold, guess))
 
 
 @lru_cache(maxsize=4096)
@@ -221,15 +205,14 @@ def _equal(gold: tuple[Any, ...], guess: tuple[Any, ...]) -> bool:
     failure = None
     for pair in product(gold, guess):
         try:
-            if verify(
+            is_equal = verify(
                 *pair,
                 numeric_precision=400,
                 allow_set_relation_comp=True,
                 timeout_seconds=None,
                 raise_on_error=True,
-            ) and _is_close(*pair):
-                return True
-            if _is_multiple(*pair):
+            )
+            if (is_equal and _is_close(*pair)) or _is_multiple(*pair):
                 return True
         except MemoryError:
             raise
@@ -261,9 +244,9 @@ def _is_multiple(first: Any, second: Any) -> bool:
     """Whether one equation is the other one times a number, or turned round."""
     if not (isinstance(first, Eq) and isinstance(second, Eq)):
         return False
-    ratio = simplify((first.lhs - first.rhs) / (second.lhs - second.rhs))
-    has_several = len(first.free_symbols) > 1
-    return bool(ratio in (1, -1) or (has_several and ratio.is_number and ratio.is_nonzero))
+    ratio = ((first.lhs - first.rhs) / (second.lhs - second.rhs)).simplify()
+    is_constant = len(first.free_symbols) > 1 and ratio.is_number and ratio.is_nonzero
+    return ratio in (1, -1) or bool(is_constant)
 
 
 def _is_rounded(decimal: str, value: Any) -> bool:
