@@ -50,7 +50,7 @@ def policy_loss(
         clip_high: ratios above 1 + clip_high are clipped.
         clip_dual: c > 1: where A < 0 the loss is at most -c A (arXiv 1912.09729). "cispo" ignores
             it: its weight never exceeds 1 + clip_high.
-        sequence_ids: sequence of each token; "gspo" needs it.
+        sequence_ids: sequence of each token, numbered from 0; "gspo" needs it.
     """
     if clip_dual is not None and not clip_dual > 1:
         raise ValueError(f"policy_loss: expected clip_dual > 1 or None, got {clip_dual:g}")
@@ -168,10 +168,8 @@ def sequence_sum(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Sum of the values of a token's own sequence, given back to each of its tokens, [T]."""
     if sequence_ids is None:
         raise ValueError("a loss of whole sequences needs sequence_ids [T]")
-    if values.numel() == 0:
-        return values
-    num_sequences = int(sequence_ids.max()) + 1
-    return values.new_zeros(num_sequences).index_add_(0, sequence_ids, values)[sequence_ids]
+    # As many sums as tokens: to count the sequences would wait for the device.
+    return torch.zeros_like(values).index_add_(0, sequence_ids, values)[sequence_ids]
 
 
 def sequence_mean(values: Tensor, sequence_ids: Tensor | None) -> Tensor:

@@ -75,6 +75,13 @@ def test_no_token_and_any_difference_give_finite_weights(kind):
         assert ((weights >= 0) & (weights <= 2)).all()
 
 
+@pytest.mark.parametrize("kind", ["sequence-truncate", "sequence-mask"])
+def test_sequences_are_summed_without_a_look_at_their_ids(kind):
+    """Which would wait for the device: there is nothing to look at on this one."""
+    old, ids = torch.zeros(5, device="meta"), torch.zeros(5, dtype=torch.int64, device="meta")
+    assert importance_weights(old, old, cap=2.0, kind=kind, sequence_ids=ids).shape == (5,)
+
+
 def test_what_is_refused():
     tokens = torch.zeros(2), torch.zeros(2)
     with pytest.raises(ValueError, match="whole sequences needs sequence_ids"):
