@@ -12,7 +12,8 @@ from laser_fast.log.metrics import RUN, shown_at
 from laser_fast.log.run_folder import RunFolder, steps_in
 
 _LOWER_IS_BETTER = frozenset(
-    "truncated mean_length mean_incorrect ece ece_corrected brier brier_corrected".split()
+    "truncated mean_length mean_length_correct mean_length_incorrect mean_incorrect "
+    "ece ece_corrected brier brier_corrected".split()
 )
 
 
