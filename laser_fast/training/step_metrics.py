@@ -142,8 +142,8 @@ class RowMetrics:
     ) -> dict[str, float]:
         """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
 
-        They are means over the passes. Of the importance weights, those of tokens that train count;
-        ess is the effective sample size as a share of n, (sum w)^2 / (n sum w^2).
+        They are means over the passes. Of the importance weights, those of tokens that train count,
+        nan of none; ess is the effective sample size as a share of n, (sum w)^2 / (n sum w^2).
         """
         totals = (world.sum(torch.stack(list(self._sums.values()))) / epochs).tolist()
         sums = dict(zip(self._sums, totals, strict=True))
@@ -156,10 +156,10 @@ class RowMetrics:
         if has_reference:
             metrics["loss/kl"] = sums["kl"] / num_tokens
         if self._config.tis_cap > 0:
-            trained, weights = max(sums["trained"], 1), sums["weights"]
+            trained, weights = sums["trained"] or math.nan, sums["weights"]
             metrics |= {
                 "loss/importance_mean": weights / trained,
-                "loss/importance_max": max(world.gather(self._largest_ratio.tolist())),
+                "loss/importance_max": max(world.gather(self._largest_ratio.tolist())) or math.nan,
                 "loss/importance_cut": sums["cut"] / trained,
                 "loss/importance_ess": weights**2 / (trained * sums["squares"] or 1),
             }

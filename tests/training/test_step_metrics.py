@@ -123,6 +123,15 @@ def test_importance_weights_of_what_trains(world, kind, ratios, weights):
     )
 
 
+def test_without_a_token_that_trains_there_are_no_importance_weights(world):
+    rows = RowMetrics(LossConfig(), CPU)
+    untrained = replace(SECOND.policy, weights=torch.zeros(2))
+    rows.add(replace(SECOND, policy=untrained), SECOND_RESULT)
+    metrics = rows.finish(world, num_tokens=2, has_reference=False)
+    for name in ("mean", "max", "cut", "ess"):
+        assert math.isnan(metrics[f"loss/importance_{name}"]), name
+
+
 def test_passes_are_averaged(world):
     once, twice = (RowMetrics(LossConfig(), CPU) for _ in range(2))
     ref, moved = torch.tensor([-1.1, -1.0, -3.5]), torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0])
