@@ -345,14 +345,12 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question],
         if re.search(r"strftime_now(?!\s+is\b)", template):
             raise ValueError("it computes the format of a date, which cannot be fixed")
     own = {"messages", "add_generation_prompt", "chat_template", "tokenize", "tools"}
-    told = config.chat_template_kwargs
+    told: dict[str, Any] = config.chat_template_kwargs
     if unread := [name for name in told if name in own or name not in template]:
         raise ConfigError(
             f"data.chat_template_kwargs: the chat template reads no {', '.join(unread)}; leave it "
             "out, or check the spelling"
         )
-
-    options: dict[str, Any] = config.chat_template_kwargs
 
     def word(question: Question) -> str:
         asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
@@ -364,15 +362,10 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question],
             )
         chat: list[Any] = [*history, {**last, "content": last["content"] + config.prompt_suffix}]
         with reading(_CHAT_FAILS):
-            return str(
-                tokenizer.apply_chat_template(
-                    chat,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **options,
-                )
+            text = tokenizer.apply_chat_template(
+                chat, chat_template=template, tokenize=False, add_generation_prompt=True, **told
             )
+        return str(text)
 
     return word
 
