@@ -27,8 +27,9 @@ def cached_judge(
 
     This one asks by name for completion, prompt, answer and fields of the data, and returns a
     finite number or None. An exception counts as None, and a warning tells of it. The numbers are
-    kept in the SQLite file `path`, which processes may share, by function, `version` and what it
-    was given; None is asked for again. A process makes at most `concurrency` calls at once.
+    kept in the SQLite file `path`, which processes may share and a power failure may break, by
+    function, `version` and what it was given; None is asked for again. A process makes at most
+    `concurrency` calls at once.
 
     Example: `@cached_judge("judge.sqlite")` above `async def style(completion, prompt): ...`.
     """
@@ -37,6 +38,8 @@ def cached_judge(
 
     def decorate(judge: _Async) -> _Async:
         about = f"{judge.__module__}:{judge.__qualname__}"
+        if not inspect.iscoroutinefunction(judge):
+            raise ValueError(f"cached_judge: expected an async function, got {about}")
         own = {_COLUMNS.get(n, n): p for n, p in inspect.signature(judge).parameters.items()}
 
         @wraps(judge)
@@ -62,8 +65,10 @@ def cached_judge(
                         cache.execute("INSERT OR REPLACE INTO judged VALUES (?, ?)", [key, number])
                     return number
 
-            # Without transactions: a number is kept though a later call may meet the deadline.
+            # Without transactions: a number is kept though a later call may meet the deadline. To
+            # wait for the disk would take 20 to 70 ms for each, and 0.5 ms are enough without.
             with closing(sqlite3.connect(path, timeout=60.0, isolation_level=None)) as cache:
+                cache.execute("PRAGMA synchronous = OFF")
                 cache.execute("CREATE TABLE IF NOT EXISTS judged (key PRIMARY KEY, number)")
                 numbers = await asyncio.gather(*map(ask, *columns.values()))
             if failures:

@@ -16,12 +16,15 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from laser_fast.config_errors import RunError
 from laser_fast.rewards.pool import resolve
 
 _OFFERED = ("prompts", "completions", "answers", "answer")
+# One event loop for all calls, since a client that a module keeps works only in that of its first.
+_runner = cache(asyncio.Runner)
 
 
 class RewardError(RunError):
@@ -66,7 +69,7 @@ def call(
     names = offered if takes_all else {p.name for p in asked} & offered.keys()
     rewards = resolve(kind)(**{name: offered[name] for name in names})
     if inspect.iscoroutine(rewards):
-        rewards = asyncio.run(rewards)
+        rewards = _runner().run(rewards)
     return check_rewards(rewards, len(pairs), kind=kind)
 
 

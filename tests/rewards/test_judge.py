@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ async def hangs(completion):
         file.write(f"{completion}\\n")
     await asyncio.sleep(1000.0 * (completion == "hang"))
     return 1.0
+
+CLIENT = asyncio.Semaphore(1)  # as clients do, it stays with the event loop of its first use
+
+@cached_judge(FOLDER / "judge.sqlite")
+async def by_a_client(completion):
+    async with CLIENT:
+        await asyncio.sleep(0.001)
+        return 1.0
 """
 
 
@@ -97,6 +107,11 @@ def test_only_so_many_are_asked_at_once(tmp_path, calls):
         cached_judge("judge.sqlite", concurrency=0)
 
 
+def test_a_judge_that_cannot_be_awaited_is_refused():
+    with pytest.raises(ValueError, match="expected an async function, got builtins:len"):
+        cached_judge("judge.sqlite")(len)
+
+
 def test_a_judge_is_a_reward_function_for_several_processes(tmp_path, monkeypatch):
     (tmp_path / "my_judge.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -117,6 +132,28 @@ def test_a_judge_is_a_reward_function_for_several_processes(tmp_path, monkeypatc
     asked = (tmp_path / "asked").read_text().split()
     assert sorted(asked)[-3:] == ["pa1", "pbb1", "qa1"]
     assert len(set(asked)) == 53 and len(asked) <= 103
+
+
+def test_a_client_of_the_module_serves_call_after_call(tmp_path, monkeypatch):
+    (tmp_path / "judge_with_client.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = RewardConfig(kind="judge_with_client:by_a_client", workers=1)
+    with Grader(config) as grader:
+        for texts in (["a", "b"], ["c", "d"]):
+            assert grader.grade(texts, ["", ""]) == [1.0, 1.0]
+
+
+def test_no_number_waits_for_the_disk(tmp_path, calls, monkeypatch):
+    modes = []
+
+    class Watched(sqlite3.Connection):
+        def close(self):
+            modes.extend(self.execute("PRAGMA synchronous"))
+            super().close()
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
+    assert ask(judge_of(tmp_path / "judge.sqlite", calls), "x") == [0.5]
+    assert modes == [(0,)]
 
 
 def test_what_was_judged_before_a_deadline_is_kept(tmp_path, monkeypatch):
