@@ -179,10 +179,8 @@ class Grader(ExitStack):
                 "at a time (if it is only slow, raise reward.batch_timeout_s = %g)",
                 *(kind, len(pairs), outcome.summary, config.batch_timeout_s),
             )
-            places = [slice(i, i + 1) for i in range(len(pairs))]
-            singly = [
-                (kind, pairs[i], prompts and prompts[i], fields and fields[i]) for i in places
-            ]
+            at = [slice(i, i + 1) for i in range(len(pairs))]
+            singly = [(kind, pairs[i], prompts and prompts[i], fields and fields[i]) for i in at]
             outcomes = self._run(_USER, singly)
         for error in outcomes:
             if isinstance(error, Failure) and error.reason == "error":

@@ -26,10 +26,9 @@ def cached_judge(
     """Make a reward function of an async function that judges one completion.
 
     This one asks by name for completion, prompt, answer and fields of the data, and returns a
-    finite number or None. An exception counts as None, and a warning tells of it. The numbers are
-    kept in the SQLite file `path`, which processes may share and a power failure may break, by
-    function, `version` and what it was given; None is asked for again. A process makes at most
-    `concurrency` calls at once.
+    finite number or None. An exception counts as None, with a warning. The numbers are kept in the
+    SQLite file `path`, which processes may share and a power failure may break, by function,
+    `version` and what it was given; None is not. A process makes at most `concurrency` at once.
 
     Example: `@cached_judge("judge.sqlite")` above `async def style(completion, prompt): ...`.
     """

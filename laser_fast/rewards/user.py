@@ -23,8 +23,7 @@ from laser_fast.config_errors import RunError
 from laser_fast.rewards.pool import resolve
 
 _OFFERED = ("prompts", "completions", "answers", "answer")
-# One event loop for all calls, since a client that a module keeps works only in that of its first.
-_runner = cache(asyncio.Runner)
+_runner = cache(asyncio.Runner)  # one event loop for all calls: a module's client stays with it
 
 
 class RewardError(RunError):
