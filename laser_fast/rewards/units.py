@@ -10,7 +10,8 @@ in inch inches|ft foot feet|mi mile|yd yard|kg kilogram kilo|g gram|mg milligram
 oz ounce|s sec second|min minute|h hr hour|day|week|month|year yr|l liter litre
 ml milliliter millilitre|gal gallon|degree deg|radian rad|dollar usd buck|cent|euro eur|rupee rs inr
 percent pct|am|pm|square sq squared|cubic cu cubed|newton n|joule j|watt w|volt v|kelvin k|celsius c
-fahrenheit f|hertz hz|acre|hectare|dozen|hundred|thousand|million|billion|trillion|/ per"""
+fahrenheit f|hertz hz|ampere a|pascal pa|mega|milli|acre|hectare|dozen
+hundred|thousand|million|billion|trillion|/ per"""
 _NAMES = {name: group.split()[0] for group in re.split(r"[|\n]", _SAME) for name in group.split()}
 _MEASURES = frozenset(_NAMES.values())
 # Words that say more than a unit does, without a plural's s: 10 or more, 10 theta, 10 squared.
@@ -87,6 +88,8 @@ def _words(text: str) -> list[str]:
     for sign, name in (("\\circ", "degree"), ("%", "percent"), ("\xa2", "cent")):
         text = text.replace(sign, f" {name} ")
     text = re.sub(r"\\text|[.{}]", " ", text)
+    text = re.sub(r"\bM(?=(?:Wh?|V|Hz|J|N|A|Pa)\b)", "mega ", text)
+    text = re.sub(r"\bm(?=(?:Wh?|V|Hz|J|N|A|Pa)\b)", "milli ", text)
     text = re.sub(r"\^ *2", " square ", re.sub(r"\^ *3", " cubic ", text)).casefold()
     text = re.sub(r"\b([ap]) m\b", r"\1m", text.replace("mph", "mi/h").replace("kph", "km/h"))
     text = re.sub(r"^\s*(?:squared|cubed)\b", " power ", re.sub(r"\bor so\b", " ", text))

@@ -103,6 +103,7 @@ ANSWERS = [
     ("3", ["3.0"], ["3:00", "3.00000001"]),
     ("3:4", ["6:8"], ["4:3", "2:3"]),
     (r"5 \text{ km}", ["5 kilometers", r"5\,\mathrm{km}"], []),
+    (r"5 \text{ MW}", ["5 MW", "5"], [r"5 \text{ mW}", "5 mW", "5 W"]),
     (r"5 \text{ km/h}", [r"5 \text{ km/hr}", r"5 \text{ kph}"], [r"5\,\mathrm{m/s}"]),
     (r"60 \text{ mph}", [r"60 \text{ miles per hour}", r"60 \frac{\text{miles}}{\text{hour}}"], []),
     (
