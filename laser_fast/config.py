@@ -366,6 +366,8 @@ class Config(MeasureConfig):
                 f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "
                 "data.eval or set data.eval_every = 0"
             )
+        if self.checkpoint.asynchronous and self.optim.state_bits == 8:
+            yield "checkpoint.asynchronous cannot copy moments of 8 bits; leave one of both out"
         if self.checkpoint.best and not data.eval:
             yield "checkpoint.best needs evaluations; name held-out prompts in data.eval"
         if self.checkpoint.patience and not (self.checkpoint.best and data.eval_every):

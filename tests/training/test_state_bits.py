@@ -28,6 +28,12 @@ def test_eight_bits_need_torchao(monkeypatch, tmp_path, world):
         UpdateConfig(steps=1, state_bits=4)
 
 
+def test_no_checkpoint_of_eight_bits_is_written_in_the_background():
+    """torchao's moments have no operation that copies them (0.18)."""
+    with pytest.raises(ConfigError, match="asynchronous cannot copy moments of 8 bits"):
+        make_config(optim={"steps": 1, "state_bits": 8}, checkpoint={"asynchronous": True})
+
+
 def test_fused_update_is_adamws_own():
     policy = nn.Linear(300, 70)
     plain = nn.Linear(300, 70)
