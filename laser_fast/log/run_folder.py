@@ -18,6 +18,7 @@ _FREE_KEYS = frozenset((
     "rollout.max_num_seqs", "rollout.max_disagreement", "rollout.tensor_parallel",
     "rollout.gpu_memory_fraction", "rollout.server_url", "rollout.sync_buffer_mb",
     "optim.max_bad_steps", "rollout.timeout_s", "reward.max_failed", "reward.batch_timeout_s",
+    "model.activation_offload", "model.reshard_after_forward",
 ))  # fmt: skip
 
 

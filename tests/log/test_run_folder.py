@@ -153,6 +153,12 @@ def test_differences_are_pure_and_complete(tmp_path):
     assert list(config_differences(new, old)) == ["data.eval", "optim.betas"]
 
 
+def test_what_saves_memory_and_changes_no_number_may_change(tmp_path):
+    saves = {"gradient_checkpointing": True, "activation_offload": True}
+    new = _config(tmp_path, model={"path": "m", **saves, "reshard_after_forward": False})
+    assert config_differences(_config(tmp_path, model={"path": "m"}), new) == {}
+
+
 def test_with_steps_ahead_the_schedule_of_checkpoints_stays(tmp_path):
     ahead = {"engine": "vllm_server", "server_url": "http://h", "steps_ahead": 1}
     for rollout, differences in (({}, {}), (ahead, {"checkpoint.every": (10, 5)})):
