@@ -7,6 +7,7 @@ whole; `SHA256SUMS`, which `sha256sum -c` reads, too, tells whether it still is.
 another number of ranks. Reading one runs no code: its pickles may hold plain values only.
 """
 
+import copy
 import errno
 import hashlib
 import io
@@ -197,9 +198,14 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore model and optimizer in place and return the trainer's state. Collective."""
+    """Restore model and optimizer in place and return the trainer's state. Collective.
+
+    What computes the update, such as the fused AdamW, stays as the optimizer was made.
+    """
     state = _state(policy, optimizer)
+    own = copy.deepcopy(state["optimizer"]["param_groups"])
     _read_state(path, state)
+    state["optimizer"]["param_groups"] = own
     parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(policy, optimizer, **parts, options=_OWN_KEYS)
     return trainer_state(path)

@@ -62,6 +62,22 @@ def test_resumed_update_is_the_undisturbed_one(ranks, request):
     assert found["state"] == {"step": 1, "ref_logprob": -7.25}
 
 
+def test_an_update_stays_fused_after_a_checkpoint_of_one_that_was_not(tmp_path, fresh, world):
+    policy, optimizer = fresh
+    trained = list(policy.parameters())
+    older = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1, fused=False)
+    update(policy, world, older)
+    path = save(tmp_path, 1, (policy, older), world)
+    before = [group["fused"] for group in optimizer.param_groups]
+    load_checkpoint(path, policy=policy, optimizer=optimizer)
+    assert [group["fused"] for group in optimizer.param_groups] == before != [False]
+    for parameter in trained:
+        assert_equal(
+            *({k: full(v) for k, v in o.state[parameter].items()} for o in (optimizer, older))
+        )
+    update(policy, world, optimizer)
+
+
 @pytest.mark.parametrize(("saved_on", "ranks"), [(2, "two_ranks"), (4, "four_ranks")])
 def test_checkpoint_loads_on_another_world_size(
     saved_on, ranks, request, ranks_folder, fresh, world
