@@ -105,7 +105,7 @@ def export(
         check_digests(path, base_digest(model, policy.hf.config))
         load_trained(path, policy)
         write_model(policy, model, out, world, adapter=adapter, score=score)
-    if push and not upload(out, push, f"{path.name} of {run.name}"):
+    if push and world.is_main and not upload(out, push, f"{path.name} of {run.name}"):
         raise RunError(f"{out} is written, but not uploaded; see the warning above")
     return path
 
@@ -132,22 +132,26 @@ class Exports:
         """Write the model after `step` steps if it is due and not there, and sweep. Collective.
 
         Its upload begins in the background; while another goes on it is left out with a warning,
-        but the last one waits.
+        but the last one waits. That of the last model, which an end may have cut, comes again with
+        every end: the hub takes what it lacks.
         """
         config, world = trainer.config, trainer.world
         every, repo = config.checkpoint.export_every, config.checkpoint.hub_repo
         folder = RunFolder(Path(config.output_dir))
         out = folder.exports / f"step-{step:06d}"
-        is_asked = is_due(step, every) or (is_last and (every > 0 or repo != ""))
-        if not is_asked or world.on_main(out.exists):
+        if not is_due(step, every) and not (is_last and (every > 0 or repo)):
             return
-        score = config.score.model_copy(update={"ref_logprob": trainer.score.ref_logprob})
-        write_model(trainer.policy, config.model, out, world, score=score)
+        is_there = world.on_main(out.exists)
+        if is_there and not is_last:
+            return
+        if not is_there:
+            score = config.score.model_copy(update={"ref_logprob": trainer.score.ref_logprob})
+            write_model(trainer.policy, config.model, out, world, score=score)
+            logger.info("exported %s", out)
         if is_last:
             self.finish(world)
         if not world.is_main:
             return
-        logger.info("exported %s", out)
         if self._upload.is_alive():
             logger.warning("%s is not uploaded, since the upload before it goes on", out)
         elif repo:
@@ -164,3 +168,5 @@ class Exports:
         """Wait for the upload, unless asked to stop. Collective, in short ones: none times out."""
         while world.max(int(self._upload.is_alive() and not is_asked())):
             time.sleep(0.2)
+        if self._upload.is_alive():
+            logger.warning("stopped before %s was uploaded; --resume goes on", self._upload.name)

@@ -77,6 +77,22 @@ def test_training_waits_for_no_upload_and_the_last_one_comes_last(uploads, world
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["step-000003"]
 
 
+def test_an_upload_that_a_stop_cuts_is_told_and_comes_again(uploads, world, monkeypatch, caplog):
+    trainer, writer = SimpleNamespace(world=world, **uploads.trainer), Exports()
+    writer.write(trainer, 3, is_last=True)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(export, "is_asked", lambda: True)
+        writer.finish(world)
+    assert "stopped before step-000003 was uploaded; --resume goes on" in caplog.text
+    monkeypatch.setattr(export, "write_model", MagicMock(side_effect=AssertionError))
+    uploads.gate.set()
+    writer.finish(world)
+    resumed = Exports()
+    resumed.write(trainer, 3, is_last=True)
+    resumed.finish(world)
+    assert uploads.found == ["step-000003"] * 2
+
+
 def test_an_upload_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*arguments, **keys):
         raise OSError("no route to host")
