@@ -19,15 +19,16 @@ import torch
 from laser_fast.config import Config, ConfigError, DataConfig, ModelConfig, PromptConfig
 from laser_fast.config_errors import apply_override
 from laser_fast.data.fields import AUTO, find_fields, kept
-from laser_fast.data.prompts import PromptSource
+from laser_fast.data.prompts import PromptSource, held_out_prompts, train_prompts
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, Benchmark
 from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.model.families import position_limit
-from laser_fast.model.policy import load_model_config
+from laser_fast.model.policy import check_lengths, load_model_config
 from laser_fast.model.vocabulary import load_vocabulary
 from laser_fast.model.weights import has_weights
 from laser_fast.plan import WORKSPACE_MB, Plan, advise, plan_run, verdict
+from laser_fast.plan.advice import SWITCHES
 
 Devices = tuple[bool, int, float]  # whether GPUs, how many ranks, GB of each
 LORA_RANK = 32
@@ -76,6 +77,7 @@ def write_config(
     """
     if output.exists():
         raise ConfigError(f"{output} is there already; remove it, or name another with --output")
+    output.parent.mkdir(parents=True, exist_ok=True)  # not after all that is measured
     is_gpu, num_ranks, memory_gb = devices
     draft = _Draft(typed)
     draft.add("output_dir", f"runs/{output.stem}", "must be new when the run starts")
@@ -93,7 +95,11 @@ def write_config(
     count = _choose_data(draft, data, vocabulary.tokenizer, positions, is_gpu=is_gpu)
     _choose_steps(draft, count, num_ranks, most=128 if is_gpu else 8)
     asked = Config.parse(draft.values, source="init")
-    plan = fit(asked, num_gpus=num_ranks, memory_gb=memory_gb)
+    check_lengths(asked, positions)
+    train_prompts(asked.data, vocabulary.tokenizer, seed=asked.seed)  # what a run would refuse
+    if asked.data.eval:
+        held_out_prompts(asked.data, vocabulary.tokenizer)
+    plan = fit(asked, num_gpus=num_ranks, memory_gb=memory_gb, is_gpu=is_gpu)
     for section in ("model", "rollout", "optim"):
         for name, value in getattr(plan.config, section):
             if value != getattr(getattr(asked, section), name):
@@ -119,19 +125,23 @@ def write_config(
     return verdict(plan), command
 
 
-def fit(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
+def fit(config: Config, *, num_gpus: int, memory_gb: float, is_gpu: bool = True) -> Plan:
     """The plan of a configuration with as little changed as makes it fit, or a ConfigError.
 
-    What `advise` proposes goes first, then adapters; weights in host memory only with these.
+    What `advise` proposes goes first, then adapters; weights in host memory only with these, and
+    nothing beside a CPU, whose memory that is.
     """
     model = config.model
+    switches = [name for name in SWITCHES if is_gpu or "offload" not in name]
     for rank in dict.fromkeys((model.lora_rank, model.lora_rank or LORA_RANK)):
         new = config.model_copy(update={"model": model.model_copy(update={"lora_rank": rank})})
         plan = plan_run(new, num_gpus=num_gpus, memory_gb=memory_gb)
-        after = advise(plan)[1]
+        after = advise(plan, switches)[1]
         offloads = after.config.model.cpu_offload and not (rank or model.cpu_offload)
         if not (after.misfits() or after.num_gpus > num_gpus or offloads):
             return after
+    if not is_gpu:
+        raise ConfigError(f"{model.path} is too large for {memory_gb:g} GB a rank of this CPU")
     raise ConfigError(f"{model.path}: {verdict(plan)}")
 
 

@@ -118,6 +118,24 @@ def test_gsm8k_and_suffix_by_the_rows(model, one_core, tmp_path):
     assert where.data.where == {"level": [4]}
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("rollout.max_new_tokens=100000", "= 100017 exceeds the 128 positions of the model"),
+        ("data.max_prompt_tokens=2", "no prompt is left"),
+        ("data.eval=nope.jsonl", "nope.jsonl: no such data file"),
+        ("data.train=nope.jsonl", "nope.jsonl: no such data file"),
+    ],
+)
+def test_what_a_run_would_refuse_is_not_written(typed, said, model, tmp_path):
+    data, out = model / "train.parquet", tmp_path / "of mine" / "a.toml"
+    with pytest.raises(ConfigError, match=said):
+        _write(model, data, out, measures=False, typed=[*TINY, typed])
+    assert not out.exists()
+    _write(model, data, out, measures=False, typed=TINY)  # into the folder that it makes
+    assert load_config(out).output_dir == "runs/a"
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """The configuration of a run of 7B, of which there is a config.json."""
@@ -144,6 +162,9 @@ def test_the_mildest_change_that_fits(big):
     assert one.config.model.lora_rank == 32 and not one.config.model.cpu_offload
     with pytest.raises(ConfigError, match="does not fit"):
         init.fit(big, num_gpus=1, memory_gb=8)
+    assert init.fit(big, num_gpus=1, memory_gb=30).config.model.cpu_offload
+    with pytest.raises(ConfigError, match="too large for 30 GB a rank of this CPU"):
+        init.fit(big, num_gpus=1, memory_gb=30, is_gpu=False)  # the memory is the host's
 
 
 def test_devices(monkeypatch):

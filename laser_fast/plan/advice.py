@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ SWITCHES: dict[str, Any] = {
 }
 
 
-def advise(plan: Plan) -> tuple[list[str], Plan]:
+def advise(plan: Plan, switches: Iterable[str] = SWITCHES) -> tuple[list[str], Plan]:
     """Find changes that make a plan fit, worded as they are typed, and the plan after them.
 
     All switches are turned, then back again, the hardest first, where it fits without; each with
@@ -36,11 +36,11 @@ def advise(plan: Plan) -> tuple[list[str], Plan]:
     for num_gpus in range(plan.num_gpus, prompts + 1):
         if prompts % num_gpus or num_gpus % parts:
             continue
-        chosen = dict(SWITCHES)
+        chosen = {name: SWITCHES[name] for name in switches}
         new = _tune(_turn(replace(plan, num_gpus=num_gpus), chosen))
         if new.misfits():
             continue
-        for name in reversed(SWITCHES):
+        for name in reversed(chosen):
             fewer = {key: value for key, value in chosen.items() if key != name}
             without = _tune(_turn(replace(plan, num_gpus=num_gpus), fewer))
             if not without.misfits():
