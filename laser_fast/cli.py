@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +22,6 @@ from laser_fast.rewards import RewardError
 
 if TYPE_CHECKING:
     from laser_fast.evaluation.benchmarks import Benchmark
-    from laser_fast.evaluation.folder import EvalFolder
     from laser_fast.evaluation.statistics import ReportOptions
 
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: not through, try again
@@ -152,13 +150,9 @@ def sft(
 
 
 def _draw_run(folder: Path) -> None:
-    from laser_fast.report.page import write_run_files
+    from laser_fast.report.page import draw_run
 
-    try:
-        for name, path in write_run_files(folder).items():
-            typer.echo(f"{name}: {path}")
-    except (ConfigError, OSError) as error:  # it must not hide how the run itself ended
-        logging.warning("the run could not be drawn: %s; try `laser-fast report %s`", error, folder)
+    draw_run(folder)
 
 
 @app.command()
@@ -199,15 +193,9 @@ def plan(
 ) -> None:
     """Show the memory that a run needs per GPU; exit code 1 if it does not fit."""
     from laser_fast.plan import plan_run, print_plan
-    from laser_fast.sandbox.files import resolve_sandbox
-    from laser_fast.sandbox.model import make_sandbox_model
-    from laser_fast.sandbox.task import TASKS
+    from laser_fast.sandbox.files import untrained_sandbox
 
-    asked = load_config(config, overrides or [])
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        resolved = resolve_sandbox(asked.model_copy(update={"output_dir": folder}))
-        if asked.model.path in TASKS:
-            make_sandbox_model(resolved.model.path, seed=0, steps=0)
+    with untrained_sandbox(load_config(config, overrides or [])) as resolved:
         planned = plan_run(resolved, num_gpus=gpus, memory_gb=memory)
     print_plan(planned)
     if planned.misfits():
@@ -265,6 +253,7 @@ def evaluate(
     """Measure accuracy, voting and self-verification; a killed evaluation continues."""
     from laser_fast.evaluation.evaluate import run_evaluation
     from laser_fast.evaluation.terminal import progress_bar
+    from laser_fast.report.page import show_evaluation
 
     scores = {"score__token": token, "score__beta": beta, "score__ref_logprob": ref_logprob}
     options = _as_overrides(overrides, **scores, rollout__engine=engine, seed=seed)
@@ -280,7 +269,7 @@ def evaluate(
             on_progress=on_progress,
         )
     if folder is not None:
-        _show(folder)
+        show_evaluation(folder)
 
 
 @app.command()
@@ -297,11 +286,12 @@ def rescore(
 ) -> None:
     """Compute an evaluation again from its samples, without a model."""
     from laser_fast.evaluation.rescore import rescore_evaluation
+    from laser_fast.report.page import show_evaluation
 
     report = _report_options(k, base_rate)
     scores: dict[str, Any] = {"beta": beta, "ref_logprob": ref_logprob, "reward": reward}
     folder = rescore_evaluation(source, out, report, **scores, store=store, overwrite=overwrite)
-    _show(folder)
+    show_evaluation(folder)
 
 
 @app.command()
@@ -350,21 +340,11 @@ def _measured(
     from laser_fast.sandbox.files import cached_rows
     from laser_fast.sandbox.task import TASKS, Split
 
-    files = {}
-    for task in TASKS.keys() & names:
-        split: Split = "train" if layers.get("is_calibration") else "eval"
-        files[task] = cached_rows(split, build_config(model, **layers).seed, task)
+    split: Split = "train" if layers.get("is_calibration") else "eval"
+    tasks = TASKS.keys() & names
+    files = {t: cached_rows(split, build_config(model, **layers).seed, t) for t in tasks}
     found = [find_benchmark(name, data_dir=data_dir, files=files) for name in names]
     return [(benchmark, build_config(model, benchmark, **layers)) for benchmark in found]
-
-
-def _show(folder: EvalFolder) -> None:
-    """Draw the plots of an evaluation and print its tables."""
-    from laser_fast.evaluation.terminal import print_evaluation
-    from laser_fast.report.page import write_evaluation_plots
-
-    write_evaluation_plots(folder.path)
-    print_evaluation(folder)
 
 
 def _is_main() -> bool:

@@ -4,6 +4,7 @@ With it come the folders of `laser-fast eval` that lie below a run or are named.
 nothing from anywhere; every call draws it again.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from laser_fast.config import ConfigError
+from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.terminal import print_evaluation
 from laser_fast.log.jsonl import replace_text
 from laser_fast.log.metrics import BENCHMARK, RUN, TILE, VOTES, shown_at
 from laser_fast.log.run_folder import RunFolder
@@ -22,6 +25,8 @@ from laser_fast.report.runs import MEAN, Evaluation, Record, Run, number, read_e
 MAX_SAMPLES = 400
 MAX_CHARACTERS = 6000
 
+logger = logging.getLogger(__name__)
+
 
 def write_run_files(folder: str | Path) -> dict[str, Path]:
     """Write curves.png and report.html of a run, however it ended; none for a run without steps."""
@@ -30,6 +35,21 @@ def write_run_files(folder: str | Path) -> dict[str, Path]:
         return {}
     figure(run_diagrams([run]), columns=4).savefig(files.curves, dpi=100)
     return {"curves": files.curves, "report": write_report(folder)}
+
+
+def draw_run(folder: Path) -> None:
+    """Write these files and say where they are; or warn, as of a run that may have failed."""
+    try:
+        for name, path in write_run_files(folder).items():
+            print(f"{name}: {path}")
+    except (ConfigError, OSError) as error:  # it must not hide how the run itself ended
+        logger.warning("the run could not be drawn: %s; try `laser-fast report %s`", error, folder)
+
+
+def show_evaluation(folder: EvalFolder) -> None:
+    """Draw the plots of an evaluation and print its tables."""
+    write_evaluation_plots(folder.path)
+    print_evaluation(folder)
 
 
 def write_evaluation_plots(folder: Path) -> None:

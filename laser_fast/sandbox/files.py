@@ -7,7 +7,10 @@ resumed run finds what the first one made.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 from uuid import uuid4
 
@@ -54,6 +57,16 @@ def write_sandbox(config: Config, world: World) -> Config:
                 write_rows(path, split, seed=config.seed, task=task)
     world.barrier()
     return resolved
+
+
+@contextmanager
+def untrained_sandbox(config: Config) -> Iterator[Config]:
+    """Resolve the configuration to files for a while, with weights that nothing has trained."""
+    with TemporaryDirectory(prefix="sandbox-") as folder:
+        resolved = resolve_sandbox(config.model_copy(update={"output_dir": folder}))
+        if config.model.path in TASKS:
+            make_sandbox_model(resolved.model.path, seed=0, steps=0)
+        yield resolved
 
 
 def cached_rows(split: Split, seed: int, task: str = "sandbox") -> Path:
