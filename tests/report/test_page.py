@@ -16,6 +16,7 @@ from laser_fast.report.charts import panel_curves
 from laser_fast.report.page import (
     MAX_CHARACTERS,
     MAX_SAMPLES,
+    draw_run,
     render_report,
     write_report,
     write_run_files,
@@ -104,7 +105,7 @@ def test_report_of_a_run(tmp_path):
     assert "loss 0.725 s, 74%" in html and "rollout 0.25 s, 26%" in html
 
 
-def test_run_that_is_through_or_was_stopped(tmp_path):
+def test_run_that_is_through_or_was_stopped(tmp_path, caplog):
     run = make_run(tmp_path / "run", evaluations=None, samples=None)
     files = {"curves": run / "curves.png", "report": run / "report.html"}
     assert write_run_files(run) == files
@@ -116,6 +117,8 @@ def test_run_that_is_through_or_was_stopped(tmp_path):
     early = make_run(tmp_path / "early", metrics=None)
     before = set(early.iterdir())
     assert write_run_files(early) == {} and set(early.iterdir()) == before
+    draw_run(tmp_path / "none")  # it ends no run
+    assert f"could not be drawn: {tmp_path / 'none'}" in caplog.text
 
 
 def test_samples_of_older_runs_are_shown(tmp_path):
