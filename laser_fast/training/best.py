@@ -11,10 +11,8 @@ from laser_fast.config import Config, ConfigError
 from laser_fast.log.metrics import RUN, shown_at
 from laser_fast.log.run_folder import RunFolder, steps_in
 
-_LOWER_IS_BETTER = frozenset(
-    "truncated mean_length mean_length_correct mean_length_incorrect mean_incorrect "
-    "ece ece_corrected brier brier_corrected".split()
-)
+# How the names of numbers begin that are the better the lower they are.
+_LOWER_IS_BETTER = ("truncated", "mean_length", "mean_incorrect", "ece", "brier")
 
 
 class Standing(NamedTuple):
@@ -44,7 +42,7 @@ def standing(config: Config, *unsaved: int) -> Standing:
     metric, patience = metric_of(config), config.checkpoint.patience
     folder = RunFolder(Path(config.output_dir))
     reports = folder.reports() if metric else {}
-    sign = -1 if metric in _LOWER_IS_BETTER else 1
+    sign = -1 if metric.startswith(_LOWER_IS_BETTER) else 1
     steps = sorted(reports.keys() & {*steps_in(folder.checkpoints), *unsaved} - {0})
     found = {step: value for step in steps if (value := reports[step].get(metric)) is not None}
     best = max(found, key=lambda step: sign * found[step], default=None)

@@ -22,10 +22,8 @@ def config_of(folder, data=None, **checkpoint):
 def run(tmp_path):
     """A run that has evaluated after 0, 2, 4, 6 and 8 steps, and saved some of them."""
     numbers = {0: 0.9, 2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6}
-    lines = [
-        {"step": s, "accuracy": a, "brier": a, "mean_length_incorrect": a, "f1": None}
-        for s, a in numbers.items()
-    ]
+    equal = ("accuracy", "brier", "mean_length_correct")
+    lines = [{"step": s, **dict.fromkeys(equal, a), "f1": None} for s, a in numbers.items()]
     write_lines(tmp_path / "evaluations.jsonl", lines)
     for name in ("step-000000", "step-000004", "step-000006", ".step-000008.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -39,7 +37,7 @@ def run(tmp_path):
         ("eval/accuracy", (8,), (4, 0.7, 2)),
         ("brier", (), (4, 0.7, 2)),  # of those that are saved
         ("brier", (2,), (2, 0.5, 3)),  # lower is better
-        ("mean_length_incorrect", (2,), (2, 0.5, 3)),
+        ("mean_length_correct", (2,), (2, 0.5, 3)),
         ("accuracy", (7,), (4, 0.7, 2)),  # saved, and never evaluated
     ],
 )
