@@ -91,6 +91,8 @@ class RunLog(Log):
 
     def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:  # noqa: D102
         report = jsonl.plain_value(report)
+        # That of the step at which a run resumes may come again.
+        jsonl.keep_lines(self.folder.evaluations, lambda line: line["step"] != step)
         with self.folder.evaluations.open("a", encoding="utf-8") as file:
             file.write(jsonl.to_line({"step": step, **report}))
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
@@ -111,8 +113,7 @@ class RunLog(Log):
         logged = jsonl.read_lines(files.metrics) if files.metrics.exists() else []
         for path in (files.metrics, files.samples):
             jsonl.keep_lines(path, lambda line: line["step"] < resume_step)
-        # That of step 0 comes again with step 0.
-        jsonl.keep_lines(files.evaluations, lambda line: line["step"] <= resume_step > 0)
+        jsonl.keep_lines(files.evaluations, lambda line: line["step"] <= resume_step)
         return max((line["step"] for line in logged), default=-1)
 
     def _open_tensorboard(self, resume_step: int | None) -> Send:

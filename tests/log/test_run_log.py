@@ -109,6 +109,7 @@ def test_resume_counts_nothing_twice(tmp_path):
         log.log_samples(_samples(2))
         log.log_evaluation(2, _report(0.75))
         assert log.folder.reports()[2]["accuracy"] == 0.75
+    assert [line["step"] for line in read_lines(tmp_path / "evaluations.jsonl")] == [0, 1, 2]
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2]
     assert (tmp_path / "config.toml").read_text() == dump_config(longer)
