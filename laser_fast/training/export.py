@@ -93,7 +93,7 @@ def export(
         raise ConfigError(f"{run} is no run folder ({folder.config.name} is missing)")
     config = moved_config(load_config(folder.config), run)
     path = _find_checkpoint(config, checkpoint)
-    model = config.model
+    model = config.model.model_copy(update={"replicas": 1})  # those of the run had its ranks
     if adapter and not model.lora_rank:
         raise ConfigError(f"{run} trained no adapters (model.lora_rank = 0); export the model")
     if push:

@@ -142,6 +142,8 @@ def test_the_best_can_be_exported_and_uploaded(runs):
     run = runs[0] / "stopped" / "run"
     assert export(run, runs[0] / "best", checkpoint="best", push=REPO).name == "step-000002"
     assert Hub.calls[-1] == ("upload", REPO, "best", "step-000002 of run")
+    config = run / "config.toml"  # as if it had had two ranks
+    config.write_text(config.read_text().replace("replicas = 1", "replicas = 2"))
     assert export(run, runs[0] / "four", checkpoint="4").name == "step-000004"
     weights = [(runs[0] / name / "model.safetensors").read_bytes() for name in ("best", "four")]
     assert weights[0] != weights[1]
