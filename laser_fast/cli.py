@@ -150,7 +150,7 @@ def sft(
 
 
 def _draw_run(folder: Path) -> None:
-    from laser_fast.report.page import draw_run
+    from laser_fast.report.page import draw_run  # which loads matplotlib
 
     draw_run(folder)
 

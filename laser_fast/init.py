@@ -77,7 +77,7 @@ def write_config(
     """
     if output.exists():
         raise ConfigError(f"{output} is there already; remove it, or name another with --output")
-    output.parent.mkdir(parents=True, exist_ok=True)  # not after all that is measured
+    output.parent.mkdir(parents=True, exist_ok=True)  # fails before all that is measured
     is_gpu, num_ranks, memory_gb = devices
     draft = _Draft(typed)
     draft.add("output_dir", f"runs/{output.stem}", "must be new when the run starts")
@@ -128,8 +128,8 @@ def write_config(
 def fit(config: Config, *, num_gpus: int, memory_gb: float, is_gpu: bool = True) -> Plan:
     """The plan of a configuration with as little changed as makes it fit, or a ConfigError.
 
-    What `advise` proposes goes first, then adapters; weights in host memory only with these, and
-    nothing beside a CPU, whose memory that is.
+    What `advise` proposes goes first, then adapters; only with these, weights in host memory. That
+    is a CPU's own.
     """
     model = config.model
     switches = [name for name in SWITCHES if is_gpu or "offload" not in name]

@@ -11,7 +11,6 @@ from laser_fast.config import Config, ConfigError
 from laser_fast.log.metrics import RUN, shown_at
 from laser_fast.log.run_folder import RunFolder, steps_in
 
-# How the names of numbers begin that are the better the lower they are.
 _LOWER_IS_BETTER = ("truncated", "mean_length", "mean_incorrect", "ece", "brier")
 
 

@@ -198,12 +198,9 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore model and optimizer in place and return the trainer's state. Collective.
-
-    What computes the update, such as the fused AdamW, stays as the optimizer was made.
-    """
+    """Restore model and optimizer in place and return the trainer's state. Collective."""
     state = _state(policy, optimizer)
-    own = copy.deepcopy(state["optimizer"]["param_groups"])
+    own = copy.deepcopy(state["optimizer"]["param_groups"])  # fused or not, as it was made
     _read_state(path, state)
     state["optimizer"]["param_groups"] = own
     parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}

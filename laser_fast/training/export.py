@@ -132,8 +132,7 @@ class Exports:
         """Write the model after `step` steps if it is due and not there, and sweep. Collective.
 
         Its upload begins in the background; while another goes on it is left out with a warning,
-        but the last one waits. That of the last model, which an end may have cut, comes again with
-        every end: the hub takes what it lacks.
+        but the last one waits, and begins again when a run that is through is resumed.
         """
         config, world = trainer.config, trainer.world
         every, repo = config.checkpoint.export_every, config.checkpoint.hub_repo
@@ -141,13 +140,12 @@ class Exports:
         out = folder.exports / f"step-{step:06d}"
         if not is_due(step, every) and not (is_last and (every > 0 or repo)):
             return
-        is_there = world.on_main(out.exists)
-        if is_there and not is_last:
-            return
-        if not is_there:
+        if not world.on_main(out.exists):
             score = config.score.model_copy(update={"ref_logprob": trainer.score.ref_logprob})
             write_model(trainer.policy, config.model, out, world, score=score)
             logger.info("exported %s", out)
+        elif not is_last:
+            return
         if is_last:
             self.finish(world)
         if not world.is_main:

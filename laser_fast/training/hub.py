@@ -1,6 +1,7 @@
 """Model folders to a repository of the Hugging Face hub, with the token of the environment."""
 
 import logging
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 def check_hub(repo: str) -> None:
     """Refuse, before there is anything to upload, what cannot be a place for it."""
-    if repo.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ConfigError(f'expected a hub repository "user/name", got "{repo}"')
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ConfigError(f"nothing can go to {repo} while HF_HUB_OFFLINE is set; unset it")

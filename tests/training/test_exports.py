@@ -105,8 +105,9 @@ def test_an_upload_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
 
 def test_a_place_that_cannot_take_an_upload_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match='expected a hub repository "user/name", got "model"'):
-        hub.check_hub("model")
+    for name in ("model", "me/", "me/my model", "me/my/model"):
+        with pytest.raises(ConfigError, match=f'hub repository "user/name", got "{name}"'):
+            hub.check_hub(name)
     with pytest.raises(ConfigError, match="me/model while HF_HUB_OFFLINE is set; unset it"):
         hub.check_hub("me/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
