@@ -64,6 +64,9 @@ _CPU_ENVIRONMENT = {
 # Prompt tokens of one forward: bounds the [tokens, vocabulary] logits of `token_logprobs`.
 _MAX_BATCHED_TOKENS = 4096
 
+# A vLLM model's stacked experts, and their names in a checkpoint.
+_EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+
 Item = TypeVar("Item")
 
 
@@ -104,6 +107,8 @@ class VllmEngine(CopyingEngine):
         # Weights before KV cache: the sync's own peak must fit where the cache will be.
         self._wake("weights")
         stream = account_for(weights, self._names)
+        if not torch.cuda.is_available():
+            self._llm.apply_model(forget_packed_experts)
         options = {"weights_iterator": stream, "is_checkpoint_format": True}
         self._llm.collective_rpc("reload_weights", kwargs=options)
         self._wake("kv_cache")
@@ -260,8 +265,11 @@ def _start(
                 seed=0,
                 **arguments,
             )
-    except ValueError as error:
+    except (AssertionError, ValueError) as error:
         raise ConfigError(f'vLLM cannot run "{model_path}": {first_line(error)}') from error
+    # Its models made of transformers' (OLMo, SmolLM3) decorate the class that the policy has, too;
+    # their own attribute of this name says what the engine does.
+    llm.apply_model(lambda model: setattr(type(model.model), "do_not_compile", True))
     # A collected engine would take the process group of the training with it.
     if finalizer := getattr(llm.llm_engine.engine_core, "_finalizer", None):
         finalizer.detach()
@@ -272,10 +280,22 @@ def checkpoint_names(model: nn.Module) -> list[str]:
     """Names of a vLLM model's parameters in a checkpoint: unfused, a tied head under both."""
     fused = getattr(model, "packed_modules_mapping", {})
     names = []
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         *path, module, leaf = name.split(".")
-        names += [".".join((*path, part, leaf)) for part in fused.get(module, [module])]
+        if "experts" in path:  # stacked, and beside them the router under a second name
+            layer = name.partition(".experts.")[0]
+            each = [(e, part) for e in range(len(parameter)) for part in _EXPERTS.get(leaf, ())]
+            names += [f"{layer}.experts.{e}.{part}.weight" for e, part in each]
+        else:
+            names += [".".join((*path, part, leaf)) for part in fused.get(module, [module])]
     return names
+
+
+def forget_packed_experts(model: nn.Module) -> None:
+    """Let experts be packed for a CPU again, which vLLM 0.32 does to the first weights only."""
+    for module in model.modules():
+        if hasattr(method := getattr(module, "quant_method", None), "moe_kernel"):
+            method.moe_kernel = None
 
 
 def account_for(
@@ -288,10 +308,13 @@ def account_for(
     """
     missing, unexpected = set(names), []
     for name, tensor in weights:
-        if name in missing:
-            missing.remove(name)
+        # GLM's checkpoints hold as one what vLLM's models say is apart, and load either.
+        halves = {name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")}
+        parts = {name} if name in names else halves
+        if parts <= missing:
+            missing -= parts
             yield name, tensor
-        else:
+        elif name in names or name != "lm_head.weight":  # some models have a tied head as one
             unexpected.append(f"{name} (twice)" if name in names else name)
     if missing or unexpected:
         raise ValueError(

@@ -1,8 +1,8 @@
 """A tiny model of every family: packed rows, fused head and engine agree with its logits."""
 
 import pytest
-import tiny_models
 import torch
+from family_models import FAMILIES, SIZES, save_family
 from policy_ranks import (
     OBJECTIVE,
     PROMPTS,
@@ -24,31 +24,12 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy, load_model_config
 from laser_fast.training.sft import supervised_loss, supervised_sequences
 
-SIZES = tiny_models.SIZES | {"head_dim": 8, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-FAMILIES = {
-    "cohere": {"logit_scale": 0.25},
-    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **WINDOWS},
-    "gemma3_text": {"query_pre_attn_scalar": 8, **WINDOWS},
-    "glm4": {},
-    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
-    "mistral": {"sliding_window": 4},
-    "olmo2": {},
-    "olmo3": WINDOWS,
-    "phi3": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "smollm3": {"no_rope_layers": [1, 0]},
-}
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """The folder of a random model."""
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **SIZES | FAMILIES[request.param])
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_family(folder, request.param)
     return folder
 
 
