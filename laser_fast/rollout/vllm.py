@@ -63,7 +63,6 @@ _CPU_ENVIRONMENT = {
 }
 # Prompt tokens of one forward: bounds the [tokens, vocabulary] logits of `token_logprobs`.
 _MAX_BATCHED_TOKENS = 4096
-
 # A vLLM model's stacked experts, and their names in a checkpoint.
 _EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 
@@ -282,7 +281,8 @@ def checkpoint_names(model: nn.Module) -> list[str]:
     names = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         *path, module, leaf = name.split(".")
-        if "experts" in path:  # stacked, and beside them the router under a second name
+        # Experts are stacked, and gates have second names in and beside them.
+        if {"experts", "expert_gate"} & {*path, module}:
             layer = name.partition(".experts.")[0]
             each = [(e, part) for e in range(len(parameter)) for part in _EXPERTS.get(leaf, ())]
             names += [f"{layer}.experts.{e}.{part}.weight" for e, part in each]
@@ -294,7 +294,8 @@ def checkpoint_names(model: nn.Module) -> list[str]:
 def forget_packed_experts(model: nn.Module) -> None:
     """Let experts be packed for a CPU again, which vLLM 0.32 does to the first weights only."""
     for module in model.modules():
-        if hasattr(method := getattr(module, "quant_method", None), "moe_kernel"):
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
             method.moe_kernel = None
 
 

@@ -19,12 +19,18 @@ pytestmark = [
 ]
 # Keys of the configuration and the rank of LoRA, where they are not those of the other tests. The
 # groups of experts are those of the first engine's model, so that it has some.
-CASES = {"qwen3_moe": ({"mlp_only_layers": [1]}, 0)} | {
-    family: ({}, 0) for family in (*FAMILIES, "llama") if family != "qwen3_moe"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CASES = {
+    "qwen3_moe": ({"mlp_only_layers": [1]}, 0),
+    "glm4_moe": (EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, 0),
+    "olmoe": (EXPERTS, 0),
+    "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 32}, 0),
+    "qwen2": ({"use_sliding_window": False, "sliding_window": None, "layer_types": None}, 0),
+    "qwen3": ({}, 4),
+    "llama": ({}, 0),
 }
-CASES["qwen2"] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}, 0
-CASES["qwen3"] = {}, 4
-LIMIT = 1e-4  # nats of any token, in float32
+CASES |= {family: ({}, 0) for family in FAMILIES if family not in CASES}
+LIMIT = 2e-5  # nats of any token, in float32
 REFUSED = ("qwen2",)
 
 
@@ -44,7 +50,7 @@ def measured(tmp_path_factory):
         | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr.partition("nanobind: leaked")[0][-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -56,9 +62,9 @@ def test_the_engine_has_the_weights_of_the_policy(measured, family):
     for found in rounds:
         assert found["tokens"] < LIMIT
         assert found["scores"] < LIMIT
-        assert found["num_tokens"] > 30
+        assert found["num_tokens"] > 20
         assert found["num_scores"] > 3
-    assert rounds[1]["stale"] > 100 * LIMIT
+    assert rounds[1]["stale"] > 0.1
 
 
 def test_windows_that_vllm_does_not_know_are_refused_in_a_sentence(measured):

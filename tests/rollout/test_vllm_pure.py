@@ -149,6 +149,36 @@ def test_fused_parameters_are_listed_under_the_names_of_a_checkpoint():
     assert checkpoint_names(Fused()) == ["embed.weight", *parts, "lm_head.weight"]
 
 
+def test_stacked_experts_are_named_one_by_one_and_second_names_of_gates_not():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Module()
+            self.mlp.gate = torch.nn.Linear(3, 2, bias=False)
+            self.mlp.experts = torch.nn.Module()
+            self.mlp.experts.gate = self.mlp.gate
+            self.mlp.experts.w13_weight = torch.nn.Parameter(torch.zeros(2, 8, 3))
+            self.mlp.experts.w2_weight = torch.nn.Parameter(torch.zeros(2, 3, 4))
+
+    parts = [(e, part) for part in ("gate_proj", "up_proj", "down_proj") for e in range(2)]
+    expected = {f"mlp.experts.{e}.{part}.weight" for e, part in parts} | {"mlp.gate.weight"}
+    found = checkpoint_names(Experts())
+    assert len(found) == len(expected) and set(found) == expected
+
+
+def test_halves_may_come_as_one_and_a_tied_head_to_a_model_without_any():
+    names = {"mlp.gate_proj.weight", "mlp.up_proj.weight", "embed_tokens.weight"}
+    one = torch.ones(1)
+    stream = dict.fromkeys(
+        ["embed_tokens.weight", "lm_head.weight", "mlp.gate_up_proj.weight"], one
+    )
+    passed = dict(account_for(stream.items(), names))
+    assert list(passed) == ["embed_tokens.weight", "mlp.gate_up_proj.weight"]
+    stream["mlp.up_proj.weight"] = one
+    with pytest.raises(ValueError, match=r"unexpected: mlp\.up_proj\.weight \(twice\)"):
+        dict(account_for(stream.items(), names))
+
+
 def test_a_complete_stream_passes_unchanged():
     tensors = {"a": torch.ones(1), "b": torch.zeros(2)}
     assert dict(account_for(tensors.items(), {"b", "a"})) == tensors

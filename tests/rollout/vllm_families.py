@@ -38,7 +38,7 @@ PROMPTS = [
 
 def main(folder, families, refused):
     vllm = import_vllm()
-    vllm.LLM = functools.partial(vllm.LLM, kv_cache_memory_bytes=1 << 24)  # each engine's
+    vllm.LLM = functools.partial(vllm.LLM, num_gpu_blocks_override=64)  # else 1 GiB each
     engines, found = [], {}
     with open_world() as world:
         for family, (changes, lora_rank) in families.items():
