@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # What older versions knew, and what to write today: a key, or a key with its value.
 _RENAMED = {"rollout.score=request": "rollout.score=inline"}
-
+# What samplers take and this does not, each with the reason.
+_WHOLE = "training samples the whole distribution, whose log-probs its ratios are made of"
+_REFUSED = {
+    **{f"rollout.{key}": f"{_WHOLE}; rollout.eval_{key} is for evaluations"
+       for key in ("top_p", "top_k", "min_p")},
+    **dict.fromkeys(("rollout.repetition_penalty", "rollout.frequency_penalty"), _WHOLE),
+    **dict.fromkeys(("rollout.stop", "rollout.stop_strings"),
+                    "a completion ends with an EOS id of the model, where its score is read"),
+}  # fmt: skip
 
 REPORTED = "reported by its rank"  # a note on an error that needs no further words
 
@@ -99,6 +107,8 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     is_missing = first["type"] == "missing" and first["loc"] == location
     if renamed := _RENAMED.get(path) or _RENAMED.get(f"{path}={value}"):
         return f'"{path}" has changed: write {renamed} instead'
+    if reason := _REFUSED.get(path):
+        return f'"{path}" is refused: {reason}; remove it'
     if first["type"] == "extra_forbidden":
         return _unknown(path, value, docs)
     if first["type"] == "value_error":

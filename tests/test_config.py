@@ -91,6 +91,10 @@ def test_frozen():
             'unknown key "group_size": rename it to "rollout.group_size" or remove it',
         ),
         ({"sed": 4}, 'unknown key "sed": rename it to "seed" or remove it'),
+        (
+            {"rollout__top_p": 0.9},
+            '"rollout.top_p" is refused: training samples the whole distribution, whose log-probs',
+        ),
         # No name is near: those that there are.
         (
             {"checkpoint__qqq": 1},
