@@ -14,6 +14,7 @@ pytest.importorskip("peft", reason="needs peft")
 
 import trl
 import trl_runs
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from tiny_models import make_model
 from transformers import (
@@ -225,7 +226,8 @@ def test_shards_of_fsdp2_have_the_gradients_of_the_whole(ranks_folder):
 def test_it_learns_to_tell_right_from_wrong(make_laser):
     def rollout(prompts, trainer):  # the second token tells
         tokenizer = trainer.processing_class
-        ends = [[7 + n % 5, 20 + n % 2, 9, tokenizer.eos_token_id] for n in range(len(prompts))]
+        first = 7 if trainer.model.training else 14  # held out: other first tokens, other prompts
+        ends = [[first + n % 5, 20 + n % 2, 9, tokenizer.eos_token_id] for n in range(len(prompts))]
         logprobs = [[0.0] * 4] * len(prompts)
         ids = tokenizer(prompts).input_ids
         return {"prompt_ids": ids, "completion_ids": ends, "logprobs": logprobs}
@@ -247,6 +249,9 @@ def test_it_learns_to_tell_right_from_wrong(make_laser):
     assert steps[0]["score/loss"] > 0.4
     assert steps[-1]["score/loss"] < 0.1
     assert steps[-1]["score/f1"] == 1.0
+    trainer.evaluate(Dataset.from_list([{"prompt": prompt} for prompt in ("8+1=", "2*9=")]))
+    (held_out,) = (row for row in trainer.state.log_history if "eval_score/f1" in row)
+    assert held_out["eval_score/f1"] > 0.6
 
 
 @pytest.fixture(scope="module")
