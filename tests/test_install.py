@@ -179,6 +179,8 @@ for name, *members in (("vllm.v1.sample.logits_processor", "LogitsProcessor"),
                        ("vllm.v1.sample.logits_processor.builtin", "process_dict_updates")):
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update({member: type(member, (), {}) for member in members})
+sys.modules["vllm"] = types.ModuleType("vllm")
+sys.modules["vllm"].__version_tuple__ = (0, 32, 0)
 import laser_fast, laser_kernels
 missing = {}
 for package in (laser_fast, laser_kernels):
