@@ -13,8 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
+
+from laser_fast import needs_train
+
+with needs_train():
+    import tomli_w
 
 from laser_fast.config import Config, ConfigError, DataConfig, ModelConfig, PromptConfig
 from laser_fast.config_errors import apply_override
