@@ -1,12 +1,13 @@
 """Answers that vote, by reward kind, and the check of gold answers."""
 
 import pytest
+from text_groups import text_group
 
 from laser_fast.config import RewardConfig
 from laser_fast.data.fields import answer_text
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import answer_of, check_golds, find_benchmark
-from laser_fast.records import Completion, Group, Prompt
+from laser_fast.records import Prompt
 from laser_fast.rewards import Grader, grade_groups
 
 NUM_ROWS = {
@@ -67,20 +68,7 @@ def test_groups_are_graded_in_one_call():
             assert (texts, answers, prompts) == (["a", "ab", "c"], ["1", "1", "2"], ["p", "p", "q"])
             return [1.0, None, 3.0]
 
-    def group(prompt, answer, *texts):
-        return Group(
-            prompt=Prompt(prompt_id=prompt, text=prompt, prompt_ids=(1,), answer=answer),
-            completions=tuple(
-                Completion(
-                    completion_ids=tuple(map(ord, text)),
-                    rollout_logprobs=(-1.0,) * len(text),
-                    finish_reason="length",
-                )
-                for text in texts
-            ),
-        )
-
-    groups = [group("p", "1", "a", "ab"), group("q", "2", "c")]
+    groups = [text_group("p", ["a", "ab"], "1"), text_group("q", ["c"], "2")]
     graded = grade_groups(LengthGrader(), groups, lambda ids: "".join(map(chr, ids)))
     assert [one.rewards for one in graded] == [(1.0, None), (3.0,)]
     assert [one.completions for one in graded] == [one.completions for one in groups]

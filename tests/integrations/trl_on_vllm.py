@@ -12,21 +12,13 @@ import sys
 import trl_runs
 from trl.generation import vllm_generation
 
+from bench.grpo_step import reload_weights
 from laser_fast.integrations.trl import LaserConfig, LaserGRPOTrainer
 
 # What TRL leaves to vLLM, which would choose bfloat16.
 vllm_generation.LLM = functools.partial(
     vllm_generation.LLM, dtype="float32", enforce_eager=True, block_size=32
 )
-
-
-def reload_weights(generation):
-    """TRL's sync for vLLM's CPU build, whose packed layers have no loader for the one it uses."""
-    weights = {"weights_iterator": iter(generation.model.state_dict().items())}
-    generation.llm.collective_rpc("reload_weights", kwargs=weights | {"is_checkpoint_format": True})
-    generation.llm.reset_prefix_cache()
-
-
 vllm_generation.VLLMGeneration.sync_weights = reload_weights
 
 

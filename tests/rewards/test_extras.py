@@ -3,9 +3,9 @@
 import sys
 
 import pytest
+from text_groups import text_group
 
 from laser_fast.config import ConfigError, RewardConfig
-from laser_fast.records import Completion, Group, Prompt
 from laser_fast.rewards import Grader, RewardError, grade_groups
 
 MODULE = """
@@ -49,19 +49,6 @@ def extra(**weights):
     return {f"extra_rewards:{name}": weight for name, weight in weights.items()}
 
 
-def group(name, texts, answer, fields="{}"):
-    completions = tuple(
-        Completion(
-            completion_ids=tuple(map(ord, text)),
-            rollout_logprobs=(-1.0,) * len(text),
-            finish_reason="length",
-        )
-        for text in texts
-    )
-    prompt = Prompt(prompt_id=name, text=name, prompt_ids=(1,), answer=answer, fields=fields)
-    return Group(prompt=prompt, completions=completions)
-
-
 def asked(grader):
     return [each.fields for each in (grader, *grader.extras.values())]
 
@@ -73,7 +60,10 @@ def decode(ids):
 def test_extras_add_to_the_total_and_leave_the_reward_alone():
     config = RewardConfig(kind="exact", extra=extra(length=0.1, by_level=-2.0))
     fields = '{"level": 0.25, "tags": ["a"]}'
-    groups = [group("p", ["5", "66666"], "5", fields), group("q", ["7", "8888"], "7", fields)]
+    groups = [
+        text_group("p", ["5", "66666"], "5", fields),
+        text_group("q", ["7", "8888"], "7", fields),
+    ]
     with Grader(config, trains_score=True) as grader:
         assert asked(grader) == [(), (), ("level",)]
         first, second = grade_groups(grader, groups, decode, with_extras=True)
@@ -94,7 +84,7 @@ def test_extras_add_to_the_total_and_leave_the_reward_alone():
 def test_a_failed_verifier_has_no_total():
     config = RewardConfig(kind="extra_rewards:by_level", workers=1, extra=extra(length=1.0))
     with Grader(config) as grader:
-        groups = [group("q", ["5"], "", '{"level": 1}')]
+        groups = [text_group("q", ["5"], "", '{"level": 1}')]
         [graded] = grade_groups(grader, groups, decode, with_extras=True)
     assert graded.rewards == graded.totals == (None,)
     assert graded.extras == ({"extra_rewards:length": -2.0},)
@@ -102,7 +92,7 @@ def test_a_failed_verifier_has_no_total():
 
 def test_every_function_gets_its_own_fields_only():
     config = RewardConfig(kind="extra_rewards:verify", extra=extra(by_level=1, of_tags=1))
-    groups = [group("p", ["5", "6"], "5", '{"level": 3, "tags": ["a", "b"]}')]
+    groups = [text_group("p", ["5", "6"], "5", '{"level": 3, "tags": ["a", "b"]}')]
     with Grader(config) as grader:
         assert asked(grader) == [(), ("level",), ("tags",)]
         [graded] = grade_groups(grader, groups, decode, with_extras=True)
@@ -117,7 +107,9 @@ def test_a_lost_call_of_an_extra_costs_its_own_number_only(event, caplog):
         kind="exact", timeout_s=2.0, batch_timeout_s=2.0, extra=extra(eventful=0.5, length=1.0)
     )
     with Grader(config) as grader:
-        [graded] = grade_groups(grader, [group("p", ["5", event], "5")], decode, with_extras=True)
+        [graded] = grade_groups(
+            grader, [text_group("p", ["5", event], "5")], decode, with_extras=True
+        )
         assert graded.rewards == (1.0, 0.0)
         assert [[*said.values()] for said in graded.extras] == [[1.0, -2.0], [None, 1.0]]
         assert graded.totals == (-0.5, 1.0)
@@ -135,7 +127,7 @@ def test_a_lost_call_of_an_extra_costs_its_own_number_only(event, caplog):
 def test_a_broken_extra_stops_with_its_name(event, message):
     with Grader(RewardConfig(kind="exact", extra=extra(eventful=0.5))) as grader:
         with pytest.raises(RewardError, match=message):
-            grade_groups(grader, [group("p", [event], "5")], decode, with_extras=True)
+            grade_groups(grader, [text_group("p", [event], "5")], decode, with_extras=True)
         assert grade_groups(grader, [], decode, with_extras=True) == []
 
 
