@@ -50,10 +50,14 @@ class ModelConfig(Section):
     """Scale of what the adapters add, over their rank."""
     lora_targets: tuple[str, ...] = Field((), strict=False)
     """Linear layers of the blocks that get adapters, such as "q_proj"; empty: all of them."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the experts' load-balancing loss, formed in each microbatch apart; 0: off."""
 
     def _problems(self) -> Iterator[str]:
         if self.lora_targets and not self.lora_rank:
             yield "model.lora_targets are for adapters, and model.lora_rank is 0; set a rank"
+        if self.compile and self.router_aux_loss_coef:
+            yield "model.compile hides the routers from model.router_aux_loss_coef; leave one out"
 
 
 class WordingConfig(Section):
@@ -216,7 +220,7 @@ class ForwardConfig(Section):
     """The budget of the policy's forwards."""
 
     tokens_per_microbatch: int = Field(16384, ge=1)
-    """Token budget of one forward and backward; changes memory and speed, never results."""
+    """Token budget of one forward and backward; memory and speed, and results of a router loss."""
 
 
 class UpdateConfig(ForwardConfig):

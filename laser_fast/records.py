@@ -244,12 +244,13 @@ class Microbatch:
     temperature: Tensor  # [N] float32
     policy: PolicyRows
     score: ScoreRows
+    router_weight: float = 0.0  # of the routers' load-balancing loss over the T tokens; 0: none
 
     def score_only(self) -> Microbatch:
-        """The same tokens without the policy rows."""
+        """The same tokens without the policy rows and the routers' loss."""
         own = slice(len(self.policy), None)
         read = {name: getattr(self, name)[own] for name in ("rows", "labels", "temperature")}
-        return replace(self, policy=self.policy[slice(0)], **read)
+        return replace(self, policy=self.policy[slice(0)], router_weight=0.0, **read)
 
     def labelled(self, rows: slice) -> tuple[PolicyRows, ScoreRows]:
         """Those of the N head rows, by what they are for."""

@@ -129,6 +129,7 @@ METRICS = (
     Metric("loss/entropy", "estimate", STEP, Panel("entropy (nats per token)")),
     Metric("score/coef", "alpha", STEP, _COEF, ORANGE),
     Metric("loss/kl", "k3 estimate", STEP, Panel("KL to the initial model (nats per token)")),
+    Metric("loss/router", "before its coefficient", STEP, Panel("load-balancing loss of experts")),
     Metric("step/lr", "learning rate", STEP, Panel("learning rate", limits=_FROM_ZERO)),
     Metric("memory/peak_gb", "rank 0", STEP, Panel("peak memory (GB)", limits=_FROM_ZERO)),
     Metric("reward/failed", "completions", STEP, _FAILED, RED),

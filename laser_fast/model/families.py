@@ -10,9 +10,12 @@ have the names that engines expect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
@@ -33,6 +36,7 @@ class LmHead(NamedTuple):
     weight: Tensor  # W [V, D]
     divisor: float = 1.0  # s
     softcap: float | None = None  # C
+    router_loss: Tensor = torch.zeros(())  # what the blocks before it add to a loss; scalar
 
     def at(self, temperature: Tensor | float) -> dict[str, Any]:
         """The options of a kernel that reads log-probs at a temperature."""
@@ -85,6 +89,20 @@ def check_family(path: str, config: PreTrainedConfig) -> None:
             f'model.path: "{path}" is a {config.model_type} model, whose experts are not known; '
             f"expected one of {', '.join(sorted(_EXPERTS))}"
         )
+
+
+def balancer(config: PreTrainedConfig) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """The load-balancing loss of the router logits [T, E] of all layers, as transformers has it.
+
+    E sum_e f_e P_e, f_e the share of tokens that choose e and P_e its mean probability (Switch
+    Transformer, arXiv 2101.03961): the number of experts of a token, if all get as many tokens.
+    """
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loss = getattr(sys.modules[kind.__module__], "load_balancing_loss_func", None)
+    if loss is None:
+        fault = f"transformers balances no routers of a {config.model_type} model"
+        raise ConfigError(f"model.router_aux_loss_coef: {fault}; set it to 0")
+    return partial(loss, num_experts=config.num_experts, top_k=config.num_experts_per_tok)
 
 
 def position_limit(config: PreTrainedConfig) -> int:

@@ -5,7 +5,7 @@ on the bins, because denominators are fixed before (algorithm.loss).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -106,6 +106,20 @@ def plan_shares(
             shares[rank] += part
         plans.append((max(loads), power, shares))
     return min(plans)[2]
+
+
+def with_router_weights(
+    updates: list[list[Microbatch]], coef: float, world: World
+) -> list[list[Microbatch]]:
+    """Share `coef` out to an update's microbatches by tokens; fillers get none. Collective."""
+    if coef == 0:
+        return updates
+    counts = [[len(b.input_ids) * (len(b.rows) > 0) for b in batches] for batches in updates]
+    totals = world.sum(torch.tensor([*map(sum, counts)])).clamp(min=1).tolist()
+    return [
+        [replace(b, router_weight=coef * n / total) for b, n in zip(batches, own, strict=True)]
+        for batches, own, total in zip(updates, counts, totals, strict=True)
+    ]
 
 
 def _by_prompt(prompts: Sequence[Ids]) -> dict[Ids, list[int]]:

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from laser_fast.config_errors import ConfigError, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
-from laser_fast.model.families import LmHead, check_family, checkpoint_entries, head_form
+from laser_fast.model.families import LmHead, balancer, check_family, checkpoint_entries, head_form
 from laser_fast.model.lora import add_adapters, merged, set_adapters
 from laser_fast.model.offload import ActivationOffload
 from laser_fast.model.packing import Packer
@@ -65,16 +65,21 @@ class Policy(nn.Module):
     def forward(self, batch: Microbatch, head: Head[Output]) -> Output:
         """Hidden states of the labelled rows and the model's own head, through `head`."""
         device = batch.input_ids.device
+        balances = batch.router_weight > 0 and torch.is_grad_enabled()
         with self.saving():  # not the head, whose weight and logits stay where they are
-            hidden_states = self.hf.model(
+            output = self.hf.model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
                 use_cache=False,
+                output_router_logits=balances,
                 **attention_kwargs(batch.segments, device),
-            ).last_hidden_state[0]
-        # Rows repeat; an embedding's backward adds them up in a fixed order.
+            )
         lm_head = LmHead(self.hf.lm_head.weight, *self.head_form)
-        return head(embedding(batch.rows, hidden_states), lm_head)
+        if balances:  # in float32, as routers choose
+            loss = balancer(self.hf.config)(tuple(x.float() for x in output.router_logits))
+            lm_head = lm_head._replace(router_loss=batch.router_weight * loss)
+        # Rows repeat; an embedding's backward adds them up in a fixed order.
+        return head(embedding(batch.rows, output.last_hidden_state[0]), lm_head)
 
     def expect_backward(self, *, is_last: bool) -> None:
         """Add gradients up over replicas in the last backward before an update only."""
@@ -144,6 +149,8 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
             f'model.path: "{config.path}" is quantized, says its config.json; train the model it '
             "was made from"
         )
+    if config.router_aux_loss_coef:
+        balancer(model_config)
     pad, num_rows = model_config.pad_token_id, model_config.vocab_size
     if pad is not None and not -num_rows <= pad < num_rows:
         raise ConfigError(

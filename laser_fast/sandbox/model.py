@@ -118,7 +118,7 @@ def _train(
     optim = OPTIM.model_copy(update={"steps": steps})
     for step in range(steps):
         sequences = supervised_sequences(encode_rows(islice(rows, ROWS_PER_STEP)), share)
-        loss = supervised_loss(policy, packer.pack(sequences))
+        loss, _ = supervised_loss(policy, packer.pack(sequences))
         loss.backward()
         if world is not None:  # add up what all ranks found in their shares, in one call
             grads = [p.grad for p in policy.parameters() if p.grad is not None]

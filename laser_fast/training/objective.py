@@ -2,13 +2,14 @@
 
     L = sum_policy rows weight * (w * policy loss + kl_coef * k3 - entropy_coef * H)
       + score_coef * sum_score rows weight * (beta (logprob - ref_logprob) - reward)^2
+      + router_weight * load-balancing loss of the experts (families.balancing_loss)
 
     w   = importance weight of exp(old - rollout logprob), without gradient: min(., tis_cap) by
           default (algorithm.loss.importance_weights), or 1 for tis_cap = 0
     k3  = exp(d) - 1 - d, d = reference - current logprob; neither w nor a ratio weights it
     H   = entropy of the row's whole distribution
 
-Both weights already hold global denominators, so L is summed over microbatches and ranks.
+All weights already hold global denominators, so L is summed over microbatches and ranks.
 """
 
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class HeadResult(NamedTuple):
     logprobs: Tensor  # [N]
     policy_loss: Tensor  # scalar, its share of `loss`
     score_loss: Tensor  # scalar, before score_coef
+    router_loss: Tensor  # scalar, its share of `loss`
 
 
 def sampling_weights(config: LossConfig, rows: PolicyRows, old: Tensor, *, cap: float) -> Tensor:
@@ -69,6 +71,7 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
             logprobs=hidden_states.new_zeros(len(batch.labels), dtype=torch.float32),
             policy_loss=hidden_states.new_zeros((), dtype=torch.float32),
             score_loss=hidden_states.new_zeros((), dtype=torch.float32),
+            router_loss=head.router_loss.detach(),
         )
 
         def loss_fn(logprobs: Tensor, rows: slice) -> Tensor:
@@ -89,7 +92,7 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
             loss = loss_fn(logprobs, everything)
         else:
             loss = linear_logprob_loss(*arguments, loss_fn, **options)
-        return measured._replace(loss=loss)
+        return measured._replace(loss=loss + head.router_loss)
 
     return read
 

@@ -28,7 +28,7 @@ from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World, stop_at_sigterm
 from laser_fast.model.families import LmHead, position_limit
-from laser_fast.model.packing import Ids, Packer, plan_shares
+from laser_fast.model.packing import Ids, Packer, plan_shares, with_router_weights
 from laser_fast.model.policy import Policy, build_policy, load_model_config
 from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
 from laser_fast.model.weights import base_digest
@@ -71,15 +71,15 @@ def supervised_sequences(rows: Sequence[tuple[Ids, Ids]], world: World) -> list[
     ]
 
 
-def supervised_loss(policy: Policy, batch: Microbatch) -> Tensor:
-    """The part of L, scalar float32, that the sequences of a microbatch add."""
+def supervised_loss(policy: Policy, batch: Microbatch) -> tuple[Tensor, Tensor]:
+    """The part of L, scalar float32, that the sequences of a microbatch add, and its routers'."""
 
-    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+    def read(hidden_states: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
         def loss_fn(logprobs: Tensor, rows: slice) -> Tensor:
             return -(batch.policy.weights[rows] * logprobs).sum()
 
         arguments = (hidden_states, head.weight, batch.labels)
-        return linear_logprob_loss(*arguments, loss_fn, **head.at(1.0))
+        return linear_logprob_loss(*arguments, loss_fn, **head.at(1.0)), head.router_loss
 
     return policy(batch, read)
 
@@ -104,16 +104,18 @@ class SftTrainer:
             responses = self.encode([prompt.answer for prompt in prompts])
             pairs = [(p.prompt_ids, ids) for p, ids in zip(prompts, responses, strict=True)]
             sequences = supervised_sequences(pairs, self.world)
-            batches = self.packer.microbatches(sequences)
-            metrics = pack_metrics(self.policy, sequences, [batches], self.world)
-        loss = torch.zeros((), device=self.world.device)
+            coef = self.config.model.router_aux_loss_coef
+            updates = [self.packer.microbatches(sequences)]
+            [batches] = updates = with_router_weights(updates, coef, self.world)
+            metrics = pack_metrics(self.policy, sequences, updates, self.world)
+        losses = torch.zeros(2, device=self.world.device)
         with self.stage("loss"):
             for index, batch in enumerate(batches):
                 self.policy.expect_backward(is_last=index == len(batches) - 1)
-                part = supervised_loss(self.policy, batch)
+                part, balance = supervised_loss(self.policy, batch)
                 # FSDP2 averages gradients over ranks, but the denominator is already global.
-                (part * self.world.size).backward()
-                loss += part.detach()
+                ((part + balance) * self.world.size).backward()
+                losses += torch.stack([part, balance.to(part)]).detach()
         with self.stage.only("step"):
             metrics["step/lr"] = learning_rate(step, self.config.optim)
             norm = apply_gradients(
@@ -129,7 +131,9 @@ class SftTrainer:
                 "lower optim.lr, or look for damaged rows"
             )
         metrics["step/grad_norm"] = norm
-        metrics["loss/response"] = float(self.world.sum(loss))
+        metrics["loss/response"], balance = self.world.sum(losses).tolist()
+        if coef:
+            metrics["loss/router"] = balance / coef
         metrics |= self.stage.pop()
         return metrics | update_speed(metrics, self.world)
 

@@ -80,7 +80,7 @@ def update_speed(metrics: Mapping[str, float], world: World) -> dict[str, float]
     return found
 
 
-_SUMS = "policy score disagreement probes clipped kl trained weights squares cut".split()
+_SUMS = "policy score gaps probes clipped kl trained weights squares cut router routed".split()
 
 
 class RowMetrics:
@@ -110,8 +110,10 @@ class RowMetrics:
         sums = self._sums
         sums["policy"] += result.policy_loss
         sums["score"] += result.score_loss
+        sums["router"] += result.router_loss
+        sums["routed"] += batch.router_weight
         gaps = (old - policy.rollout_logprobs).abs()
-        sums["disagreement"] += torch.where(policy.is_probe, gaps, 0).sum()
+        sums["gaps"] += torch.where(policy.is_probe, gaps, 0).sum()
         sums["probes"] += policy.is_probe.sum()
         # Whatever else is there: some rows that train nothing are probes.
         trains = policy.weights * policy.advantages != 0
@@ -133,7 +135,7 @@ class RowMetrics:
 
     def disagreement(self, world: World) -> float:
         """Mean |policy - engine| log-prob so far, in nats. Collective."""
-        pair = torch.stack([self._sums["disagreement"], self._sums["probes"]])
+        pair = torch.stack([self._sums["gaps"], self._sums["probes"]])
         total, probes = world.sum(pair).tolist()
         return total / max(probes, 1)
 
@@ -151,10 +153,12 @@ class RowMetrics:
             "loss/policy": sums["policy"],
             "loss/score": sums["score"],
             "loss/clip_frac": sums["clipped"] / num_tokens,
-            "rollout/disagreement": sums["disagreement"] / max(sums["probes"], 1),
+            "rollout/disagreement": sums["gaps"] / max(sums["probes"], 1),
         }
         if has_reference:
             metrics["loss/kl"] = sums["kl"] / num_tokens
+        if sums["routed"]:
+            metrics["loss/router"] = sums["router"] / sums["routed"]
         if self._config.tis_cap > 0:
             trained, weights = sums["trained"] or math.nan, sums["weights"]
             metrics |= {

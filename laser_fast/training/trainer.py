@@ -22,7 +22,7 @@ from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
 from laser_fast.model.logprobs import label_logprobs, with_scores
-from laser_fast.model.packing import Packer, share_out
+from laser_fast.model.packing import Packer, share_out, with_router_weights
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rewards import RewardError
@@ -84,6 +84,7 @@ class Trainer:
             sequences = training_sequences(groups, self.world, tables, advantages, config)
             parts = [share_out(part, self.world) for part in self._minibatches(sequences)]
             updates = [self.packer.microbatches(part) for part in parts]
+            updates = with_router_weights(updates, config.model.router_aux_loss_coef, self.world)
             per_pass, epochs = len(updates), config.optim.epochs
             metrics = pack_metrics(self.policy, sequences, updates * epochs, self.world)
         with self.stage("loss"):

@@ -171,7 +171,7 @@ def test_a_supervised_loss_reads_the_head_as_it_is(policy, family, world):
     packer = Packer(
         budget=400, score_token_id=0, score_at="eos", temperature=1.0, device=world.device
     )
-    found = supervised_loss(policy, packer.pack(supervised_sequences(rows, world)))
+    found, _ = supervised_loss(policy, packer.pack(supervised_sequences(rows, world)))
     want = sum(losses) / sum(len(response) for _, response in rows)
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
 

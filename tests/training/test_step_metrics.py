@@ -49,6 +49,7 @@ def make_result(logprobs, *, policy_loss, score_loss):
         logprobs=torch.tensor(logprobs),
         policy_loss=torch.tensor(policy_loss),
         score_loss=torch.tensor(score_loss),
+        router_loss=torch.tensor(0.0),
     )
 
 
