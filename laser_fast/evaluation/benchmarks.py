@@ -152,8 +152,11 @@ def check_golds(prompts: Sequence[Prompt], *, kind: str, grader: Grader) -> dict
 
     Returns the ids of "golds_rejected", not even equal to themselves, so that no answer can be
     right; and of "golds_unreadable", which match only the very same text, so that any other right
-    answer fails to be graded and is dropped.
+    answer fails to be graded and is dropped. A user's function, which need not read a box, is not
+    asked.
     """
+    if ":" in kind:
+        return {"golds_rejected": [], "golds_unreadable": []}
     golds, extract = [prompt.answer for prompt in prompts], answer_of(kind)
     own = grader.grade([rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds], golds)
     wrong = grader.grade([rf"\boxed{{{_NOBODYS_ANSWER}}}"] * len(golds), golds)

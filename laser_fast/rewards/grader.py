@@ -88,6 +88,7 @@ class Grader(ExitStack):
         *,
         prompts: Sequence[str] | None = None,
         fields: Sequence[str] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float | None]:
         """Return one reward per completion; None for a grade that failed.
 
@@ -104,6 +105,7 @@ class Grader(ExitStack):
                 `<answer>` tags where the prompt asks for them; without prompts it wants exactly
                 one box.
             fields: `Prompt.fields`, for a function that asks for them.
+            ids: tokens of the completions, likewise.
 
         Raises:
             RewardError: if a user's function raises, or returns anything but one finite number or
@@ -122,7 +124,7 @@ class Grader(ExitStack):
         if self._config.kind in _BUILT_IN:
             outcomes = self._run_built_in(completions)
         else:
-            outcomes = self._run_users(completions, prompts, fields)
+            outcomes = self._run_users(completions, prompts, fields, ids)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         for reason, count in Counter(failure.reason for failure in failures).items():
             example = next(failure.summary for failure in failures if failure.reason == reason)
@@ -161,17 +163,14 @@ class Grader(ExitStack):
         return outcomes
 
     def _run_users(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        prompts: Sequence[str] | None,
-        fields: Sequence[str] | None,
+        self, pairs: Sequence[tuple[str, str]], *told: Sequence[Any] | None
     ) -> list[Any]:
-        """The mapped reward or a `Failure` for each completion with its gold."""
+        """The mapped reward or a `Failure` for each completion with its gold and what is told."""
         if not pairs:
             return []
         kind, config = self._config.kind, self._config
         [outcome] = outcomes = self._pool.run(
-            _USER, [(kind, pairs, prompts, fields)], deadline_s=config.batch_timeout_s
+            _USER, [(kind, pairs, *told)], deadline_s=config.batch_timeout_s
         )
         if isinstance(outcome, Failure) and outcome.reason != "error" and len(pairs) > 1:
             _log.warning(
@@ -180,7 +179,7 @@ class Grader(ExitStack):
                 *(kind, len(pairs), outcome.summary, config.batch_timeout_s),
             )
             at = [slice(i, i + 1) for i in range(len(pairs))]
-            singly = [(kind, pairs[i], prompts and prompts[i], fields and fields[i]) for i in at]
+            singly = [(kind, pairs[i], *(each and each[i] for each in told)) for i in at]
             outcomes = self._run(_USER, singly)
         for error in outcomes:
             if isinstance(error, Failure) and error.reason == "error":
@@ -221,7 +220,9 @@ def grade_groups(
     members = [(group.prompt, c) for group in groups for c in group.completions]
     texts = [decode(completion.completion_ids) for _, completion in members]
     answers = [prompt.answer for prompt, _ in members]
-    told = {"prompts": [p.text for p, _ in members], "fields": [p.fields for p, _ in members]}
+    told: dict[str, Any] = {"prompts": [p.text for p, _ in members]}
+    told["fields"] = [p.fields for p, _ in members]
+    told["ids"] = [c.completion_ids for _, c in members]
     rewards = grader.grade(texts, answers, **told)
     extras: list[dict[str, float | None]] = [{} for _ in members]
     for name, extra in grader.extras.items() if with_extras else ():

@@ -4,11 +4,11 @@
     def reward(prompts, completions, answer, **kwargs) -> list[float]     # as TRL calls it
     async def reward(completions, level) -> list[float]                   # level: of the data
 
-It gets what its parameters ask for by name: prompts, completions and answers, or answer, which is
-the same list, and any field of the data; `**kwargs` gets them all but the fields. It may be async,
-as a judge behind a network is. It returns one finite number per completion, in order; None says
-that this one could not be graded. Nothing else is accepted: a list of another length would
-otherwise be broadcast over the batch.
+It gets what its parameters ask for by name: prompts, completions, their completion_ids, answers, or
+answer, which is the same list, and any field of the data; `**kwargs` gets them all but the fields.
+It may be async, as a judge behind a network is. It returns one finite number per completion, in
+order; None says that this one could not be graded. Nothing else is accepted: a list of another
+length would otherwise be broadcast over the batch.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from typing import Any
 from laser_fast.config_errors import RunError
 from laser_fast.rewards.pool import resolve
 
-_OFFERED = ("prompts", "completions", "answers", "answer")
+_OFFERED = ("prompts", "completions", "answers", "answer", "completion_ids")
 _runner = cache(asyncio.Runner)  # one event loop for all calls: a module's client stays with it
 
 
@@ -49,10 +49,11 @@ def call(
     pairs: Sequence[tuple[str, str]],
     prompts: Sequence[str] | None,
     fields: Sequence[str] | None,
+    ids: Sequence[Sequence[int]] | None,
 ) -> list[float | None]:
     """Call the function that `kind` names with the completions and answers of `pairs`.
 
-    `fields` are those of the data, a JSON object for each completion.
+    `fields` are those of the data, a JSON object for each completion; `ids` are the completions'.
     """
     completions, answers = map(list, zip(*pairs, strict=True))
     asked, takes_all = _parameters(kind)
@@ -63,6 +64,8 @@ def call(
     offered |= {"completions": completions, "answers": answers, "answer": answers}
     if prompts is not None:
         offered["prompts"] = list(prompts)
+    if ids is not None:
+        offered["completion_ids"] = [list(own_ids) for own_ids in ids]
     if missing := [p.name for p in asked if p.default is p.empty and p.name not in offered]:
         raise RewardError(f'reward function "{kind}": there are no {", ".join(missing)} here')
     names = offered if takes_all else {p.name for p in asked} & offered.keys()

@@ -11,7 +11,8 @@ from laser_fast.rewards import Grader, RewardError, grade_groups
 MODULE = """
 import asyncio, ctypes, os
 
-def length(completions):
+def length(completions, completion_ids):
+    assert ["".join(map(chr, ids)) for ids in completion_ids] == completions
     return [len(c) - 3 for c in completions]  # any finite number
 
 async def by_level(prompts, completions, level):
