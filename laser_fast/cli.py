@@ -209,7 +209,7 @@ def calibrate(
     overrides: Overrides = None,
     token: Annotated[str | None, Option(help="z_c; without it all reserved compete.")] = None,
     beta: Beta = None,
-    limit: Annotated[int, Option(min=1, help="Prompts, at most those of the data.")] = 64,
+    limit: Annotated[int, Option(min=0, help="Only so many prompts, drawn; 0: all.")] = 64,
     samples: Annotated[int, Option(min=1, help="Completions per prompt.")] = 4,
     template: Annotated[list[str] | None, Option(help="chat, or a text with {prompt}.")] = None,
     data_dir: DataDir = None,

@@ -112,8 +112,8 @@ def calibrate(
 ) -> Calibration | None:
     """Sample the model on the prompts of `data`; see `laser-fast calibrate --help`.
 
-    All ranks but the first return None. A ConfigError names what does not fit, or says that no
-    completion ended.
+    With 0 `prompts`, on all. All ranks but the first return None. A ConfigError names what does not
+    fit, or says that no completion ended.
     """
     wordings = [
         PromptConfig.parse(config.data.model_dump() | {"template": text}, source="--template")
@@ -131,12 +131,9 @@ def calibrate(
         rows = open_rows(data.source, split=config.data.eval_split)
         drawn: list[tuple[str, Prompt]] = []
         for wording in wordings:
-            source = PromptSource(
-                wording, tokenizer, rows, name="train", seed=config.seed, per_step=prompts
-            )
-            # A small file would give its prompts again, as if they were others.
-            found = source.prompts(0)[: source.num_prompts]
-            drawn.extend((wording.template, prompt) for prompt in found)
+            source = PromptSource(wording, tokenizer, rows, name="train", seed=config.seed)
+            count = source.num_prompts if prompts == 0 else min(prompts, source.num_prompts)
+            drawn.extend((wording.template, prompt) for prompt in source.at("", range(count)))
         own = drawn[world.rank :: world.size]
         readings = _measure(own, list(tokens.values()), config, vocabulary, samples, world)
     return rank_candidates(readings, tokens) if world.is_main else None
