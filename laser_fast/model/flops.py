@@ -7,6 +7,7 @@
 Recomputed forwards do not count, nor those that only read log-probs.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -15,13 +16,20 @@ from torch.nn import Parameter
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch
 
-# Dense bfloat16 FLOP/s in the vendor's data sheets, by a part of the device's name.
+# Dense bfloat16 FLOP/s in the vendor's data sheets, summed in float32, by a part of the device's
+# name, or its end: an A10G, a 4090 D and a 4090 of a laptop are others.
 PEAK_FLOPS = {
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "B200": 2250e12,
+    "L40S": 362e12,
+    "L4$": 121e12,
+    "A10$": 125e12,
+    "RTX 4090$": 165.2e12,
+    "RTX 3090$": 71e12,
 }
 
 
@@ -53,4 +61,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(part, name)), None)
