@@ -220,7 +220,7 @@ class ForwardConfig(Section):
     """The budget of the policy's forwards."""
 
     tokens_per_microbatch: int = Field(16384, ge=1)
-    """Token budget of one forward and backward; memory and speed, and results of a router loss."""
+    """Token budget of one forward and backward; changes results with a router loss only."""
 
 
 class UpdateConfig(ForwardConfig):
