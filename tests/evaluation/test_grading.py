@@ -66,7 +66,8 @@ def test_golds_that_cannot_be_right_are_found():
 
 def test_groups_are_graded_in_one_call():
     class LengthGrader:
-        def grade(self, texts, answers, *, prompts, fields):
+        def grade(self, texts, answers, *, prompts, fields, ids):
+            assert ["".join(map(chr, own)) for own in ids] == texts
             assert (texts, answers, prompts) == (["a", "ab", "c"], ["1", "1", "2"], ["p", "p", "q"])
             return [1.0, None, 3.0]
 
