@@ -355,10 +355,8 @@ class Config(MeasureConfig):
                 "set advantage.score_coef = 0 or train the score"
             )
         if 0 < self.loss.clip_dual <= 1:
-            yield (
-                f"loss.clip_dual = {self.loss.clip_dual:g} would cut the gradient of every "
-                "unlikely completion; set it above 1, such as 3.0, or to 0 for no dual clip"
-            )
+            dual = f"loss.clip_dual = {self.loss.clip_dual:g}"
+            yield f"{dual} would cut the gradient of every unlikely completion; set it to 3.0, or 0"
         if rollout.steps_ahead and self.loss.tis_cap == 0:
             yield f"{rollout.steps_ahead = } needs loss.tis_cap, got 0; set that to 2.0"
         if rollout.steps_ahead and data.skips_prompts:
@@ -366,10 +364,7 @@ class Config(MeasureConfig):
         if data.pass_rate[0] > data.pass_rate[1]:
             yield f"data.pass_rate = {[*data.pass_rate]} must be [lowest, highest]"
         if data.eval_every > 0 and not data.eval:
-            yield (
-                f"{data.eval_every = } has nothing to evaluate; name held-out prompts in "
-                "data.eval or set data.eval_every = 0"
-            )
+            yield f"{data.eval_every = } has nothing to evaluate; name held-out rows in data.eval"
         if self.checkpoint.asynchronous and self.optim.state_bits == 8:
             yield "checkpoint.asynchronous cannot copy moments of 8 bits; leave one of both out"
         if self.checkpoint.best and not data.eval:
