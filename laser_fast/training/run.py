@@ -113,7 +113,7 @@ def train(
                         said = f"best {checkpoints.best} so far: {found.value:.4g}"
                         logger.info("%s after %d steps", said, found.step)
                 must_evaluate = False
-                is_last = completed == config.optim.steps or found.is_over
+                is_last = completed >= config.optim.steps or found.is_over
                 if completed > 0:
                     if is_last or is_due(completed, checkpoints.every) or found.step == completed:
                         _save(trainer, completed, writer if checkpoints.asynchronous else None)

@@ -109,6 +109,17 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(one_rank, tmp_path, na
     assert len(samples) == STEPS * GROUPS * GROUP_SIZE
 
 
+def test_a_run_that_is_asked_for_fewer_steps_than_it_has_is_through(
+    one_rank, tmp_path, monkeypatch
+):
+    run, copy = one_rank / "plain" / "run", tmp_path / "run"
+    shutil.copytree(run, copy)
+    monkeypatch.setattr("laser_fast.training.trainer.Trainer.step", None)
+    config = load_config(run.parent / "config.toml", [f"output_dir={copy}", "optim.steps=3"])
+    assert train_run(config, resume=True)
+    assert read_metrics(copy) == read_metrics(run)
+
+
 def test_a_run_continues_on_another_world_size(two_ranks, tmp_path):
     run = two_ranks / "plain" / "run"
     resume_copy(run, tmp_path / "resumed", "optim.tokens_per_microbatch=1000")
