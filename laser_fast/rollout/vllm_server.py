@@ -32,7 +32,7 @@ from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm import import_vllm
-from laser_fast.stopping import StopRun, poll_until_done
+from laser_fast.stopping import poll_until_done
 
 OLDEST, NEWEST = (0, 28), (0, 32)  # the version of the weights is asked for since 0.28
 # Groups in flight from one rank; the server batches them as it likes.
@@ -127,7 +127,7 @@ class VllmServerEngine(CopyingEngine):
             futures = [pool.submit(answer, item) for item in items]
             try:
                 poll_until_done(futures)
-            except StopRun:  # nobody asks again
+            except BaseException:  # nobody asks again, and the rest is not worth a wait
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._http.close()
                 raise

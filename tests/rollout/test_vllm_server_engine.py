@@ -223,6 +223,17 @@ def test_an_aborted_completion_is_the_servers_failure(scripted, served_ids):
         engine.generate(PROMPTS[:1], replace(SAMPLING, group_size=1))
 
 
+def test_a_request_that_fails_does_not_wait_for_the_others(scripted, served_ids):
+    server, _ = scripted
+    server.replies = [probe_reply([1, 2], [-0.5, -7.0])]
+    engine = connect(url_of(server), served_ids)
+    server.replies = [(400, "bad prompt"), *[("late", "")] * 4]
+    started = time.monotonic()
+    with pytest.raises((ServerError, ValueError)):
+        engine.generate(PROMPTS, SAMPLING)
+    assert time.monotonic() - started < 8  # the late ones hang up after 10 s, and are sent again
+
+
 def test_a_failed_request_is_sent_again(scripted):
     server, client = scripted
     server.replies = [(None, ""), (500, "busy"), (200, '{"answer": 1}'), (200, '{"answer": 2}')]
