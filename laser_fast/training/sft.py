@@ -11,12 +11,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from laser_fast.config import ConfigError
 from laser_fast.config_errors import RunError
@@ -84,24 +82,80 @@ def supervised_loss(policy: Policy, batch: Microbatch) -> tuple[Tensor, Tensor]:
     return policy(batch, read)
 
 
-@dataclass(kw_only=True)
 class SftTrainer:
-    """The parts of a supervised phase that a step needs."""
+    """What lives from step to step of a supervised phase. Every method is collective."""
 
-    config: SftConfig
-    world: World
-    stage: StageTimer
-    encode: Callable[[list[str]], list[Ids]]  # responses with their EOS
-    rows: PromptSource
-    packer: Packer
-    policy: Policy
-    optimizer: Optimizer
+    def __init__(self, config: SftConfig, world: World, stage: StageTimer) -> None:
+        """Check every input, then load the model."""
+        self.config, self.world, self.stage = config, world, stage
+        model_config = load_model_config(config.model)
+        self._tokenizer = load_tokenizer(config.model.path)
+        ends = find_eos_token_ids(config.model.path, self._tokenizer, model_config)
+        # Of several ends, the one that the tokenizer, and so its chat template, writes.
+        eos = self._tokenizer.eos_token_id
+        self._eos = eos if eos in ends else ends[0]
+        self.rows = self._open_rows(position_limit(model_config), model_config.vocab_size)
+        self.packer = Packer(
+            budget=config.optim.tokens_per_microbatch,
+            score_token_id=self._eos,  # no row has this label; a rank without rows computes it
+            score_at="eos",
+            temperature=1.0,
+            device=world.device,
+            agree=world.max,
+        )
+        self.policy = build_policy(config.model, world)
+        self.optimizer = build_optimizer(self.policy, config.optim)
+        base = base_digest(config.model, self.policy.hf.config)
+        self.digests = {"data.train": self.rows.digest, **base}
+
+    def _open_rows(self, positions: int, vocab_size: int) -> PromptSource:
+        """The rows that fit a model; a ConfigError says what it cannot be trained on."""
+        data = self.config.data
+        if (longest := self.config.max_sequence_tokens) > positions:
+            raise ConfigError(
+                f"data.max_prompt_tokens + data.max_response_tokens = {longest} exceeds the "
+                f"{positions} positions of the model; lower one of them"
+            )
+        rows = PromptSource(
+            data,
+            self._tokenizer,
+            open_rows(data.train, split=data.train_split),
+            name="train",
+            seed=self.config.seed,
+            per_step=data.rows_per_step,
+        )
+        rows.check_ids(vocab_size)
+        limit = data.max_response_tokens
+
+        def are_long(responses: list[str]) -> list[bool]:
+            found = self._encode(responses)
+            if (largest := max(map(max, found))) >= vocab_size:
+                raise ConfigError(
+                    f"{data.train}: a response has the token {largest}, beyond the "
+                    f"{vocab_size} of the model; its tokenizer is of another model"
+                )
+            return [len(ids) > limit for ids in found]
+
+        rows.drop_answers(are_long)
+        if rows.num_prompts == 0:
+            raise ConfigError(
+                f"{data.train}: no row is left, all responses are longer than "
+                f"data.max_response_tokens = {limit}; raise it"
+            )
+        if rows.num_dropped:
+            logger.info("dropped %d rows with over-long prompts or responses", rows.num_dropped)
+        return rows
+
+    def _encode(self, responses: list[str]) -> list[Ids]:
+        """Ids of responses with their EOS."""
+        found = self._tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
+        return [(*ids, self._eos) for ids in found]
 
     def step(self, step: int) -> dict[str, float]:
         """Run step 0, 1, ... and return its metrics over all ranks."""
         with self.stage("pack"):
             prompts = self.rows.prompts(step)
-            responses = self.encode([prompt.answer for prompt in prompts])
+            responses = self._encode([prompt.answer for prompt in prompts])
             pairs = [(p.prompt_ids, ids) for p, ids in zip(prompts, responses, strict=True)]
             sequences = supervised_sequences(pairs, self.world)
             coef = self.config.model.router_aux_loss_coef
@@ -137,6 +191,24 @@ class SftTrainer:
         metrics |= self.stage.pop()
         return metrics | update_speed(metrics, self.world)
 
+    def resume(self, checkpoint: Path) -> int:
+        """Go on from a checkpoint; returns how many steps it has."""
+        check_digests(checkpoint, self.digests)
+        state = load_checkpoint(checkpoint, policy=self.policy, optimizer=self.optimizer)
+        logger.info("resumed from %s", checkpoint)
+        return state["step"]
+
+    def save(self, completed: int) -> Path:
+        """Write a checkpoint after so many steps."""
+        return save_checkpoint(
+            self.config,
+            completed,
+            policy=self.policy,
+            optimizer=self.optimizer,
+            state={"digests": self.digests},
+            world=self.world,
+        )
+
 
 def sft(
     config: SftConfig,
@@ -154,15 +226,8 @@ def sft(
         checkpoint = world.on_main(lambda: latest_checkpoint(folder))
     with writing(folder), ExitStack() as stack:
         check_stop = stack.enter_context(stop_at_sigterm(world))
-        trainer = _build_trainer(config, world, StageTimer(world.device, after_stage=check_stop))
-        completed = 0
-        base = base_digest(config.model, trainer.policy.hf.config)
-        digests = {"data.train": trainer.rows.digest, **base}
-        if checkpoint:
-            check_digests(checkpoint, digests)
-            state = load_checkpoint(checkpoint, policy=trainer.policy, optimizer=trainer.optimizer)
-            completed = state["step"]
-            logger.info("resumed from %s", checkpoint)
+        trainer = SftTrainer(config, world, StageTimer(world.device, after_stage=check_stop))
+        completed = trainer.resume(checkpoint) if checkpoint else 0
         log = Log()
         if world.is_main:
             log = RunLog(folder, config, resume_step=completed if resume else None)
@@ -173,86 +238,11 @@ def sft(
                 log.log_step(completed, trainer.step(completed))
                 completed += 1
                 if is_due(completed, config.checkpoint.every) or completed == config.optim.steps:
-                    _save(trainer, completed, digests)
+                    trainer.save(completed)
         except StopRun:
-            path = _save(trainer, completed, digests)
+            path = trainer.save(completed)
             logger.warning("stopped by SIGTERM; continue with --resume from %s", path)
             return False
         write_model(trainer.policy, config.model, folder / "model", world)
         log.finish(completed, wall_seconds=time.monotonic() - started)
         return True
-
-
-def _build_trainer(config: SftConfig, world: World, stage: StageTimer) -> SftTrainer:
-    """Check every input, then load the model."""
-    model_config, data = load_model_config(config.model), config.data
-    limit = position_limit(model_config)
-    if config.max_sequence_tokens > limit:
-        raise ConfigError(
-            "data.max_prompt_tokens + data.max_response_tokens = "
-            f"{config.max_sequence_tokens} exceeds the {limit} "
-            "positions of the model; lower one of them"
-        )
-    tokenizer = load_tokenizer(config.model.path)
-    ends = find_eos_token_ids(config.model.path, tokenizer, model_config)
-    # Of several ends, the one that the tokenizer, and so its chat template, writes.
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-
-    def encode(responses: list[str]) -> list[Ids]:
-        found = tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
-        return [(*ids, eos) for ids in found]
-
-    source = open_rows(data.train, split=data.train_split)
-    rows = PromptSource(
-        data, tokenizer, source, name="train", seed=config.seed, per_step=data.rows_per_step
-    )
-    rows.check_ids(model_config.vocab_size)
-    limit = data.max_response_tokens
-
-    def are_long(responses: list[str]) -> list[bool]:
-        found = encode(responses)
-        if (largest := max(map(max, found))) >= model_config.vocab_size:
-            raise ConfigError(
-                f"{data.train}: a response has the token {largest}, beyond the "
-                f"{model_config.vocab_size} of the model; its tokenizer is of another model"
-            )
-        return [len(ids) > limit for ids in found]
-
-    rows.drop_answers(are_long)
-    if rows.num_prompts == 0:
-        raise ConfigError(
-            f"{data.train}: no row is left, all responses are longer than "
-            f"data.max_response_tokens = {limit}; raise it"
-        )
-    if rows.num_dropped:
-        logger.info("dropped %d rows with over-long prompts or responses", rows.num_dropped)
-    packer = Packer(
-        budget=config.optim.tokens_per_microbatch,
-        score_token_id=eos,  # no row has this label; a rank without rows computes it
-        score_at="eos",
-        temperature=1.0,
-        device=world.device,
-        agree=world.max,
-    )
-    policy = build_policy(config.model, world)
-    return SftTrainer(
-        config=config,
-        world=world,
-        stage=stage,
-        encode=encode,
-        rows=rows,
-        packer=packer,
-        policy=policy,
-        optimizer=build_optimizer(policy, config.optim),
-    )
-
-
-def _save(trainer: SftTrainer, completed: int, digests: dict[str, str]) -> Path:
-    return save_checkpoint(
-        trainer.config,
-        completed,
-        policy=trainer.policy,
-        optimizer=trainer.optimizer,
-        state={"digests": digests},
-        world=trainer.world,
-    )
