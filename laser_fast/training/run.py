@@ -210,7 +210,7 @@ def _build_trainer(
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
         first_step, ref_logprob = state["step"], state["ref_logprob"]
-        cap.load_state_dict(state["cap"])
+        cap.ratio = state["cap"]["ratio"]
         if sampler.curriculum:
             sampler.curriculum.state = state["curriculum"]
         num_bad = state.get("bad_steps", 0)
@@ -303,7 +303,7 @@ def _save(
         optimizer=trainer.optimizer,
         state={
             "ref_logprob": None if math.isnan(ref_logprob) else ref_logprob,  # JSON has no nan
-            "cap": trainer.cap.state_dict(),
+            "cap": {"ratio": trainer.cap.ratio},
             "digests": trainer.sampler.digests,
             "bad_steps": trainer.bad_steps.count,
             "must_evaluate": must_evaluate,

@@ -16,6 +16,7 @@ the parameters at first and 5 times at step 60, so such a cap tightens where it 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,13 +50,13 @@ def is_due(completed: int, every: int) -> bool:
     return every > 0 and completed % every == 0
 
 
+@dataclass(kw_only=True)
 class GradientCap:
-    """Scales alpha by the measured ratio of both gradient norms."""
+    """Scales alpha by the measured ratio of both gradient norms, which a checkpoint keeps."""
 
-    def __init__(self, *, loss_coef: float, max_ratio: float) -> None:
-        self.loss_coef = loss_coef
-        self.max_ratio = max_ratio
-        self._ratio: float | None = None  # |g_score| at the full alpha over |g_policy|
+    loss_coef: float
+    max_ratio: float
+    ratio: float | None = None  # |g_score| at the full alpha over |g_policy|
 
     def is_due(self, score_step: int) -> bool:
         """Whether to measure in this step, counted from the first one with a score term."""
@@ -70,18 +71,10 @@ class GradientCap:
         if policy_norm == 0 or not math.isfinite(policy_norm + score_norm):
             return
         ratio = score_norm / policy_norm
-        self._ratio = ratio if self._ratio is None else DECAY * self._ratio + (1 - DECAY) * ratio
+        self.ratio = ratio if self.ratio is None else DECAY * self.ratio + (1 - DECAY) * ratio
 
     def coef(self) -> float:
         """The coefficient of the score term by the measurements so far."""
-        if self._ratio is None or self._ratio <= self.max_ratio:
+        if self.ratio is None or self.ratio <= self.max_ratio:
             return self.loss_coef
-        return self.loss_coef * self.max_ratio / self._ratio
-
-    def state_dict(self) -> dict[str, float | None]:
-        """The running ratio, for an exact resume."""
-        return {"ratio": self._ratio}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Continue from a saved ratio."""
-        self._ratio = state["ratio"]
+        return self.loss_coef * self.max_ratio / self.ratio
