@@ -159,12 +159,7 @@ def run(case):
             packer=packer,
         )
         trainer = Trainer(
-            config=config,
-            world=world,
-            stage=stage,
             sampler=sampler,
-            packer=packer,
-            policy=policy,
             reference=None,
             optimizer=build_optimizer(policy, config.optim),
             cap=GradientCap(

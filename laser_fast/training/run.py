@@ -217,12 +217,7 @@ def _build_trainer(
         must_evaluate = state.get("must_evaluate", False) or first_step == 0
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
-        config=config,
-        world=sampler.world,
-        stage=sampler.stage,
         sampler=sampler,
-        packer=sampler.packer,
-        policy=policy,
         reference=reference,
         optimizer=optimizer,
         score=_settle_score(sampler, ref_logprob),

@@ -9,7 +9,7 @@ step to step; laser_fast/training/run.py builds it, evaluates and saves.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -17,12 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from laser_fast.algorithm.score import SelfScore, check_reference, refit_reference
-from laser_fast.config import Config
 from laser_fast.log.run_folder import RunFolder
-from laser_fast.log.timer import StageTimer
-from laser_fast.model.distributed import World
 from laser_fast.model.logprobs import label_logprobs, with_scores
-from laser_fast.model.packing import Packer, share_out, with_router_weights
+from laser_fast.model.packing import share_out, with_router_weights
 from laser_fast.model.policy import Policy
 from laser_fast.records import Group, Microbatch, TrainingSequence
 from laser_fast.rewards import RewardError
@@ -40,21 +37,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Trainer:
-    """The parts of a run that a step needs."""
+    """The parts of a run that a step needs; some are the sampler's, too."""
 
-    config: Config
-    world: World
-    stage: StageTimer
     sampler: Sampler
-    packer: Packer
-    policy: Policy
     reference: Policy | None  # whose model without adapters is the KL penalty's
     optimizer: Optimizer
     score: SelfScore
     cap: GradientCap
-    bad_steps: BadSteps = field(init=False)
 
     def __post_init__(self) -> None:
+        sampler = self.sampler
+        self.config, self.world, self.stage = sampler.config, sampler.world, sampler.stage
+        self.policy, self.packer = sampler.policy, sampler.packer
         folder, limit = RunFolder(Path(self.config.output_dir)), self.config.optim.max_bad_steps
         self.bad_steps = BadSteps(folder.bad_steps, limit, self.world.rank)
 

@@ -59,13 +59,12 @@ def make_trainer(model, world, *, epochs):
         temperature=TEMPERATURE,
         device=world.device,
     )
+    sampler = SimpleNamespace(
+        config=settings(epochs), world=world, stage=StageTimer(), packer=packer, policy=policy
+    )
+    sampler.sample, sampler.staleness, sampler.sync_disagreement = lambda step: GROUPS, 1, 0.0
     return Trainer(
-        config=settings(epochs),
-        world=world,
-        stage=StageTimer(),
-        sampler=SimpleNamespace(sample=lambda step: GROUPS, staleness=1, sync_disagreement=0.0),
-        packer=packer,
-        policy=policy,
+        sampler=sampler,
         reference=None,
         optimizer=SGD(policy.parameters()),
         score=SCORE,

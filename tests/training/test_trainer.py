@@ -26,19 +26,13 @@ SCORE = SelfScore(token_id=SCORE_TOKEN, beta=0.2, ref_logprob=-7.5)
 def make_trainer(model, world, *, max_ratio):
     config = make_config()
     policy = build_policy(ModelConfig(path=str(model)), world)
+    packer = Packer(
+        budget=48, score_token_id=SCORE_TOKEN, score_at="eos", temperature=0.7, device=world.device
+    )
     return Trainer(
-        config=config,
-        world=world,
-        stage=None,
-        sampler=None,
-        packer=Packer(
-            budget=48,
-            score_token_id=SCORE_TOKEN,
-            score_at="eos",
-            temperature=0.7,
-            device=world.device,
+        sampler=SimpleNamespace(
+            config=config, world=world, stage=None, packer=packer, policy=policy
         ),
-        policy=policy,
         reference=None,
         optimizer=AdamW(policy.parameters()),
         score=SCORE,
