@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
@@ -203,28 +203,25 @@ def _build_trainer(
     sampler: Sampler, reference: Policy | None, checkpoint: Path | None
 ) -> tuple[Trainer, int, bool]:
     """The trainer as it was at the checkpoint, the next step, and whether to evaluate before it."""
-    config, policy = sampler.config, sampler.policy
-    optimizer = build_optimizer(policy, config.optim)
+    config = sampler.config
+    optimizer, state = build_optimizer(sampler.policy, config.optim), dict[str, Any]()
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
-    first_step, ref_logprob, num_bad, must_evaluate = 0, None, 0, True
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, policy=policy, optimizer=optimizer)
-        first_step, ref_logprob = state["step"], state["ref_logprob"]
+        state = load_checkpoint(checkpoint, policy=sampler.policy, optimizer=optimizer)
         cap.ratio = state["cap"]["ratio"]
         if sampler.curriculum:
             sampler.curriculum.state = state["curriculum"]
-        num_bad = state.get("bad_steps", 0)
-        must_evaluate = state.get("must_evaluate", False) or first_step == 0
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         sampler=sampler,
         reference=reference,
         optimizer=optimizer,
-        score=_settle_score(sampler, ref_logprob),
+        score=_settle_score(sampler, state.get("ref_logprob")),
         cap=cap,
     )
-    trainer.bad_steps.count = num_bad
-    return trainer, first_step, must_evaluate
+    trainer.bad_steps.count = state.get("bad_steps", 0)
+    first_step = state.get("step", 0)
+    return trainer, first_step, first_step == 0 or state.get("must_evaluate", False)
 
 
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:
