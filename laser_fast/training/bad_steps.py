@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from laser_fast.config_errors import RunError
 from laser_fast.log import jsonl
@@ -51,15 +50,3 @@ class BadSteps:
             )
         if self.rank == 0:
             logger.warning("%s; the update was skipped", said)
-
-
-def read_batch(path: Path) -> list[TrainingSequence]:
-    """The sequences of a dumped update, ready to be packed again; what was no number is nan."""
-
-    def value(key: str, given: Any) -> Any:
-        if isinstance(given, list):
-            return tuple(math.nan if number is None else number for number in given)
-        return math.nan if given is None and key != "score_at" else given
-
-    lines = jsonl.read_lines(path)
-    return [TrainingSequence(**{key: value(key, line[key]) for key in line}) for line in lines]

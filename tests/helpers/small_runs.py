@@ -1,6 +1,7 @@
 """What the small runs of tests/runs look like, and how they are read."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -112,3 +113,18 @@ def assert_close_metrics(actual, expected, *, tolerance):
                 continue  # copies of a prompt depend on how groups are shared out
             close = pytest.approx(value, rel=tolerance, abs=1e-6) if value is not None else None
             assert got[key] == close, (want["step"], key)
+
+
+def read_batch(path):
+    """The sequences of an update that was dumped as bad; what was no number is nan."""
+    from laser_fast.records import TrainingSequence
+
+    def value(key, given):
+        if isinstance(given, list):
+            return tuple(math.nan if number is None else number for number in given)
+        return math.nan if given is None and key != "score_at" else given
+
+    return [
+        TrainingSequence(**{key: value(key, line[key]) for key in line})
+        for line in read_lines(path)
+    ]

@@ -3,12 +3,13 @@
 from collections import Counter
 
 import pytest
+from small_runs import read_batch
 
 from laser_fast.cli import train_run
 from laser_fast.config import load_config
 from laser_fast.log.jsonl import read_lines
 from laser_fast.training import trainer as trainer_module
-from laser_fast.training.bad_steps import DivergedError, read_batch
+from laser_fast.training.bad_steps import DivergedError
 from laser_fast.training.trainer import Trainer
 
 

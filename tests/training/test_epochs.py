@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import read_batch
 from tiny_models import SCORE_TOKEN, make_config, make_group, naive_logprobs, naive_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
@@ -17,7 +18,6 @@ from laser_fast.log.timer import StageTimer
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 from laser_fast.training import trainer as trainer_module
-from laser_fast.training.bad_steps import read_batch
 from laser_fast.training.objective import Objective
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
