@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperCommand
 
 from laser_fast.config import Config, ConfigError, MeasureConfig, dump_config, load_config
 from laser_fast.config_errors import REPORTED, RunError
@@ -56,13 +55,6 @@ or a hub id; may be repeated. Rows are named by their place, an id of theirs is 
 Benchmarks = Annotated[list[str] | None, Option("--benchmark", "-b", help=_NAMES)]
 
 
-class _TrainCommand(TyperCommand):
-    """Takes --resume=auto beside --resume, a flag, which no option of this library can be both."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [_AUTO if arg == "--resume=auto" else arg for arg in args])
-
-
 @app.command()
 def init(
     model: Annotated[str, Option(help="Hugging Face id or folder.")],
@@ -85,7 +77,7 @@ def init(
         typer.echo(line)
 
 
-@app.command(cls=_TrainCommand)
+@app.command()
 def train(
     config: RunFile,
     overrides: Overrides = None,
@@ -361,8 +353,10 @@ def main() -> None:
         level=logging.INFO if is_main else logging.WARNING,
         format="%(message)s" if is_main else "%(levelname)s: %(message)s",
     )
+    # A flag that also takes a word is no option that this library has.
+    arguments = [_AUTO if argument == "--resume=auto" else argument for argument in sys.argv[1:]]
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
     except Exception as error:
         is_reported = REPORTED in getattr(error, "__notes__", ())  # of several ranks
         if hasattr(error, "format_message"):  # the library's, of a wrong option or argument
