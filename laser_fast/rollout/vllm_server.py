@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
-from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
+from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
@@ -147,25 +147,21 @@ class VllmServerEngine(CopyingEngine):
         fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
         fields |= {"seed": seed} if self._is_seeded else {}
         choices = sorted(self._complete(prompt.prompt_ids, **fields), key=lambda c: c["index"])
-        drawn = [self._drawn(choice, sampling) for choice in choices]
         try:
-            if len(drawn) != sampling.group_size:
-                raise ValueError(f"expected {sampling.group_size} completions, got {len(drawn)}")
-            completions = [parse_completion(*each, self._tokens, sampling) for each in drawn]
+            if len(choices) != sampling.group_size:
+                raise ValueError(f"expected {sampling.group_size} completions, got {len(choices)}")
+            completions = [self._parse(choice, sampling) for choice in choices]
         except ValueError as error:
             raise ServerError(f"prompt {prompt.prompt_id}: {error}") from None
         return Group(prompt=prompt, completions=tuple(completions))
 
-    def _drawn(
-        self, choice: dict[str, Any], sampling: Sampling
-    ) -> tuple[list[int], list[float], list[float]]:
-        """Ids of a choice, their log-probs, and those of the score token."""
+    def _parse(self, choice: dict[str, Any], sampling: Sampling) -> Completion:
         found = choice["logprobs"]
         logprobs = scores = found["token_logprobs"]
         if sampling.score_at == "last":
             name = f"token_id:{self._tokens.score_token_id}"
             scores = [at[name] for at in found["top_logprobs"]]
-        return choice["token_ids"], logprobs, scores
+        return parse_completion(choice["token_ids"], logprobs, scores, self._tokens, sampling)
 
     def _read(self, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> list[float]:
         (choice,) = self._complete(
