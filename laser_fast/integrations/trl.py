@@ -219,11 +219,8 @@ class LaserGRPOTrainer(GRPOTrainer):
                 torch.cat([output[f"prompt_{kind}"], output[f"completion_{kind}"]], dim=1)
                 for kind in ("ids", "mask")
             )
-            length, kwargs = (
-                output["completion_ids"].shape[1],
-                self.args.gradient_checkpointing_kwargs,
-            )
-            size = self.args.per_device_train_batch_size
+            length, size = output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            kwargs = self.args.gradient_checkpointing_kwargs
             with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
                 self._get_per_token_logps_and_entropies(self.model, ids, masks, length, size)
         return self._score_logprobs[0]
