@@ -139,9 +139,7 @@ class RowMetrics:
         total, probes = world.sum(pair).tolist()
         return total / max(probes, 1)
 
-    def finish(
-        self, world: World, *, num_tokens: float, has_reference: bool, epochs: int = 1
-    ) -> dict[str, float]:
+    def finish(self, world: World, *, num_tokens: float, epochs: int = 1) -> dict[str, float]:
         """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
 
         They are means over the passes. Of the importance weights, those of tokens that train count,
@@ -155,7 +153,7 @@ class RowMetrics:
             "loss/clip_frac": sums["clipped"] / num_tokens,
             "rollout/disagreement": sums["gaps"] / max(sums["probes"], 1),
         }
-        if has_reference:
+        if self._config.kl_coef > 0:
             metrics["loss/kl"] = sums["kl"] / num_tokens
         if sums["routed"]:
             metrics["loss/router"] = sums["router"] / sums["routed"]

@@ -123,12 +123,7 @@ class Trainer:
         self.score = score
         self.bad_steps.record(step, grad_norms, parts * epochs)
         metrics |= table_metrics(tables, advantages)
-        metrics |= rows.finish(
-            self.world,
-            num_tokens=metrics["rollout/tokens"],
-            has_reference=self.reference is not None,
-            epochs=epochs,
-        )
+        metrics |= rows.finish(self.world, num_tokens=metrics["rollout/tokens"], epochs=epochs)
         if trains_score:
             metrics["score/ref_logprob"] = score.ref_logprob
         metrics |= norms

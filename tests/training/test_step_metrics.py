@@ -70,7 +70,7 @@ def test_sums_over_microbatches(world):
     assert rows.disagreement(world) == pytest.approx((0.1 + 0.0) / 2)
     rows.add(SECOND, SECOND_RESULT)
     assert rows.disagreement(world) == pytest.approx(0.3 / 4)
-    metrics = rows.finish(world, num_tokens=5, has_reference=False)
+    metrics = rows.finish(world, num_tokens=5)
     assert metrics == {
         "loss/policy": pytest.approx(-0.5),
         "loss/score": pytest.approx(0.5),
@@ -80,7 +80,7 @@ def test_sums_over_microbatches(world):
 
 
 def test_clipped_share_and_kl(world):
-    rows = RowMetrics(LossConfig(clip_low=0.2, clip_high=0.3), CPU)
+    rows = RowMetrics(LossConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.1), CPU)
     # Ratios e^.4 and 1 at A > 0, e^-.5 at A < 0: the first and the third are clipped.
     old = torch.tensor([-1.5, -2.0, -3.0])
     ref = torch.tensor([-1.1, -1.0, -3.5])
@@ -88,7 +88,7 @@ def test_clipped_share_and_kl(world):
     # Ratio e^.1 at A < 0 passes, and so does e^-.2 = 0.82.
     old, ref = torch.tensor([-2.1, -4.0]), torch.tensor([-2.0, -4.2])
     rows.add(with_logprobs(SECOND, old, ref), SECOND_RESULT)
-    metrics = rows.finish(world, num_tokens=5, has_reference=True)
+    metrics = rows.finish(world, num_tokens=5)
     assert metrics["loss/clip_frac"] == pytest.approx(2 / 5)
     # One token differs by 1: k3 = e - 1 - 1.
     assert metrics["loss/kl"] == pytest.approx((math.e - 2) / 5)
@@ -112,7 +112,7 @@ def test_importance_weights_of_what_trains(world, kind, ratios, weights):
         rows.add(with_logprobs(FIRST, FIRST.policy.rollout_logprobs + gaps, None), FIRST_RESULT)
         untrained = replace(SECOND.policy, weights=torch.zeros(2))
         rows.add(replace(SECOND, policy=untrained), SECOND_RESULT)
-    metrics = rows.finish(world, num_tokens=5, has_reference=False, epochs=2)
+    metrics = rows.finish(world, num_tokens=5, epochs=2)
     found = {name: metrics[f"loss/importance_{name}"] for name in ("mean", "max", "cut", "ess")}
     assert found == pytest.approx(
         {
@@ -128,13 +128,13 @@ def test_without_a_token_that_trains_there_are_no_importance_weights(world):
     rows = RowMetrics(LossConfig(), CPU)
     untrained = replace(SECOND.policy, weights=torch.zeros(2))
     rows.add(replace(SECOND, policy=untrained), SECOND_RESULT)
-    metrics = rows.finish(world, num_tokens=2, has_reference=False)
+    metrics = rows.finish(world, num_tokens=2)
     for name in ("mean", "max", "cut", "ess"):
         assert math.isnan(metrics[f"loss/importance_{name}"]), name
 
 
 def test_passes_are_averaged(world):
-    once, twice = (RowMetrics(LossConfig(), CPU) for _ in range(2))
+    once, twice = (RowMetrics(LossConfig(kl_coef=0.1), CPU) for _ in range(2))
     ref, moved = torch.tensor([-1.1, -1.0, -3.5]), torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0])
     batch = with_logprobs(FIRST, FIRST_RESULT.logprobs[:3], ref)
     later = FIRST_RESULT._replace(
@@ -143,8 +143,8 @@ def test_passes_are_averaged(world):
     once.add(batch, FIRST_RESULT)
     twice.add(batch, FIRST_RESULT)
     twice.add(batch, later)  # one ratio of e^.5 at A > 0 is clipped, and k3 there e^-.5 - 1 + .5
-    first = once.finish(world, num_tokens=3, has_reference=True)
-    both = twice.finish(world, num_tokens=3, has_reference=True, epochs=2)
+    first = once.finish(world, num_tokens=3)
+    both = twice.finish(world, num_tokens=3, epochs=2)
     assert both == pytest.approx(
         first
         | {

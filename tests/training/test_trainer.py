@@ -62,8 +62,8 @@ def test_gradients_formed_apart_join_to_the_capped_ones(world, model_folders, ma
     trainer._backward(capped, batches, plain_rows)
     for actual, expected in zip(joined, gradients(trainer), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    assert rows.finish(world, num_tokens=99, has_reference=False) == pytest.approx(
-        plain_rows.finish(world, num_tokens=99, has_reference=False)
+    assert rows.finish(world, num_tokens=99) == pytest.approx(
+        plain_rows.finish(world, num_tokens=99)
     )
     # The cap holds exactly in the step that measures.
     assert norms["score/grad_norm"] <= max_ratio * norms["loss/grad_norm"] * (1 + 1e-6)
