@@ -108,9 +108,7 @@ def make_engine(config: MeasureConfig, policy: Policy | None, tokens: SpecialTok
     if rollout.engine == "vllm_server":
         from laser_fast.rollout.vllm_server import VllmServerEngine
 
-        return VllmServerEngine(
-            rollout, tokens, max_model_len=max_model_len, timeout_s=rollout.timeout_s
-        )
+        return VllmServerEngine(rollout, tokens, max_model_len=max_model_len)
     from laser_fast.rollout.hf import HfEngine
 
     assert policy is not None

@@ -58,7 +58,6 @@ class VllmServerEngine(CopyingEngine):
         tokens: SpecialTokens,
         *,
         max_model_len: int,  # longest prompt + config.max_new_tokens, and 1 for a score token
-        timeout_s: float = 1800.0,  # for a group of completions or a piece of weights
     ) -> None:
         if {config.temperature, config.eval_temperature or 1.0} != {1.0}:
             raise ConfigError(
@@ -70,7 +69,7 @@ class VllmServerEngine(CopyingEngine):
         self._url, self._is_seeded = config.server_url, config.seeded
         self._tokens = tokens
         self._max_model_len = max_model_len
-        self._http = Http(self._url, timeout_s)
+        self._http = Http(self._url, config.timeout_s)
         self._model = self._check_server()
         self._check_processor()
         transfer = NcclTransfer if torch.cuda.is_available() else FileTransfer

@@ -24,10 +24,8 @@ PROMPTS = [
 
 
 def connect(url, served, **changes):
-    rollout = {"engine": "vllm_server", "server_url": url, "max_new_tokens": 24}
-    return VllmServerEngine(
-        RolloutConfig(**{**rollout, **changes}), served.tokens, max_model_len=64, timeout_s=60.0
-    )
+    rollout = {"engine": "vllm_server", "server_url": url, "max_new_tokens": 24, "timeout_s": 60.0}
+    return VllmServerEngine(RolloutConfig(**rollout | changes), served.tokens, max_model_len=64)
 
 
 def url_of(server):
