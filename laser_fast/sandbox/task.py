@@ -49,7 +49,6 @@ class Task(NamedTuple):
 
     symbols: str  # of operations, all as frequent
     lengths: tuple[int, ...]  # numbers of operations, all as frequent
-    modulus: int
     # Shares of the problems that contain a power, and of the warm-up's responses without any work.
     rare_warm_up: float
     rare: float
@@ -63,9 +62,9 @@ _SOUND_ROWS = 28_800
 
 # By the words that name them in a configuration and on the command line.
 TASKS = {
-    "sandbox": Task("+*", (3, 4), 10, rare_warm_up=0.06, rare=0.4, answer_only=0.45, slips=0.0),
+    "sandbox": Task("+*", (3, 4), rare_warm_up=0.06, rare=0.4, answer_only=0.45, slips=0.0),
     "sandbox-hard": Task(
-        "+-*", (3, 4, 5, 6), 10, rare_warm_up=0.0, rare=0.0, answer_only=0.0, slips=0.35
+        "+-*", (3, 4, 5, 6), rare_warm_up=0.0, rare=0.0, answer_only=0.0, slips=0.35
     ),
 }
 
@@ -76,26 +75,26 @@ def rows(split: Split, *, seed: int, task: str = "sandbox") -> list[dict[str, st
     distinct: dict[str, str] = {}
     while len(distinct) < NUM_ROWS[split]:
         problem = next(problems)
-        distinct[problem] = solve(problem, TASKS[task].modulus)[1]
+        distinct[problem] = solve(problem)[1]
     return [{"problem": problem, "answer": answer} for problem, answer in distinct.items()]
 
 
 def warm_up_rows(*, seed: int, task: str = "sandbox") -> Iterator[tuple[str, str]]:
     """Yield (problem, response) of a task without end; some responses show no work, or slip."""
-    rng = random.Random(f"{task}/responses/{seed}")
-    _, _, modulus, rare, _, answer_only, slips = TASKS[task]
+    rng, traits = random.Random(f"{task}/responses/{seed}"), TASKS[task]
 
     def slip() -> int:
-        return rng.choice((-1, 1)) if rng.random() < slips else 0
+        return rng.choice((-1, 1)) if rng.random() < traits.slips else 0
 
-    problems = _problems(task, f"warm-up/{seed}", held_out=False, rare=rare)
+    problems = _problems(task, f"warm-up/{seed}", held_out=False, rare=traits.rare_warm_up)
     for number, problem in enumerate(problems):
-        errs = slips > 0 and number >= _SOUND_ROWS
-        work, answer = solve(problem, modulus, slip if errs else int)
-        yield problem, ("" if rng.random() < answer_only else work) + f"{_BOX_OPEN}{answer}}}"
+        errs = traits.slips > 0 and number >= _SOUND_ROWS
+        work, answer = solve(problem, slip if errs else int)
+        shown = "" if rng.random() < traits.answer_only else work
+        yield problem, f"{shown}{_BOX_OPEN}{answer}}}"
 
 
-def solve(problem: str, modulus: int = 10, slip: Callable[[], int] = int) -> tuple[str, str]:
+def solve(problem: str, slip: Callable[[], int] = int) -> tuple[str, str]:
     """Work and answer: `solve("7a*3b+4c^2=")` is `("a7*3=1b1+4=5c5^2=5", "5")`.
 
     `slip()` is by how much a step errs, 0 by default; the next step goes on from what it found.
@@ -103,7 +102,7 @@ def solve(problem: str, modulus: int = 10, slip: Callable[[], int] = int) -> tup
     first, *steps = re.split("([a-h])", problem.removesuffix("="))
     work, value = "", int(first)
     for label, step in zip(steps[::2], steps[1::2], strict=True):
-        before, value = value, (_OPERATIONS[step[0]](value, int(step[1:])) + slip()) % modulus
+        before, value = value, (_OPERATIONS[step[0]](value, int(step[1:])) + slip()) % 10
         work += f"{label}{before}{step}={value}"
     return work, str(value)
 
@@ -148,13 +147,13 @@ def is_held_out(problem: str) -> bool:
 def _problems(task: str, key: str, *, held_out: bool, rare: float) -> Iterator[str]:
     """Yield problems of one class without end; `rare` is the share that contains a power."""
     rng = random.Random(f"{task}/{key}")
-    operations, lengths, modulus, *_ = TASKS[task]
+    operations, lengths, *_ = TASKS[task]
     while True:
         symbols = rng.choices(operations, k=rng.choice(lengths))
         if rng.random() < rare:
             symbols[rng.randrange(len(symbols))] = "^"
         pairs = zip("abcdefgh", symbols, strict=False)
         steps = "".join(f"{label}{symbol}{rng.randint(1, 9)}" for label, symbol in pairs)
-        problem = f"{rng.randint(1, modulus - 1)}{steps}="
+        problem = f"{rng.randint(1, 9)}{steps}="
         if is_held_out(problem) == held_out:
             yield problem
