@@ -30,6 +30,7 @@ from laser_fast.model.policy import build_policy, check_lengths, load_model_conf
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
 from laser_fast.records import Prompt
 from laser_fast.rollout.engine import make_engine, make_sampling
+from laser_fast.rollout.sync import sync_engine
 
 # The paper's beta; with c_ref near -23 the rule by itself would allow half of it.
 MIN_BETA = 0.1
@@ -151,8 +152,9 @@ def _measure(
     sampling = make_sampling(config, "calibrate", group_size=samples, needs_score=False)
     policy = build_policy(config.model, world)
     with closing(make_engine(config, policy, vocabulary.special)) as engine:
-        engine.sync(policy.stream_weights(world.device))
-        groups = engine.generate([prompt for _, prompt in prompts], sampling)
+        own = [prompt for _, prompt in prompts]
+        sync_engine(engine, policy, own, config, world)
+        groups = engine.generate(own, sampling)
     rows = [
         (template, prompt, completion)
         for (template, prompt), group in zip(prompts, groups, strict=True)

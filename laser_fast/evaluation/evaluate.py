@@ -29,6 +29,7 @@ from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rewards import grade_groups
 from laser_fast.rollout.engine import Engine, make_engine, make_sampling
+from laser_fast.rollout.sync import sync_engine
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def run_evaluation(
             if pending:
                 policy = build_policy(longest.model, world)
                 with closing(make_engine(longest, policy, vocabulary.special)) as engine:
-                    engine.sync(policy.stream_weights(world.device))
+                    sync_engine(engine, policy, pending[0][0].prompts, longest, world)
                     for task, done in pending:
                         part.sample(task, done, engine)
         if not world.is_main:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,13 +16,14 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.log.samples import mean_ref_logprob
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World
-from laser_fast.model.logprobs import policy_logprobs, with_scores
+from laser_fast.model.logprobs import with_scores
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy
 from laser_fast.model.vocabulary import Vocabulary
-from laser_fast.records import Completion, Group, Prompt, Sampling
+from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
-from laser_fast.rollout.engine import CopyingEngine, Engine, check_agreement, make_sampling
+from laser_fast.rollout.engine import Engine, make_sampling
+from laser_fast.rollout.sync import sync_engine
 from laser_fast.stopping import poll_until_done
 from laser_fast.training.schedule import is_due
 
@@ -29,8 +31,6 @@ from laser_fast.training.schedule import is_due
 # (reference measurements of the paper), at or below 0.08.
 CALIBRATION_PROMPTS = 64
 CALIBRATION_SAMPLES = 4
-# Prompts per rank whose tokens prove a weight sync: one stale tensor moves every token.
-PROOF_PROMPTS = 4
 
 
 class RolloutAhead:
@@ -159,27 +159,20 @@ class Sampler:
         return step < config.optim.steps and not is_due(step, config.checkpoint.every)
 
     def sync(self, prompts: Sequence[Prompt]) -> None:
-        """Hand the policy's weights to the engine and prove that they arrived.
-
-        A rollout in flight ends before its weights change. Engine and policy read the log-probs
-        of the tokens of a few of this rank's `prompts`, which need no sampling; a DisagreementError
-        ends the run above `rollout.max_disagreement`.
-        """
-        config = self.config.rollout
-        if config.steps_ahead:
+        """`sync_engine` with some of this rank's `prompts`, when no rollout is in flight."""
+        if self.config.rollout.steps_ahead:
             with self.stage("rollout"):  # at its end every rank's has, since they share the server
                 self._ahead.drain()
             self.world.barrier()
-        self.engine.sync(self.policy.stream_weights(self.world.device))
-        if isinstance(self.engine, CopyingEngine):
-            given = [_as_group(prompt) for prompt in prompts[:PROOF_PROMPTS]]
-            with self.stage("sync"):  # at its end all ranks meet, where one was asked to stop
-                read = self.engine.token_logprobs(given, temperature=config.temperature)
-            self.sync_disagreement = check_agreement(
-                read,
-                [tokens for tokens, _ in policy_logprobs(self.policy, given, self.packer)],
-                max_disagreement=config.max_disagreement,
-            )
+        self.sync_disagreement = sync_engine(
+            self.engine,
+            self.policy,
+            prompts,
+            self.config,
+            self.world,
+            # At its end all ranks meet: one may have left it, asked to stop.
+            reading=partial(self.stage, "sync"),
+        )
 
     def grade(self, groups: Sequence[Group], *, with_extras: bool = False) -> list[Group]:
         """The groups with their rewards; None where grading failed."""
@@ -235,15 +228,6 @@ class Sampler:
         return make_sampling(
             config, "train", step, attempt, group_size=group_size, needs_score=needs_score
         )
-
-
-def _as_group(prompt: Prompt) -> Group:
-    """The prompt's own tokens as a completion of its first, to read their log-probs."""
-    first, rest = prompt.prompt_ids[:1], prompt.prompt_ids[1:]
-    given = Completion(
-        completion_ids=rest, rollout_logprobs=(0.0,) * len(rest), finish_reason="length"
-    )
-    return Group(prompt=replace(prompt, prompt_ids=first), completions=(given,))
 
 
 def _has_spread(group: Group) -> bool:
