@@ -161,16 +161,3 @@ def groups_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> l
         Group(prompt=prompt, completions=tuple(completions[p * size : (p + 1) * size]))
         for p, prompt in enumerate(prompts)
     ]
-
-
-def check_fits(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int) -> None:
-    """Refuse an empty prompt, and one that leaves no room for its completion and score token."""
-    longest = max_model_len - sampling.num_steps
-    score = " and the score token" if sampling.score_at == "eos" else ""
-    for prompt in prompts:
-        if not 1 <= len(prompt.prompt_ids) <= longest:
-            raise ValueError(
-                f"prompt {prompt.prompt_id}: expected 1 to {longest} ids, so that max_new_tokens = "
-                f"{sampling.max_new_tokens}{score} fit into max_model_len = {max_model_len}; got "
-                f"{len(prompt.prompt_ids)}"
-            )

@@ -32,13 +32,7 @@ with needs_train():
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import (
-    CopyingEngine,
-    check_fits,
-    completion_seed,
-    draw_seed,
-    groups_of,
-)
+from laser_fast.rollout.engine import CopyingEngine, completion_seed, draw_seed, groups_of
 from laser_fast.rollout.score_request import (
     PROCESSOR,
     TEMPERING,
@@ -86,7 +80,6 @@ class VllmEngine(CopyingEngine):
         enforce_eager: bool = False,  # compile nothing: starts sooner, generates more slowly
     ) -> None:
         self._tokens = tokens
-        self._max_model_len = max_model_len
         size = config.tensor_parallel
         # The ranks that share this rank's engine, consecutive ones.
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
@@ -117,8 +110,7 @@ class VllmEngine(CopyingEngine):
         self._is_synced = True
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample the completions of each prompt; one that does not fit is a ValueError."""
-        check_fits(prompts, sampling, self._max_model_len)
+        """Sample the completions of each prompt."""
         prompts, own = self._join(prompts)
         rows = [(prompt, g) for prompt in prompts for g in range(sampling.group_size)]
         params = [self._sampling_params(prompt, g, sampling) for prompt, g in rows]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from laser_fast.config import ConfigError, RolloutConfig
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import CopyingEngine, check_fits, completion_seed
+from laser_fast.rollout.engine import CopyingEngine, completion_seed
 from laser_fast.rollout.score_request import PROCESSOR, parse_completion, request_fields
 from laser_fast.rollout.server_http import Http, ServerError
 from laser_fast.rollout.vllm import import_vllm
@@ -68,9 +68,8 @@ class VllmServerEngine(CopyingEngine):
             )
         self._url, self._is_seeded = config.server_url, config.seeded
         self._tokens = tokens
-        self._max_model_len = max_model_len
         self._http = Http(self._url, config.timeout_s)
-        self._model = self._check_server()
+        self._model = self._check_server(max_model_len)
         self._check_processor()
         transfer = NcclTransfer if torch.cuda.is_available() else FileTransfer
         self._transfer: FileTransfer | NcclTransfer | None
@@ -102,26 +101,23 @@ class VllmServerEngine(CopyingEngine):
         (self._weight_version,) = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample the completions of each prompt; one that does not fit is a ValueError."""
-        check_fits(prompts, sampling, self._max_model_len)
-        return self._ask(partial(self._sample, sampling), prompts, sampling.temperature)
+        """Sample the completions of each prompt."""
+        assert sampling.temperature == 1.0
+        return self._ask(partial(self._sample, sampling), prompts)
 
     def token_logprobs(self, groups: Sequence[Group], *, temperature: float) -> list[list[float]]:
         """Log-probs of given completion ids."""
+        assert temperature == 1.0
         given = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
-        return self._ask(lambda ids: self._read(*ids), given, temperature)
+        return self._ask(lambda ids: self._read(*ids), given)
 
     def close(self) -> None:
         """Give up what is in flight; the server stays up for those who started it."""
         self._http.close()
         self._transfer = None
 
-    def _ask(
-        self, answer: Callable[[Item], Answer], items: Sequence[Item], temperature: float
-    ) -> list[Answer]:
+    def _ask(self, answer: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
         """The answers to all items, if all came from the synced weights."""
-        if temperature != 1.0:
-            raise ValueError(f"vllm_server works at temperature 1, got {temperature}")
         with ThreadPoolExecutor(_MAX_REQUESTS) as pool:
             futures = [pool.submit(answer, item) for item in items]
             try:
@@ -175,9 +171,8 @@ class VllmServerEngine(CopyingEngine):
         fields |= {"model": self._model, "prompt": list(ids), "return_token_ids": True}
         return self._http.post("/v1/completions", fields)["choices"]
 
-    def _check_server(self) -> str:
+    def _check_server(self, needed: int) -> str:
         """Everything that a wrong server would show only in mid-run; its model's name."""
-        needed = self._max_model_len
         try:
             version = self._http.get("/version")["version"]
             (model,) = self._http.get("/v1/models")["data"][:1]

@@ -9,8 +9,7 @@ import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from laser_fast.config import ConfigError
-from laser_fast.records import Prompt, Sampling, SpecialTokens
-from laser_fast.rollout.engine import check_fits
+from laser_fast.records import Sampling, SpecialTokens
 from laser_fast.rollout.score_request import Tempering, collect, parse_completion, score_request
 from laser_fast.rollout.vllm import account_for, check_version, checkpoint_names, first_line
 
@@ -82,19 +81,10 @@ def test_a_request_for_the_last_row_goes_no_further_than_the_eos():
     assert not fields.keys() & {"ignore_eos", "stop_token_ids", "vllm_xargs"}
 
 
-@pytest.mark.parametrize(
-    ("score_at", "longest", "room"),
-    [("eos", 9, "= 4 and the score token fit"), ("last", 10, "= 4 fit"), (None, 10, "= 4 fit")],
-)
-def test_only_a_score_at_the_eos_takes_a_place_in_the_window(score_at, longest, room):
+@pytest.mark.parametrize(("score_at", "num_steps"), [("eos", 5), ("last", 4), (None, 4)])
+def test_only_a_score_at_the_eos_takes_a_step(score_at, num_steps):
     sampling = Sampling(group_size=1, temperature=1.0, max_new_tokens=4, seed=0, score_at=score_at)
-    fits, long = (
-        Prompt(prompt_id="p", text="", prompt_ids=(9,) * num, answer="")
-        for num in (longest, longest + 1)
-    )
-    check_fits([fits], sampling, 14)
-    with pytest.raises(ValueError, match=f"{room} into max_model_len = 14; got {longest + 1}"):
-        check_fits([long], sampling, 14)
+    assert sampling.num_steps == num_steps
 
 
 def test_what_a_deployment_imports_needs_only_torch():
