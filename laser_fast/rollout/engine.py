@@ -72,14 +72,9 @@ def check_agreement(
     Stale or half-loaded weights are the silent failure of RL trainers: rewards still come in,
     ratios still look plausible. The mean is about 1e-6 in float32 and 1e-2 in bfloat16 when the
     sync works, and tenths of a nat when one tensor is stale. It is 0 without tokens, infinite if
-    any log-prob is not a number, and refused above `max_disagreement`.
+    any log-prob is not a number, and refused above `max_disagreement`. Other numbers of tokens are
+    a ValueError.
     """
-    lengths = [[len(tokens) for tokens in side] for side in (engine_logprobs, policy_logprobs)]
-    if lengths[0] != lengths[1]:
-        raise ValueError(
-            f"disagreement: expected log-probs of the same tokens, got {lengths[0]} of the engine "
-            f"and {lengths[1]} of the policy"
-        )
     gaps = [
         (math.inf if math.isnan(theirs - ours) else abs(theirs - ours), c, t)
         for c, tokens in enumerate(zip(engine_logprobs, policy_logprobs, strict=True))
