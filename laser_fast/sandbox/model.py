@@ -8,7 +8,6 @@ improbable, so that log pi(z_c | x, y) starts as nearly the same constant for al
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -70,12 +69,7 @@ def make_sandbox_model(
         write_tokenizer(unfinished)
         disable_progress_bar()  # for the instant that the files take
         model.save_pretrained(unfinished)
-        try:
-            os.rename(unfinished, folder)  # also over an empty folder
-        except OSError:  # another run was faster, and this one is refused in a moment
-            shutil.rmtree(unfinished)
-            if not (Path(folder) / "model.safetensors").exists():
-                raise
+        os.rename(unfinished, folder)  # also over an empty folder
     if world is not None:
         world.barrier()
 
