@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from textwrap import shorten
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -307,20 +308,15 @@ def account_for(
         if parts <= missing:
             missing -= parts
             yield name, tensor
-        elif name in names or name != "lm_head.weight":  # some models have a tied head as one
-            unexpected.append(f"{name} (twice)" if name in names else name)
+        elif name != "lm_head.weight":  # some models have a tied head as one
+            unexpected.append(name)
     if missing or unexpected:
+        listed = [shorten(", ".join(sorted(them)) or "none", 400) for them in (missing, unexpected)]
         raise ValueError(
-            f"weight sync: expected {len(names)} tensors, each once; "
-            f"missing: {_listing(missing)}; unexpected: {_listing(unexpected)}. Stream every "
-            "entry of the state_dict, a tied head under both of its names"
+            f"weight sync: expected {len(names)} tensors, each once; missing: {listed[0]}; unknown "
+            f"or repeated: {listed[1]}. Stream every entry of the state_dict, a tied head under "
+            "both of its names"
         )
-
-
-def _listing(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(names[:8]) or "none"
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
 def import_vllm() -> ModuleType:

@@ -101,7 +101,9 @@ def test_missing_and_unknown_tensors_stop_the_sync_and_the_engine(engine, tiny):
     groups = engine.generate(PROMPTS, SAMPLING)
     weights = dict(tiny.weights())
     weights["model.extra"] = weights.pop("model.norm.weight")
-    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight; unexpected: model\.extra"):
+    with pytest.raises(
+        ValueError, match=r"missing: model\.norm\.weight; unknown or repeated: model\.extra"
+    ):
         engine.sync(iter(weights.items()))
     for use in (
         lambda: engine.generate(PROMPTS, SAMPLING),
