@@ -71,9 +71,7 @@ class HfEngine(Engine):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample the completions of each prompt; an empty prompt is a ValueError."""
-        if empty := [prompt.prompt_id for prompt in prompts if not prompt.prompt_ids]:
-            raise ValueError(f"prompt {empty[0]}: expected at least one id, got none")
+        """Sample the completions of each prompt."""
         # Neighbours of equal length need no padding.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].prompt_ids))
         rows = [(prompts[p], sample) for p in order for sample in range(sampling.group_size)]

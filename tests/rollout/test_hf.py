@@ -299,12 +299,6 @@ def test_impossible_ids_are_refused(model, changes, words):
         make_engine(model, **changes)
 
 
-def test_an_empty_prompt_is_refused(model):
-    empty = Prompt(prompt_id="p9", text="", prompt_ids=(), answer="")
-    with pytest.raises(ValueError, match="p9"):
-        make_engine(model).generate([empty], sampling())
-
-
 def test_no_prompts_give_no_groups(model):
     assert make_engine(model).generate([], sampling()) == []
 
