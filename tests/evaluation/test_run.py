@@ -118,7 +118,7 @@ def test_nothing_is_measured_with_an_engine_that_kept_other_weights(
         if verb == "evaluate":
             evaluate(tmp_path / "out", **model)
         else:
-            calibrate(build_config(**model), sandbox)
+            calibrate(build_config(model["model"], sandbox, is_calibration=True), sandbox)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
