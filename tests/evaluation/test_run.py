@@ -19,7 +19,6 @@ from laser_fast.evaluation.rescore import rescore_evaluation
 from laser_fast.evaluation.settings import build_config
 from laser_fast.evaluation.statistics import ReportOptions
 from laser_fast.log.samples import read_samples
-from laser_fast.rollout.engine import CopyingEngine, DisagreementError
 
 FEW = ReportOptions(num_resamples=20)
 
@@ -103,23 +102,6 @@ def test_a_kill_between_samples_and_report_needs_no_model(
     EvalFolder(out).report.unlink()
     monkeypatch.setattr("laser_fast.evaluation.evaluate.build_policy", None)
     assert evaluate(out, **model).read_report() == finished.read_report()
-
-
-@pytest.mark.parametrize("verb", ["evaluate", "calibrate"])
-def test_nothing_is_measured_with_an_engine_that_kept_other_weights(
-    verb, evaluate, model, sandbox, tmp_path, monkeypatch
-):
-    class Stale(CopyingEngine):
-        def token_logprobs(self, groups, *, temperature):
-            return [[-99.0] * len(c.completion_ids) for group in groups for c in group.completions]
-
-    monkeypatch.setattr(f"laser_fast.evaluation.{verb}.make_engine", lambda *_: Stale())
-    with pytest.raises(DisagreementError, match="the engine's weights are stale"):
-        if verb == "evaluate":
-            evaluate(tmp_path / "out", **model)
-        else:
-            calibrate(build_config(model["model"], sandbox, is_calibration=True), sandbox)
-    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_a_continued_evaluation_may_have_another_score(finished, evaluate, model, tmp_path):
