@@ -36,11 +36,11 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def answer_of(problem, modulus=10):
+def answer_of(problem):
     """An independent solver that reads the problem's text."""
     value = int(re.match(r"\d+", problem)[0])
     for operator, operand in re.findall(r"[a-h]([-+*^])(\d)", problem):
-        value = eval(f"{value}{operator.replace('^', '**')}{operand}") % modulus
+        value = eval(f"{value}{operator.replace('^', '**')}{operand}") % 10
     return str(value)
 
 
@@ -102,7 +102,7 @@ def test_the_hard_task_asks_for_more_steps_and_fits_its_configuration():
         operations = re.findall(r"[a-h]([-+*])[1-9]", row["problem"])
         assert re.fullmatch(r"\d+([a-h][-+*][1-9])+=", row["problem"])
         assert len(operations) in task.lengths and set(operations) <= set(task.symbols)
-        assert row["answer"] == answer_of(row["problem"], task.modulus)
+        assert row["answer"] == answer_of(row["problem"])
         assert is_held_out(row["problem"])
         assert len(encode(row["problem"]).ids) <= config.data.max_prompt_tokens
     off = []
