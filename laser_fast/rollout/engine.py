@@ -114,20 +114,22 @@ def make_engine(config: MeasureConfig, policy: Policy | None, tokens: SpecialTok
 def make_sampling(
     config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
 ) -> Sampling:
-    """How the completions of a draw are sampled; `draw` names it, as for `draw_seed`.
-
-    That of "eval" may be sampled otherwise than training is.
-    """
-    rollout = config.rollout
-    sampling = Sampling(
+    """How the completions of a draw are sampled; `draw` names it, as for `draw_seed`."""
+    return Sampling(
         group_size=group_size,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
         seed=draw_seed(config.seed, *draw),
         score_at=config.score.position if needs_score else None,
     )
-    if draw != ("eval",):
-        return sampling
+
+
+def eval_sampling(
+    config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
+) -> Sampling:
+    """The same of an evaluation, which may sample otherwise than training does."""
+    rollout = config.rollout
+    sampling = make_sampling(config, *draw, group_size=group_size, needs_score=needs_score)
     return replace(
         sampling,
         temperature=rollout.eval_temperature or rollout.temperature,
