@@ -60,7 +60,9 @@ def init(
     model: Annotated[str, Option(help="Hugging Face id or folder.")],
     data: Annotated[str, Option(help="Prompts: a hub id, or a jsonl, json, parquet or csv file.")],
     overrides: Overrides = None,
-    held_out: Annotated[str | None, Option("--eval", help="Held-out prompts, likewise.")] = None,
+    held_out: Annotated[
+        str | None, Option("--eval", help="Held-out ones; default: a test split or file; '': none.")
+    ] = None,
     gpus: Annotated[int | None, Option(min=1, help="Number of GPUs; default: those here.")] = None,
     memory: Annotated[float | None, Option(min=0, help="Memory of one in GB; likewise.")] = None,
     lora: Annotated[bool, Option("--lora", help="Train adapters even if weights fit.")] = False,

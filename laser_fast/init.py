@@ -24,7 +24,7 @@ from laser_fast.config import Config, ConfigError, DataConfig, ModelConfig, Prom
 from laser_fast.config_errors import apply_override
 from laser_fast.data.fields import AUTO, find_fields, kept
 from laser_fast.data.prompts import PromptSource, held_out_prompts, train_prompts
-from laser_fast.data.rows import open_rows
+from laser_fast.data.rows import RowSource, open_rows
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, Benchmark
 from laser_fast.evaluation.calibrate import calibrate
 from laser_fast.model.families import position_limit
@@ -36,6 +36,7 @@ from laser_fast.plan.advice import SWITCHES
 
 Devices = tuple[bool, int, float]  # whether GPUs, how many ranks, GB of each
 LORA_RANK = 32
+HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # the first that is there
 _CPU_BYTES = 8e9  # of float32 weights, twice; a CPU samples a larger model for hours
 _SECTIONS = ("model", "data", "rollout", "reward", "score", "advantage", "optim")
 
@@ -167,6 +168,7 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
     """Fields, wording, reward and lengths; returns how many prompts there are."""
     data = draft.values["data"]
     rows = open_rows(name, split=data.get("train_split", "train"))
+    _find_held_out(draft, name, rows)
     fields = find_fields(rows, *(data.get(f"{k}_field", AUTO) for k in ("prompt", "answer")))
     for kind, field in zip(("prompt", "answer"), fields, strict=True):
         draft.add(f"data.{kind}_field", field, "found in the first row")
@@ -192,6 +194,18 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
     most += draft.add("rollout.max_new_tokens", min(1024 if is_gpu else 256, room), reason)
     draft.add("optim.tokens_per_microbatch", max(16384 if is_gpu else 2048, most), "a start")
     return count
+
+
+def _find_held_out(draft: _Draft, name: str, rows: RowSource) -> None:
+    """A split, or a file beside that of training; a typed data.eval stands, an empty one too."""
+    path, data = Path(name).expanduser(), draft.values["data"]
+    for word in HELD_OUT if "eval" not in data else ():
+        beside = path.with_name(path.name.replace("train", word))
+        if word in rows.splits and word != data.get("train_split"):
+            draft.add("data.eval", name, f'found: it has a split "{word}"')
+            draft.add("data.eval_split", word)
+        elif beside != path and beside.is_file():
+            draft.add("data.eval", str(beside), f"found beside {path.name}")
 
 
 def _choose_steps(draft: _Draft, count: int, num_ranks: int, *, most: int) -> None:

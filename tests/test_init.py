@@ -118,6 +118,33 @@ def test_gsm8k_and_suffix_by_the_rows(model, one_core, tmp_path):
     assert where.data.where == {"level": [4]}
 
 
+def test_held_out_rows_beside_those_of_training_are_found(model, one_core, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    row = json.dumps({"problem": "1+1=", "answer": "2"}) + "\n"
+    train, out = folder / "my_train.jsonl", tmp_path / "out"
+
+    def written(data, *typed):
+        out.unlink(missing_ok=True)
+        _write(model, data, out, measures=False, typed=[*TINY, *typed])
+        return load_config(out).data
+
+    train.write_text(row * 9)
+    assert written(train).eval == written(folder).eval == ""
+    for name in ("val", "test"):  # the latter is preferred
+        (folder / f"my_{name}.jsonl").write_text(row)
+        assert written(train).eval == str(folder / f"my_{name}.jsonl")
+        assert "# found beside my_train.jsonl\neval = " in out.read_text()
+        split = "validation" if name == "val" else "test"
+        found = written(folder)
+        assert (found.eval, found.eval_split) == (str(folder), split)
+        assert f'# found: it has a split "{split}"\neval = ' in out.read_text()
+        assert found.eval_every == 6 and found.eval_limit == found.prompts_per_step
+    assert written(train, "data.eval=").eval == ""
+    assert written(folder, f"data.eval={train}").eval == str(train)
+    assert written(folder, "data.train_split=test").eval_split == "validation"
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +45,13 @@ class RowSource:
 
     `name` is for messages. `identity` changes when the content may have changed. `read(fields)`
     yields rows that hold at least `fields`, unless the data lacks them; without any, all of them.
+    `splits` are those that the data set has, of a folder or the hub.
     """
 
     name: str
     identity: tuple[str, ...]
     read: Callable[[Fields], Iterator[Row]]
+    splits: tuple[str, ...] = ()
 
 
 def open_rows(name: str, *, split: str) -> RowSource:
@@ -183,9 +185,10 @@ def _open_hub(name: str, split: str) -> RowSource:
     ):
         if Path(repository).is_dir():
             builder = datasets.load_dataset_builder(repository, configuration or None)
-            paths = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
+            files = builder.config.data_files or {}
+            paths = [Path(file) for file in files.get(split, ())]
             if paths and all(path.suffix in _READERS for path in paths):
-                return _open_files(name, paths)
+                return replace(_open_files(name, paths), splits=tuple(map(str, files)))
         rows = datasets.load_dataset(repository, configuration or None, split=split)
 
     def read(fields: Fields) -> Iterator[Row]:
@@ -196,7 +199,7 @@ def _open_hub(name: str, split: str) -> RowSource:
 
     # Cache files carry the revision of the data set in their path.
     identity = (name, split, *(file["filename"] for file in rows.cache_files))
-    return RowSource(name, identity, read)
+    return RowSource(name, identity, read, tuple(rows.info.splits or ()))
 
 
 def _number(batches: Iterable[Any], schema: pyarrow.Schema, name: str) -> Iterator[Row]:
