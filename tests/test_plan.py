@@ -7,15 +7,17 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from family_models import FAMILIES, SIZES
 from model_shapes import COUNTS_7B, QWEN_7B, qwen
 from tiny_models import make_config, make_model_config, make_sequences
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from laser_fast.cli import main
 from laser_fast.config import Config, ConfigError, ModelConfig, OptimConfig
 from laser_fast.model.distributed import World
+from laser_fast.model.families import balancer
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import Policy, shard
 from laser_fast.plan import Plan, advise, verdict
@@ -196,6 +198,30 @@ def test_activations_are_what_autograd_keeps(family, dtype):
         found += 4 * config.hidden_size  # the first norm's copy is the input itself
     expected = activation_bytes_per_token(config, dtype.itemsize, repeats_keys=False)
     assert expected == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_router_loss_keeps_logits_and_their_probabilities(dtype):
+    model = AutoConfig.for_model("qwen3_moe", **SIZES | FAMILIES["qwen3_moe"] | {"num_experts": 64})
+    logits = [
+        torch.randn(256, 64, dtype=getattr(torch, dtype), requires_grad=True) for _ in range(2)
+    ]
+    kept = list(logits)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        balancer(model)(tuple(x.float() for x in logits))
+    keys = {"compute_dtype": dtype, "router_aux_loss_coef": 0.01}
+    sections = {
+        "data": {"max_prompt_tokens": 20},
+        "rollout": {"max_new_tokens": 20},
+        "optim": {"tokens_per_microbatch": 256},
+    }
+    found = _plan(_config(model=keys, **sections), model=model)
+    term = found.terms["router loss"]
+    # The rest are indices that topk would read, if anything read its values.
+    assert term.bytes == pytest.approx(_storages(kept), rel=0.05)
+    assert term in found.phases["head and loss"] and term in found.phases["backward of the blocks"]
+    without = _plan(_config(model={"compute_dtype": dtype}, **sections), model=model)
+    assert "router loss" not in without.terms
 
 
 def test_terms_by_hand():

@@ -131,7 +131,11 @@ class Plan:
         if has_adapters:  # a frozen head has no gradient
             peak, formula = 4 * T * D + chunk, "4 N D + C + c N D"
         head = Term("head", peak + c * T * D, formula + ", C = LASER_KERNELS_WORKSPACE_MB")
-        running = (*kept, gradients, gathered, *saved)
+        running = [*kept, gradients, gathered, *saved]
+        if config.model.router_aux_loss_coef > 0:
+            entries = T * model.num_hidden_layers * model.num_experts
+            formula = f"(c + 4) T L E, E = {model.num_experts}: logits and probabilities"
+            running.append(Term("router loss", (c + 4) * entries, formula))
         return {
             "head and loss": (*running, head),
             "backward of the blocks": (*running, reducing, block),
