@@ -70,6 +70,20 @@ def test_blocks_that_stay_gathered():
     assert changes == ["model.reshard_after_forward=true"]
 
 
+def test_a_gather_more_is_milder_than_smaller_chunks_of_logits():
+    sections = {
+        "model": {"reshard_after_forward": False, "gradient_checkpointing": True},
+        "rollout": {"engine": "vllm_server", "server_url": "http://h", "max_new_tokens": 8000},
+        "optim": {"tokens_per_microbatch": 8100},  # the least that there is
+        "shape": qwen(QWEN_1_5B),
+    }
+    almost = max(plan(**sections).peaks.values()) - 0.1
+    found = plan(memory_gb=almost, **sections)
+    alone = [words for words, _, after in proposals(found) if not after.misfits()]
+    both = ["model.reshard_after_forward=true", "LASER_KERNELS_WORKSPACE_MB=256"]
+    assert alone[:2] == both and advise(found)[0] == both[:1]
+
+
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_activations_on_the_host(is_checkpointed):
     keys = {"gradient_checkpointing": is_checkpointed}

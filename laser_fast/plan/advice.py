@@ -10,9 +10,10 @@ from laser_fast.plan.memory import RESERVE_GB, Plan, count_adapters, head_widths
 
 # The mildest first. What leaves every number as it is comes before what rounds (state_bits) or
 # trains something else (lora_rank), but for cpu_offload, which may cost more time than the step
-# itself and 16 bytes of host memory a parameter. Among equals, what costs less time: smaller chunks
-# of logits and shorter microbatches, another gather, a third more computation, copies over the bus,
-# gathers between nodes. None of these costs has been measured on a GPU yet.
+# itself and 16 bytes of host memory a parameter. Among equals, what costs less time: another
+# gather, which the backward hides and which is the default, smaller chunks of logits, a third more
+# computation, copies over the bus, gathers between nodes. None of these costs has been measured on
+# a GPU yet.
 SWITCHES: dict[str, Any] = {
     "model.reshard_after_forward": True,
     "LASER_KERNELS_WORKSPACE_MB": 256,
