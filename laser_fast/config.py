@@ -49,7 +49,7 @@ class ModelConfig(Section):
     lora_alpha: float = Field(32.0, gt=0)
     """Scale of what the adapters add, over their rank."""
     lora_targets: tuple[str, ...] = Field((), strict=False)
-    """Linear layers of the blocks that get adapters, such as "q_proj"; empty: all of them."""
+    """Linear layers, such as "q_proj", that get adapters; empty: all. Experts are none."""
     router_aux_loss_coef: float = Field(0.0, ge=0)
     """Weight of the experts' load-balancing loss, formed in each microbatch apart; 0: off."""
 

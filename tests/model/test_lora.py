@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from family_models import FAMILIES, SIZES
 from policy_ranks import (
     LARGEST,
     OBJECTIVE,
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from laser_fast.config import ConfigError, ModelConfig, UpdateConfig
 from laser_fast.model.flops import training_flop
 from laser_fast.model.logprobs import label_logprobs
+from laser_fast.model.lora import linear_layers
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 from laser_fast.model.weights import base_digest
@@ -214,6 +216,13 @@ def test_blocks_that_differ_are_refused(world, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="the blocks of this model differ"):
         build_policy(config_of(tmp_path), world)
+
+
+def test_experts_are_no_linear_layers():
+    config = AutoConfig.for_model("qwen3_moe", **SIZES | FAMILIES["qwen3_moe"])
+    with torch.device("meta"):
+        found = linear_layers(AutoModelForCausalLM.from_config(config))
+    assert [*found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def test_a_missing_peft_is_named(folder, world, monkeypatch):
