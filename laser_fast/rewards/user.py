@@ -67,7 +67,10 @@ def call(
     if ids is not None:
         offered["completion_ids"] = [list(own_ids) for own_ids in ids]
     if missing := [p.name for p in asked if p.default is p.empty and p.name not in offered]:
-        raise RewardError(f'reward function "{kind}": there are no {", ".join(missing)} here')
+        raise RewardError(
+            f'reward function "{kind}" asks for {", ".join(missing)}, but here are only '
+            f"{', '.join(offered)}; train and eval give it completion_ids and fields of the data"
+        )
     names = offered if takes_all else {p.name for p in asked} & offered.keys()
     rewards = resolve(kind)(**{name: offered[name] for name in names})
     if inspect.iscoroutine(rewards):

@@ -225,7 +225,7 @@ def test_a_user_function_gets_what_it_asks_for_by_name(user_module):
     texts, answers, prompts = ["5", "6"], ["25", "27"], ["2", "2"]
     with Grader(RewardConfig(kind=f"{user_module}:as_trl")) as grader:
         assert grader.grade(texts, answers, prompts=prompts) == [1.0, 0.0]
-        with pytest.raises(RewardError, match='my_rewards:as_trl": there are no prompts here'):
+        with pytest.raises(RewardError, match='my_rewards:as_trl" asks for prompts, but here'):
             grader.grade(texts, answers)
     with Grader(RewardConfig(kind=f"{user_module}:by_name")) as grader:
         assert grader.grade(texts, ["5", "7"]) == [1.0, 0.0]
@@ -239,7 +239,8 @@ def test_a_user_function_gets_fields_of_the_data_and_may_be_async(user_module):
         assert grader.fields == ("level", "tags")
         fields = ['{"level": 1, "tags": []}', '{"level": 3, "tags": ["a", "b"]}']
         assert grader.grade(["5", "66"], ["", ""], fields=fields) == [1.0, 2.0]
-        with pytest.raises(RewardError, match='my_rewards:judge": there are no level, tags here'):
+        said = 'my_rewards:judge" asks for level, tags, but here are only completions, answers, ans'
+        with pytest.raises(RewardError, match=f"{said}wer; train and eval give it .* fields of"):
             grader.grade(["5"], [""])
     with Grader(RewardConfig(kind=f"{user_module}:optional")) as grader:
         assert grader.fields == ()
