@@ -2,7 +2,8 @@
 
 Local files by suffix: .jsonl, .json (an array of objects, or one object a line), .csv and
 .parquet. Anything else is a data set of the Hugging Face hub, `owner/name` or
-`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. All are streamed.
+`owner/name:configuration`, or a folder that `datasets.load_dataset` understands. All are streamed,
+but for an array, which is read whole.
 
 Files, also those of a folder, are read here and not by `datasets`, whose readers guess one type per
 column (the CSV answer 007 becomes 7, NA becomes null, texts beside numbers get quotes) and do not
@@ -13,11 +14,10 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,7 @@ Row = tuple[str, Any]  # the place, for messages; a dict of fields if the data i
 Fields = Mapping[str, str]  # field of the data -> the configuration key that names it
 
 _BATCH = 1000
-_WINDOW = 1 << 20  # characters of a JSON array that are read at once
 _NARROW = {"float": np.float32, "halffloat": np.float16}  # by the names of Arrow
-_BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,8 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            try:
+            with reading(f"{place}: not valid JSON"):
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fault = f"not valid JSON: {error.msg} at column {error.colno}"
-                raise ConfigError(f"{place}: {fault}") from None
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{place}: not valid UTF-8: {error.reason}") from None
-            except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
-                raise ConfigError(f"{place}: not readable JSON: {error}") from None
             yield place, row
 
 
@@ -108,38 +99,15 @@ def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
-    """Yield the items of an array, or of several in a row, from a window that moves on."""
-    decoder, line, text, position, is_inside = json.JSONDecoder(), 1, "", 0, False
-    with open(path, encoding="utf-8-sig") as file:
-        while True:
-            gap = _BETWEEN_ITEMS.match(text, position)
-            assert gap  # it may be empty
-            line += text.count("\n", position, gap.end())
-            position, at, fault = gap.end(), line, "the array does not end"
-            if text.startswith("]" if is_inside else "[", position):
-                position, is_inside = position + 1, not is_inside
-                continue
-            if position < len(text) and not is_inside:
-                raise ConfigError(f"{path}:{line}: not valid JSON: expected an array or the end")
-            if position < len(text):
-                try:
-                    row, end = decoder.raw_decode(text, position)
-                except json.JSONDecodeError as error:  # or it goes on behind the window
-                    at, fault = line + text.count("\n", position, error.pos), error.msg
-                else:
-                    yield f"{path}:{line}", row
-                    line, position = line + text.count("\n", position, end), end
-                    continue
-            try:
-                more = file.read(max(_WINDOW, len(text) - position))
-            except UnicodeDecodeError as error:
-                fault = f"not valid UTF-8 after line {line}: {error.reason}"
-                raise ConfigError(f"{path}: {fault}") from None
-            text, position = text[position:] + more, 0
-            if not more and is_inside:
-                raise ConfigError(f"{path}:{at}: not valid JSON: {fault}")
-            if not more:
-                return
+    """Yield the items of an array, or of several in a row."""
+    text, decoder = path.read_text(encoding="utf-8-sig").rstrip(), json.JSONDecoder()
+    position, numbers = 0, count()
+    while position < len(text):
+        while text[position].isspace():
+            position += 1
+        rows, position = decoder.raw_decode(text, position)
+        for row in rows:
+            yield f"{path} row {next(numbers)}", row
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
@@ -155,9 +123,6 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
                 yield place, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
-        except UnicodeDecodeError as error:
-            fault = f"not valid UTF-8 after line {reader.line_num}: {error.reason}"
-            raise ConfigError(f"{path}: {fault}") from None
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
