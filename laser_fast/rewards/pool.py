@@ -39,10 +39,7 @@ _START_DEADLINE_S = 300.0
 _CLOSE_GRACE_S = 2.0
 # The parent kills a worker at its deadline; a later one is for a parent that is gone.
 _ORPHAN_GRACE_S = 10.0
-# Calls that travel in one message; each has its own deadline and reply. 512 quick grades cost 23 ms
-# of CPU time, and one by one 78 ms.
-_MAX_BATCH = 8
-# What a worker is busy with until its first import is done.
+# What a worker is busy with until its first import is done; calls count from 0.
 _START = -1
 
 Arguments = tuple[Any, ...]
@@ -81,8 +78,8 @@ class WorkerPool:
         # Runs at the end of the interpreter or of this object, whichever comes first.
         self._finalizer = weakref.finalize(self, _close_all, self._workers, os.getpid())
         self._workers.append(_Worker(*self._start))
-        while any(_START in worker.calls for worker in self._workers):
-            self._collect([], deque())
+        while any(worker.call == _START for worker in self._workers):
+            self._collect({})
 
     def close(self) -> None:
         """End the workers; a closed pool runs nothing more."""
@@ -92,44 +89,42 @@ class WorkerPool:
         """Call `function` once per tuple of arguments: results in order, a `Failure` for a loss."""
         if not self._finalizer.alive:
             raise RuntimeError("this worker pool is closed")
-        results: list[Any] = [None] * len(calls)
+        results: dict[int | None, Any] = {}  # by the number of the call
         waiting = deque(range(len(calls)))
         with self._lock:
             try:
-                while waiting or any({*worker.calls} - {_START} for worker in self._workers):
+                while waiting or any(worker.call not in (None, _START) for worker in self._workers):
                     self._hand_out(function, calls, waiting, deadline_s)
-                    self._collect(results, waiting)
+                    self._collect(results)
             except BaseException:
                 # An interrupt or a failed start: a late reply would be taken for one of the next
                 # run, and a worker that cannot start would fail that one too.
-                for worker in [worker for worker in self._workers if worker.calls]:
+                for worker in [worker for worker in self._workers if worker.call is not None]:
                     worker.kill()
                     self._workers.remove(worker)
                 raise
-        return results
+        return [results[call] for call in range(len(calls))]
 
     def _hand_out(
         self, function: str, calls: Sequence[Arguments], waiting: deque[int], deadline_s: float
     ) -> None:
-        """Give every idle worker a few calls; start further workers for calls still waiting."""
-        for worker in [worker for worker in self._workers if not worker.calls]:
+        """Give every idle worker a call; start further workers for calls still waiting."""
+        for worker in [worker for worker in self._workers if worker.call is None]:
             if not waiting:
                 return
-            # Fewer towards the end, so that no worker keeps slow calls from the others.
-            size = min(_MAX_BATCH, -(-len(waiting) // (4 * self._num_workers)))
-            batch = [waiting.popleft() for _ in range(size)]
+            call = waiting.popleft()
             try:
-                worker.send(function, {call: calls[call] for call in batch}, deadline_s)
-            except OSError:  # it died between two calls, which says nothing about these
-                waiting.extendleft(reversed(batch))
+                worker.send(function, call, calls[call], deadline_s)
+            except OSError:  # it died between two calls, which says nothing about this one
+                waiting.appendleft(call)
                 self._replace(worker)
-        num_starting = sum(_START in worker.calls for worker in self._workers)
+        num_starting = sum(worker.call == _START for worker in self._workers)
         num_missing = min(self._num_workers - len(self._workers), len(waiting) - num_starting)
         self._workers.extend(_Worker(*self._start) for _ in range(num_missing))
 
-    def _collect(self, results: list[Any], waiting: deque[int]) -> None:
+    def _collect(self, results: dict[int | None, Any]) -> None:
         """Wait for the first message or deadline and book what is there."""
-        active = {worker.connection: worker for worker in self._workers if worker.calls}
+        active = {w.connection: w for w in self._workers if w.call is not None}
         nearest = min(worker.deadline for worker in active.values())
         poll()
         ready = wait(list(active), timeout=min(max(nearest - time.monotonic(), 0.0), POLL_S))
@@ -139,14 +134,11 @@ class WorkerPool:
                 continue
             outcome = worker.receive() if connection in ready else _LATE
             is_failure = isinstance(outcome, Failure)
-            if worker.calls[0] == _START and is_failure:
+            if worker.call == _START and is_failure:
                 late = f"it took longer than {_START_DEADLINE_S:g} s to import"
                 raise WorkerStartError(late if outcome is _LATE else outcome.summary)
-            call = worker.calls.popleft()
-            if call != _START:
-                results[call] = outcome
+            results[worker.call], worker.call = outcome, None
             if is_failure and outcome.reason != "error":
-                waiting.extendleft(reversed(worker.calls))  # these have not begun
                 self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
@@ -155,7 +147,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process and the calls it has not answered yet, the first of which it works on."""
+    """One process and the number of the call that it works on, None if it is idle."""
 
     def __init__(self, first_function: str, memory_limit: int | None) -> None:
         ours, theirs = Pipe()
@@ -177,29 +169,24 @@ class _Worker:
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         theirs.close()
-        self.calls = deque([_START])
-        self.deadline_s = _START_DEADLINE_S
-        self.deadline = time.monotonic() + self.deadline_s
+        self.call: int | None = _START
+        self.deadline = time.monotonic() + _START_DEADLINE_S
 
-    def send(self, function: str, calls: dict[int, Arguments], deadline_s: float) -> None:
-        """Hand over calls, by their number; the deadline is that of each one."""
-        self.connection.send((function, list(calls.values()), deadline_s))
-        self.calls.extend(calls)
-        self.deadline_s = deadline_s
-        self.deadline = time.monotonic() + deadline_s
+    def send(self, function: str, call: int, arguments: Arguments, deadline_s: float) -> None:
+        """Hand over a call by its number."""
+        # First: an interrupt in between must find it busy.
+        self.call, self.deadline = call, time.monotonic() + deadline_s
+        self.connection.send((function, arguments, deadline_s))
 
     def receive(self) -> Any:
-        """The result of the first call, or the `Failure` that took its place."""
+        """The result of the call, or the `Failure` that took its place."""
         try:
-            outcome = self.connection.recv()
+            return self.connection.recv()
         except (EOFError, OSError):
             return Failure("crash", f"the worker ended with {self._exit_code()}")
-        self.deadline = time.monotonic() + self.deadline_s
-        return outcome
 
     def kill(self) -> None:
         """End the process and its children, now."""
-        self.calls.clear()
         self.connection.close()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -235,14 +222,11 @@ def serve(file_descriptor: int, first_function: str, memory_limit: int | None) -
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(_answer(first_function, None))
         while True:
-            function, calls, deadline_s = connection.recv()
-            end, armed = deadline_s + _ORPHAN_GRACE_S, float("-inf")
-            for arguments in calls:
-                if time.monotonic() > armed + 1.0:  # to arm it takes as long as a quick grade
-                    # A C thread without the GIL: it ends even a process stuck in a big power.
-                    faulthandler.dump_traceback_later(end, exit=True, file=nowhere)
-                    armed = time.monotonic()
-                connection.send(_answer(function, arguments))
+            function, arguments, deadline_s = connection.recv()
+            # A C thread without the GIL: it ends even a process stuck in a big power.
+            end = deadline_s + _ORPHAN_GRACE_S
+            faulthandler.dump_traceback_later(end, exit=True, file=nowhere)
+            connection.send(_answer(function, arguments))
             faulthandler.cancel_dump_traceback_later()
 
 

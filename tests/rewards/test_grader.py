@@ -123,7 +123,7 @@ def test_the_side_that_breaks_the_grader_is_to_blame(math_grader):
 
 def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
     math_grader.grade([r"\boxed{4}"] * 4, ["4"] * 4)
-    started = [worker for worker in math_grader._pool._workers if not worker.calls]
+    started = [worker for worker in math_grader._pool._workers if worker.call is None]
     assert started
     for worker in started:
         os.kill(worker.process.pid, signal.SIGKILL)
@@ -322,7 +322,6 @@ def test_what_a_user_function_may_return():
         ("maths", 'expected math, gsm8k, exact, sandbox or "module:function"; did you mean "math"'),
         ("my_rewards", 'expected math, gsm8k, exact, sandbox or "module:function"'),
         (":f", 'expected math, gsm8k, exact, sandbox or "module:function"'),
-        ("laser_fast.data.sandbox:reward", 'is now a kind: set it to "sandbox"'),
         ("no_such_module:f", "cannot be loaded: ModuleNotFoundError: .*no_such_module"),
         ("broken_rewards:f", "cannot be loaded: ModuleNotFoundError: .*not_installed_anywhere"),
         ("slowly_broken_rewards:f", "cannot be loaded: ModuleNotFoundError"),

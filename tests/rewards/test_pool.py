@@ -1,9 +1,10 @@
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
+from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError, _Worker
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_what_goes_wrong_is_told_apart(pool):
     assert exited == Failure("crash", "the worker ended with exit code 3")
 
 
-def test_calls_that_travel_together_fail_alone():
+def test_calls_fail_alone():
     pool = WorkerPool("builtins:eval", num_workers=1)
     calls = [(f"{i}",) for i in range(40)]
     calls[2] = calls[3] = ("__import__('time').sleep(60)",)
@@ -49,11 +50,17 @@ def test_calls_that_travel_together_fail_alone():
     pool.close()
 
 
-def test_each_of_the_calls_that_travel_together_has_the_whole_deadline():
+def test_each_call_has_the_whole_deadline():
     pool = WorkerPool("time:sleep", num_workers=1)
-    calls = [(0.3,)] * 8 + [(0.0,)] * 24  # eight a message
-    assert pool.run("time:sleep", calls, deadline_s=2.0) == [None] * 32
+    assert pool.run("time:sleep", [(0.3,)] * 8, deadline_s=2.0) == [None] * 8
     pool.close()
+
+
+def test_a_worker_is_busy_before_it_knows_of_its_call():
+    worker, said = _Worker.__new__(_Worker), []
+    worker.connection = SimpleNamespace(send=lambda message: said.append(worker.call))
+    worker.send("operator:add", 7, (1, 2), 60.0)
+    assert said == [7]
 
 
 def test_memory_is_limited(pool):
