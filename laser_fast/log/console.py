@@ -1,11 +1,9 @@
 """What a terminal shows of a run: a line per step, a progress bar, and a table at the end."""
 
 import logging
-import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -19,9 +17,6 @@ Report = Mapping[str, Any]  # of an evaluation, by the names in laser_fast.log.m
 logger = logging.getLogger(__name__)
 
 
-RECENT = 16  # steps whose median time is that of those to come, since lengths drift over a run
-
-
 def step_line(
     step: int, num_steps: int, metrics: Mapping[str, Any], *, seconds_left: float = 0.0
 ) -> str:
@@ -31,7 +26,7 @@ def step_line(
     """
     shown = _columns((metric, metrics.get(metric.key)) for metric in METRICS)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *shown]
-    if seconds := _seconds(metrics):
+    if seconds := sum(metrics[key] or 0.0 for key in metrics if key.startswith("time/")):
         parts.append(f"{seconds:.1f} s")
     if seconds_left >= 1:
         parts.append(f"{timedelta(seconds=round(seconds_left))} left")
@@ -42,10 +37,6 @@ def evaluation_line(step: int, report: Report) -> str:
     """The same of an evaluation after `step` steps."""
     shown = _columns((metric, report.get(metric.name)) for metric in shown_at(RUN))
     return f"evaluation after {step} steps: {'  '.join(shown)}"
-
-
-def _seconds(metrics: Mapping[str, Any]) -> float:
-    return sum(metrics[key] or 0.0 for key in metrics if key.startswith("time/"))
 
 
 def _columns(values: Iterable[tuple[Metric, float | None]]) -> list[str]:
@@ -61,37 +52,27 @@ def _columns(values: Iterable[tuple[Metric, float | None]]) -> list[str]:
 class StepConsole:
     """Step lines above a progress bar on a terminal, plain log lines anywhere else."""
 
-    def __init__(
-        self,
-        num_steps: int,
-        *,
-        first_step: int = 0,
-        eval_steps: Sequence[int] = (),  # after which an evaluation follows, counted from 1
-        console: Console | None = None,
-    ):
-        self._num_steps, self._eval_steps = num_steps, eval_steps
-        self._seconds, self._eval_seconds = deque[float](maxlen=RECENT), 0.0
-        self._since = time.monotonic()
+    def __init__(self, num_steps: int, *, first_step: int = 0, console: Console | None = None):
+        self._num_steps = num_steps
         console = console or Console()
         text, bar, share, _ = Progress.get_default_columns()  # the lines tell the time left
         columns = (text, bar, share, MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True)
+        # The pace is that of all steps but the first, evaluations and checkpoints included.
+        self._bar = Progress(
+            *columns, console=console, transient=True, speed_estimate_period=math.inf
+        )
         self._bar.disable = not console.is_terminal
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
         self._bar.start()
 
     def show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print the line of a finished step and move the bar."""
-        self._seconds.append(_seconds(metrics))
-        left = (self._num_steps - step - 1) * median(self._seconds)
-        left += sum(after > step for after in self._eval_steps) * self._eval_seconds
-        self.show(step_line(step, self._num_steps, metrics, seconds_left=left))
         self._bar.update(self._task, completed=step + 1)
-        self._since = time.monotonic()
+        left = self._bar.tasks[0].time_remaining or 0.0
+        self.show(step_line(step, self._num_steps, metrics, seconds_left=left))
 
     def show_evaluation(self, step: int, report: Report) -> None:
-        """Print the line of an evaluation, which began with the run or after its last step."""
-        self._eval_seconds = time.monotonic() - self._since
+        """Print the line of an evaluation."""
         self.show(evaluation_line(step, report))
 
     def show(self, text: str) -> None:

@@ -73,11 +73,7 @@ class RunLog(Log):
         for package in ("wandb", "trackio"):
             if getattr(config.log, package):
                 self._senders.append(self._open_hosted(package, config, last_step))
-        steps, eval_steps = config.optim.steps, list[int]()
-        if isinstance(config, Config) and config.data.eval:
-            every = config.data.eval_every or steps
-            eval_steps = [*range(every, steps, every), steps]
-        self._console = StepConsole(steps, first_step=resume_step or 0, eval_steps=eval_steps)
+        self._console = StepConsole(config.optim.steps, first_step=resume_step or 0)
         self.callback(self._console.close)
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102

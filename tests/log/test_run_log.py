@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laser_fast.config import Config, ConfigError, dump_config, load_config
 from laser_fast.log.jsonl import read_lines
-from laser_fast.log.run_log import Log, RunLog
+from laser_fast.log.run_log import RunLog
 from laser_fast.log.samples import SampleRecord, read_samples
 
 
@@ -183,38 +183,3 @@ def test_dashboard_gets_finite_numbers_and_no_step_twice(tmp_path, monkeypatch, 
     )
     assert first.sent[1:] == [(step, {"reward/mean": step}) for step in range(3)]
     assert second.sent == [(3, {"reward/mean": 3.0})]
-
-
-def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with Log() as log:
-        log.log_step(0, {"reward/mean": 0.5})
-        log.log_samples(_samples(0))
-        log.log_evaluation(0, _report(0.5))
-        assert log.finish(1, wall_seconds=1.0) == {}
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
-
-
-def test_log_of_a_run_does_what_the_other_ranks_leave():
-    assert {name for name in vars(Log) if not name.startswith("_")} <= vars(RunLog).keys()
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        ({}, []),
-        ({"eval": "sandbox"}, [7]),
-        ({"eval": "sandbox", "eval_every": 3}, [3, 6, 7]),
-        ({"eval": "sandbox", "eval_every": 7}, [7]),
-    ],
-)
-def test_the_time_left_knows_the_evaluations_to_come(tmp_path, monkeypatch, data, expected):
-    given = {}
-    monkeypatch.setattr(
-        "laser_fast.log.run_log.StepConsole",
-        lambda *steps, **keys: given.update(keys) or types.SimpleNamespace(close=list),
-    )
-    config = _config(tmp_path, steps=7)
-    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
-    with RunLog(tmp_path, config, resume_step=2):
-        assert given == {"first_step": 2, "eval_steps": expected}
