@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# What older versions knew, and what to write today: a key, or a key with its value.
-_RENAMED = {"rollout.score=request": "rollout.score=inline"}
 # What samplers take and this does not, each with the reason.
 _WHOLE = "training samples the whole distribution, whose log-probs its ratios are made of"
 _REFUSED = {
@@ -105,8 +103,6 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     location, value = first["loc"][:depth], first["input"]
     path = ".".join(map(str, location))
     is_missing = first["type"] == "missing" and first["loc"] == location
-    if renamed := _RENAMED.get(path) or _RENAMED.get(f"{path}={value}"):
-        return f'"{path}" has changed: write {renamed} instead'
     if reason := _REFUSED.get(path):
         return f'"{path}" is refused: {reason}; remove it'
     if first["type"] == "extra_forbidden":

@@ -123,11 +123,6 @@ def test_misspelt_required_key_is_named_before_the_missing_one():
     assert refusal(data) == 'unknown key "optim.step": rename it to "optim.steps" or remove it'
 
 
-def test_a_value_of_an_older_version_is_refused_with_the_new_one():
-    said = refusal(smallest(rollout__score="request"))
-    assert said == '"rollout.score" has changed: write rollout.score=inline instead'
-
-
 def test_missing_keys_and_sections():
     data = smallest()
     del data["model"]["path"]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from laser_fast.algorithm.vote import Calibrated
 from laser_fast.config import Config, MeasureConfig, ScoreConfig, all_keys
-from laser_fast.config_errors import ConfigError, apply_override, read_toml
+from laser_fast.config_errors import ConfigError, apply_override, read_toml, reading
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import read_json, replace_text, to_text
 
@@ -53,12 +53,8 @@ _NOT_CALIBRATED = {
     "score.ref_logprob": "it is what calibrate measures",
     "data.prompts_per_step": "say --limit",
     **{
-        f"rollout.eval_{key}": f"c_ref is measured as training samples; say rollout.{key}"
-        for key in ("temperature", "max_new_tokens")
-    },
-    **{
-        f"rollout.eval_{key}": "c_ref is measured as training samples"
-        for key in ("top_p", "top_k", "min_p")
+        f"rollout.eval_{key}": "c_ref is measured as training samples, see the keys without eval_"
+        for key in ("temperature", "max_new_tokens", "top_p", "top_k", "min_p")
     },
 }
 
@@ -84,7 +80,7 @@ def build_config(
     typed: dict[str, Any] = {}
     for override in overrides:
         apply_override(typed, override)
-    options = _dotted(typed)
+    options = dotted_keys(typed)
     advice = _NOT_MEASURED | (_NOT_CALIBRATED if is_calibration else {})
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
@@ -138,14 +134,12 @@ def read_score_settings(model: str | Path) -> dict[str, Any]:
     path = Path(model) / _SCORE_FILE
     if not path.is_file():
         return {}
-    try:
+    with reading(
+        f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
+        "remove it and give the three yourself"
+    ):
         score = {"position": "eos"} | json.loads(path.read_text(encoding="utf-8"))["score"]
         return {key: kind(score[key]) for key, kind in _SCORE_KEYS.items()}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(
-            f"{path}: expected a score with token, beta and ref_logprob; restore the file, or "
-            "remove it and give the three yourself"
-        ) from None
 
 
 def store_calibrated(
@@ -168,10 +162,8 @@ def read_calibrated(model: str | Path, score: Mapping[str, Any]) -> dict[str, An
     if "calibrated" not in content:
         return None
     kinds = dict.fromkeys(asdict(Calibrated()), float) | {"by": str}
-    try:
+    with reading(f'{path}: expected {", ".join(kinds)} under "calibrated"'):
         return {key: kind(content["calibrated"][key]) for key, kind in kinds.items()}
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f'{path}: expected {", ".join(kinds)} under "calibrated"') from None
 
 
 def _is_same(known: Mapping[str, Any], score: Mapping[str, Any]) -> bool:
@@ -182,7 +174,7 @@ def _is_same(known: Mapping[str, Any], score: Mapping[str, Any]) -> bool:
 
 def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
     """The keys of a file that a measurement reads."""
-    values = {} if path is None else _dotted(read_toml(path))
+    values = {} if path is None else dotted_keys(read_toml(path))
     for field in () if is_calibration else ("prompt_field", "answer_field"):
         if own := values.get(f"data.eval_{field}"):
             values[f"data.{field}"] = own
@@ -192,7 +184,7 @@ def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
     return {k: value for k, value in values.items() if not left_out & {k, f"{k}={value}"}}
 
 
-def _dotted(data: Mapping[str, Any]) -> dict[str, Any]:
+def dotted_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of a file or of overrides as dotted keys; one without keys says nothing."""
     values: dict[str, Any] = {}
     for name, section in data.items():

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.config_errors import ConfigError, read_toml
+from laser_fast.evaluation.folder import EvalFolder
+from laser_fast.evaluation.settings import dotted_keys
 from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 
@@ -46,14 +48,10 @@ def read_run(path: str | Path) -> Run:
         raise ConfigError(
             f"{path} holds no run ({folder.config.name} is missing); name the output_dir of a run"
         )
-    flat: dict[str, Any] = {}
-    # Not load_config: the run of an older version may have keys that are gone.
-    for name, value in read_toml(folder.config).items():
-        is_section = isinstance(value, dict)
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if is_section else {name: value}
     return Run(
         name=folder.path.resolve().name,
-        config=flat,
+        # Not load_config: the run of an older version may have keys that are gone.
+        config=dotted_keys(read_toml(folder.config)),
         config_text=folder.config.read_text(encoding="utf-8"),
         steps=_by_step(folder.metrics),
         evaluations=_by_step(folder.evaluations),
@@ -76,20 +74,21 @@ def read_evaluations(runs: Sequence[Path], named: Sequence[Path]) -> list[Evalua
 
 def _read(folder: Path, name: str, run: int | None) -> Evaluation:
     """One folder of `laser-fast eval`; a ConfigError says what is missing or broken."""
-    for file in ("settings.json", "report.json"):
-        if not (folder / file).is_file():
+    files = EvalFolder(folder)
+    for file in (files.settings, files.report):
+        if not file.is_file():
             raise ConfigError(
-                f"{folder} holds no finished evaluation ({file} is missing); name the folder that "
-                "laser-fast eval wrote"
+                f"{folder} holds no finished evaluation ({file.name} is missing); name the folder "
+                "that laser-fast eval wrote"
             )
-    report, settings = (jsonl.read_json(folder / f"{file}.json") for file in ("report", "settings"))
+    report, settings = files.read_report(), files.read_settings()
     if not isinstance(report.get("benchmarks"), dict):
-        raise ConfigError(f"{folder / 'report.json'}: expected the key benchmarks")
+        raise ConfigError(f"{files.report}: expected the key benchmarks")
     benchmarks, keys = report["benchmarks"], ("score", "reward", "finish_reason")
     samples = {
         benchmark: [{key: line.get(key) for key in keys} for line in jsonl.read_lines(path)]
         for benchmark in benchmarks
-        if (path := folder / benchmark / "samples.jsonl").is_file()
+        if (path := files.samples(benchmark)).is_file()
     }
     if "average" in report:
         benchmarks = {**benchmarks, MEAN: report["average"]}

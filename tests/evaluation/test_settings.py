@@ -93,7 +93,7 @@ def test_sections_as_overrides_are_read_key_by_key():
 def test_ways_to_read_a_score_may_be_typed():
     config = build(None, "rollout.engine=vllm", "rollout.score=inline")
     assert config.rollout.score == "inline"
-    with pytest.raises(ConfigError, match='"rollout.score" has changed: write rollout.score=inl'):
+    with pytest.raises(ConfigError, match="'auto', 'inline' or 'off', got 'request'"):
         build(None, "rollout.engine=vllm", "rollout.score=request")
 
 
