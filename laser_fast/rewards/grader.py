@@ -270,8 +270,6 @@ def _shared_grader(kind: str, timeout_s: float) -> Grader:
 def _check(config: RewardConfig, key: str) -> None:
     """Refuse what no worker needs to find out."""
     kind = config.kind
-    if kind == "laser_fast.data.sandbox:reward":  # before 0.2
-        raise ConfigError(f'{key} = "{kind}" is now a kind: set it to "sandbox"')
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
         nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
