@@ -108,7 +108,7 @@ def build_report(
     pooled = np.array([correct, ~finished, [r.num_tokens for r in graded]], np.float64)  # [3, N]
     scores = np.array([record.score for record in graded], np.float64)  # nan where not scored
     std = float(scores[finished].clip(0.0, 1.0).std()) if finished.any() else np.nan
-    has_scores = _has_scores(records)
+    has_scores = any(record.is_finished and record.score is not None for record in records)
     uses_scores = has_scores and std > MIN_SCORE_STD
     classes = [answer_classes([record.answer for record in b], same_answer) for b in ballots]
     halves = [calibrate_votes(ballots[i::2], classes[i::2]) for i in (1, 0)]
@@ -273,18 +273,6 @@ def _problem_values(
             f"best_over_mean@{k}": best - pass_at_k(correct, 1),
         }
     return values | {"auroc_within": auroc(scores, correct) if has_scores else np.nan}
-
-
-def _has_scores(records: Sequence[SampleRecord]) -> bool:
-    """Whether scores were measured: for all finished completions or for none."""
-    finished = [record for record in records if record.is_finished]
-    num_scored = sum(record.score is not None for record in finished)
-    if num_scored not in (0, len(finished)):
-        raise ValueError(
-            f"build_report: expected a score for all {len(finished)} finished completions or for "
-            f"none, got {num_scored}; ask the engine for scores (sampling.needs_score)"
-        )
-    return num_scored > 0
 
 
 def _bins(probabilities: ArrayLike, correct: ArrayLike) -> list[dict[str, float]]:
