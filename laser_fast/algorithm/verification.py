@@ -3,11 +3,11 @@
     TPR   = P(r_s > 1/2 | correct),   TNR = P(r_s <= 1/2 | incorrect)
     F1    = 2 TPR TNR / (TPR + TNR), what the LaSeR paper calls F1 (arXiv 2510.14943)
     AUROC = P(r_s of a correct > r_s of an incorrect) + 1/2 P(the two are equal)
-    AUROC within problems: the mean of those of the problems that have both classes
     ECE   = sum_bins n_bin / N |mean correct - mean p|,   Brier = mean (p - correct)^2
     p     = clip(r_s, 0, 1) = r, or corrected: pc r / (pc r + (1 - pc) (1 - r))
 
-Only the AUROC within problems says what votes can gain: the other also tells hard problems apart.
+What votes can gain says only the mean AUROC within each problem that has both classes
+(evaluation.statistics): the pooled one also tells hard problems apart.
 The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the
 correction puts the base rate pc of correct completions back in. Arguments are lists, arrays or CPU
 tensors [B]: scores float, probabilities in [0, 1], is_correct bool. A value that a missing class
@@ -18,7 +18,6 @@ always says "incorrect" has F1 = 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,13 +128,6 @@ def best_threshold(scores: Array, is_correct: Array) -> float:
     f1 = (2 * tpr * tnr / (tpr + tnr)).nan_to_num()
     best = ((values[1:] + values[:-1]) / 2)[f1 == f1.max()].tolist()
     return min(best, key=lambda t: (abs(t - THRESHOLD), t))
-
-
-def auroc_within(problems: Iterable[tuple[Array, Array]]) -> float:
-    """Mean AUROC of (scores, is_correct) per problem with both classes; nan without any."""
-    found = [auroc(*problem) for problem in problems]
-    known = [value for value in found if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def auroc(scores: Array, is_correct: Array) -> float:

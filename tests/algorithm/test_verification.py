@@ -11,7 +11,6 @@ from sklearn.metrics import accuracy_score, brier_score_loss, recall_score, roc_
 
 from laser_fast.algorithm.verification import (
     auroc,
-    auroc_within,
     best_threshold,
     brier_score,
     calibration_error,
@@ -248,11 +247,3 @@ def test_a_threshold_of_its_own_for_every_completion():
     assert (found["tpr_calibrated"], found["tnr_calibrated"]) == (pytest.approx(1 / 3), 0.5)
     assert found["f1_calibrated"] == pytest.approx(0.4) and found["tpr"] == pytest.approx(2 / 3)
     assert "f1_calibrated" not in verify(scores, correct)
-
-
-def test_auroc_within_problems_compares_nothing_across_them():
-    easy, hard = ([0.9, 0.8], [True, True]), ([0.1, 0.3, 0.2], [True, False, False])
-    assert auroc(easy[0] + hard[0], easy[1] + hard[1]) == pytest.approx(4 / 6)
-    assert auroc_within([easy, hard]) == 0.0
-    assert auroc_within([hard, ([0.2, 0.1], [True, False])]) == 0.5
-    assert math.isnan(auroc_within([easy])) and math.isnan(auroc_within([]))
