@@ -12,7 +12,7 @@ from model_shapes import COUNTS_7B, QWEN_7B, qwen
 from tiny_models import make_config, make_model_config, make_sequences
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig
 
 from laser_fast.cli import main
 from laser_fast.config import Config, ConfigError, ModelConfig, OptimConfig
@@ -84,11 +84,19 @@ def _storages(tensors) -> int:
 def test_counts_by_hand(config, query, key, extra):
     hidden, num_tables = 64, 1 if config.tie_word_embeddings else 2
     block = 2 * hidden * (query + key) + 3 * hidden * 160 + 2 * hidden + extra
-    assert count_parameters(config) == (3 * block + (num_tables * 2000 + 1) * hidden, block)
+    root = (num_tables * 2000 + 1) * hidden
+    assert count_parameters(config) == (3 * block + root, block, root)
 
 
 def test_counts_of_a_known_model():
     assert count_parameters(qwen(QWEN_7B)) == COUNTS_7B
+
+
+def test_dense_first_blocks_of_a_mixture_of_experts():
+    experts = {"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 160}
+    total, block, root = count_parameters(Glm4MoeConfig(**SMALL, **experts))
+    assert root == (2 * 2000 + 1) * 64
+    assert block > 8 * 3 * 64 * 160 and 2 * block < total - root < 3 * block
 
 
 def test_sharded_terms_are_what_a_training_step_allocates():

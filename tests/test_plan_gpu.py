@@ -66,7 +66,7 @@ def _batch(device):
 def _measure(plan):
     """Bytes of each term, and of the peak of a whole step, after a first step that warms up."""
     config, device = plan.config, torch.device("cuda")
-    root = plan.num_parameters - plan.model.num_hidden_layers * plan.num_block_parameters
+    root = plan.num_root_parameters
     allocated, largest = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
     reset = torch.cuda.reset_peak_memory_stats
     nothing, found = allocated(), {}

@@ -136,7 +136,7 @@ def print_plan(plan: Plan) -> None:
     B, L = plan.num_block_parameters, model.num_hidden_layers
     console.print(
         f"{plan.config.model.path}: P = {plan.num_parameters:,} parameters = {L} blocks x "
-        f"B = {B:,} + R = {plan.num_parameters - L * B:,}\n"
+        f"B = {B:,} + R = {plan.num_root_parameters:,}\n"
         f"{plan.num_gpus} GPUs of M = {plan.memory_gb:g} GB, S = {plan.num_shards} shards, "
         f"c = {plan.compute_bytes} bytes, T = N = {plan.config.optim.tokens_per_microbatch:,} "
         f"tokens, L = {L}, D = {model.hidden_size}, F = {model.intermediate_size}, "

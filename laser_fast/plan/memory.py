@@ -3,7 +3,7 @@
 No weights are read: the model is built from its config on torch's meta device and counted there.
 Where a number depends on the data it is a bound: every token of a microbatch may be a head row.
 
-    P  parameters: L blocks of B, and R outside them     D, F, V  hidden, MLP and vocabulary size
+    P  parameters: L blocks of B, the largest, and R     D, F, V  hidden, MLP and vocabulary size
     t  parameters of a block's adapters, with LoRA       W  parameters that are trained: P or L t
     S  ranks that share the parameters                   Dkv  key-value heads times head dimension
     T  tokens of a microbatch, N = T rows of the head    c  bytes of the compute dtype
@@ -54,6 +54,7 @@ class Plan:
     model: PretrainedConfig
     num_parameters: int  # P
     num_block_parameters: int  # B
+    num_root_parameters: int  # R
     num_gpus: int
     memory_gb: float  # M, in units of 1e9 bytes
     workspace_mb: float = WORKSPACE_MB
@@ -87,8 +88,8 @@ class Plan:
     def phases(self) -> dict[str, tuple[Term, ...]]:
         """The phases of a step, each with the terms that are in memory together."""
         model, config, c = self.model, self.config, self.compute_bytes
-        L, D, V = model.num_hidden_layers, model.hidden_size, model.vocab_size
-        B, R = self.num_block_parameters, self.num_parameters - L * self.num_block_parameters
+        D, V = model.hidden_size, model.vocab_size
+        B, R = self.num_block_parameters, self.num_root_parameters
         has_adapters, is_quantized = self.num_adapter_parameters > 0, config.optim.state_bits == 8
         share = 0 if config.model.cpu_offload else self.num_trained / self.num_shards
         kept = [
@@ -247,12 +248,14 @@ class Plan:
         return 1e-9 * (num_bytes + self._activations[-1].bytes)
 
 
-def count_parameters(model: PretrainedConfig) -> tuple[int, int]:
-    """Count P and B of the model that a config describes, without allocating any."""
+def count_parameters(model: PretrainedConfig) -> tuple[int, int, int]:
+    """Count P, B and R of the model that a config describes, without allocating any."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(model)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (whole, whole.model.layers[0])]
-    return sizes[0], sizes[1]
+    parts = (whole, *whole.model.layers)
+    total, *blocks = (sum(p.numel() for p in part.parameters()) for part in parts)
+    # The first block of a mixture of experts may be a small, dense one.
+    return total, max(blocks), total - sum(blocks)
 
 
 def count_adapters(model: PretrainedConfig, config: ModelConfig) -> int:

@@ -26,7 +26,7 @@ QWEN_7B = _QWEN | {
     "vocab_size": 152064,
     "tie_word_embeddings": False,
 }
-COUNTS_7B = (7_615_616_512, 233_057_792)  # its model card rounds the first to 7.61B
+COUNTS_7B = (7_615_616_512, 233_057_792, 1_089_998_336)  # its model card rounds the first to 7.61B
 
 
 def qwen(shape):
