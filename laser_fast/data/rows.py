@@ -93,13 +93,12 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
-    with open(path, "rb") as file:
-        start = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip()
-    yield from (_read_array if start.startswith(b"[") else _read_jsonl)(path, fields)
-
-
-def _read_array(path: Path, fields: Fields) -> Iterator[Row]:
-    """Yield the items of an array, or of several in a row."""
+    """Yield the items of an array, or of several in a row; without any, JSON lines."""
+    with open(path, encoding="utf-8-sig") as file:
+        is_array = file.read(1 << 20).lstrip().startswith("[")
+    if not is_array:
+        yield from _read_jsonl(path, fields)
+        return
     text, decoder = path.read_text(encoding="utf-8-sig").rstrip(), json.JSONDecoder()
     position, numbers = 0, count()
     while position < len(text):
@@ -126,19 +125,15 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if len({*names}) < len(names):
-                raise ConfigError(f"{path}: expected columns of different names, got {names}")
-            check_fields(str(path), fields, names)
-            batches = file.iter_batches(batch_size=_BATCH, columns=columns(fields, names) or None)
-            yield from _number(batches, file.schema_arrow, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: not a readable parquet file: {error}") from None
+    with ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if len({*names}) < len(names):
+            raise ConfigError(f"{path}: expected columns of different names, got {names}")
+        check_fields(str(path), fields, names)
+        batches = file.iter_batches(batch_size=_BATCH, columns=columns(fields, names) or None)
+        yield from _number(batches, file.schema_arrow, str(path))
 
 
 def _open_hub(name: str, split: str) -> RowSource:

@@ -155,7 +155,7 @@ def test_the_identity_follows_the_content(tmp_path):
         ("a.csv", 'problem,answer\na,1\n"b,2\n', "a.csv:3: not valid CSV"),
         ("a.csv", b"problem,answer\n\xff,1\n", "a.csv: not readable: .utf-8. codec"),
         ("a.csv", "problem,answer\na,\n", 'a.csv:2: field "answer" .* is empty'),
-        ("a.parquet", "nothing like it", "a.parquet: not a readable parquet file"),
+        ("a.parquet", "nothing like it", "a.parquet: not readable: Parquet"),
         ("a.txt", "problem", "expected a data file ending in one of .jsonl, .json, .csv, .parq"),
     ],
 )
