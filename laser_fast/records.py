@@ -18,7 +18,7 @@ ScorePosition = Literal["eos", "last"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialTokens:
-    """The token ids that the algorithm depends on.
+    """The token ids that the algorithm depends on, checked by `model.vocabulary.load_vocabulary`.
 
     `vocab_size` is the tokenizer's: rows of the head from there on are padding and never sampled.
     """
@@ -29,19 +29,9 @@ class SpecialTokens:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        if not self.eos_token_ids:
-            raise ValueError("eos_token_ids: expected at least one id, got none")
-        for token_id in (self.score_token_id, *self.eos_token_ids):
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"expected score and EOS ids below the vocabulary of {self.vocab_size}, "
-                    f"got {token_id}; check that tokenizer and model belong together"
-                )
-        if self.score_token_id in self.eos_token_ids:
-            raise ValueError(
-                f"score_token_id {self.score_token_id} is an EOS id; choose a token that ends "
-                "nothing"
-            )
+        assert self.eos_token_ids and self.score_token_id not in self.eos_token_ids
+        ids = (self.score_token_id, *self.eos_token_ids)
+        assert all(0 <= token_id < self.vocab_size for token_id in ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
