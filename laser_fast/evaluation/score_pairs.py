@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import ConfigError, MeasureConfig, PromptConfig
 from laser_fast.config_errors import reading
-from laser_fast.data.fields import Question, question_of
+from laser_fast.data.fields import question_of
 from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
@@ -117,28 +117,27 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
     if not isinstance(fields, dict):
         raise ConfigError(f"{place}: expected an object, got {type(fields).__name__}")
     tokenizer, eos_token_ids = vocabulary.tokenizer, vocabulary.special.eos_token_ids
-    prompt: Question | tuple[int, ...] = (
-        question_of(fields, {"prompt": "messages"}, "prompt", place)
-        if isinstance(fields.get("prompt"), list) and "prompt_ids" not in fields
-        else _part(place, fields, "prompt", "prompt_ids", num_ids)
-    )
-    response = _part(place, fields, "response", "completion_ids", num_ids)
-    if not isinstance(prompt, tuple):
-        is_chat = data.template == "chat"
-        if is_chat and not tokenizer.chat_template:
-            raise ConfigError(
-                f'{place}: data.template = "chat", but the tokenizer has no chat template; '
-                "give prompt_ids, or set data.template={prompt} for prompts already worded"
-            )
-        worded = wording(data, tokenizer)(prompt)
-        prompt = tuple(tokenizer(worded, add_special_tokens=not is_chat)["input_ids"])
+    if "prompt_ids" in fields:
+        prompt = _ids(place, fields, "prompt_ids", num_ids)
+    else:
+        question = question_of(fields, {"prompt": "or prompt_ids"}, "prompt", place)
+        worded, adds_bos = wording(data, tokenizer)(question), data.template != "chat"
+        prompt = tuple(tokenizer(worded, add_special_tokens=adds_bos)["input_ids"])
     if not prompt:
         raise ConfigError(f"{place}: the prompt has no token")
-    if isinstance(response, str):
-        response = tuple(tokenizer(response, add_special_tokens=False)["input_ids"])
+    if "completion_ids" in fields:
+        response = _ids(place, fields, "completion_ids", num_ids)
+    else:
+        text = fields.get("response")
+        if not isinstance(text, str):
+            raise ConfigError(
+                f'{place}: expected a text "response" or "completion_ids", got {text!r:.60}'
+            )
+        with reading(f'{place}: field "response"'):  # which may be no Unicode
+            response = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not {*response[-1:]} & {*eos_token_ids}:
-            eos = tokenizer.eos_token_id
-            response += (eos_token_ids[0] if eos is None else eos,)
+            eos = tokenizer.eos_token_id  # of some tokenizers none that ends a completion
+            response += (eos if eos in eos_token_ids else eos_token_ids[0],)
     if {*response} <= {*eos_token_ids}:
         return _Pair(reason="empty")
     if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":
@@ -148,26 +147,11 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
     return _Pair((prompt, response))
 
 
-def _part(
-    place: str, fields: dict[str, Any], text: str, ids: str, num_ids: int
-) -> str | tuple[int, ...]:
-    """The ids of a prompt or a response, or its text where there are none."""
-    if text not in fields and ids not in fields:
+def _ids(place: str, fields: dict[str, Any], name: str, num_ids: int) -> Ids:
+    ids = fields[name]
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_ids for i in ids):
         raise ConfigError(
-            f'{place}: expected the field "{text}" or "{ids}", the fields are {", ".join(fields)}'
+            f'{place}: field "{name}": expected a list of ids below the {num_ids} of this model, '
+            f"got {ids!r:.60}"
         )
-    value = fields.get(ids, fields.get(text))
-    if ids not in fields and isinstance(value, str):
-        with reading(f'{place}: field "{text}" is not valid Unicode'):
-            value.encode()
-        return value
-    if ids not in fields:
-        raise ConfigError(f'{place}: field "{text}": expected text, got {type(value).__name__}')
-    if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
-        raise ConfigError(f'{place}: field "{ids}": expected a list of token ids')
-    if any(not 0 <= token_id < num_ids for token_id in value):
-        raise ConfigError(
-            f'{place}: field "{ids}": expected ids below {num_ids}, got {max(value)} at the most; '
-            "they are of another tokenizer"
-        )
-    return tuple(value)
+    return tuple(ids)

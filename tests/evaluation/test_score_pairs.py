@@ -1,14 +1,17 @@
 """`score`: the same numbers as generation and as full logits, and a reason where there is none."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_fast.config import ConfigError
-from laser_fast.evaluation.score_pairs import score_pairs
+from laser_fast.evaluation.score_pairs import _read, score_pairs
 from laser_fast.evaluation.settings import build_config
+from laser_fast.model.vocabulary import Vocabulary
+from laser_fast.records import SpecialTokens
 
 EOS, SCORE = 1, 2  # <eos> and <|reserved_0|> of the sandbox's tokenizer
 
@@ -85,6 +88,14 @@ def test_what_cannot_be_read_gets_a_reason(build, tmp_path):
     assert totals == {"scored": 1, "truncated": 2, "empty": 3, "too long": 1}
 
 
+def test_text_ends_with_an_id_that_ends_completions(build, sandbox_model):
+    tokenizer = AutoTokenizer.from_pretrained(sandbox_model)
+    special = SpecialTokens(score_token_id=SCORE, eos_token_ids=(5,), pad_token_id=0, vocab_size=33)
+    row = "in.jsonl:1", {"prompt": "1a+1=", "response": "2"}
+    pair = _read(row, build().data, Vocabulary(tokenizer, special), (33, 128))
+    assert tokenizer.eos_token_id == EOS and pair.reason is None and pair.ids[1][-1] == 5
+
+
 def test_nothing_readable_still_gives_every_line(build, tmp_path):
     totals, lines = _score(build(), tmp_path, [{"prompt_ids": [9], "completion_ids": []}] * 3)
     assert totals == {"scored": 0, "empty": 3}
@@ -102,7 +113,7 @@ def test_an_output_is_not_overwritten_unasked(build, tmp_path):
     with pytest.raises(ConfigError, match="is a folder; name a file"):
         score_pairs(build(), tmp_path / "in.jsonl", tmp_path, overwrite=True)
     # A broken input leaves the earlier output as it was, and no partial one.
-    with pytest.raises(ConfigError, match="in.jsonl:1: expected the field"):
+    with pytest.raises(ConfigError, match='in.jsonl:1: no field "prompt"'):
         _score(build(), tmp_path, [{}], overwrite=True)
     assert json.loads((tmp_path / "out.jsonl").read_text()) == lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -112,19 +123,32 @@ def test_an_output_is_not_overwritten_unasked(build, tmp_path):
     ("content", "message"),
     [
         ("", "no pairs to score"),
-        ('{"prompt": "1"}\n', 'in.jsonl:1: expected the field "response" or "completion_ids"'),
-        ('{"prompt": 1, "response": "2"}\n', 'field "prompt": expected text, got int'),
+        (
+            '{"prompt": "1"}\n',
+            'in.jsonl:1: expected a text "response" or "completion_ids", got None',
+        ),
+        (
+            '{"prompt": 1, "response": "2"}\n',
+            "(or prompt_ids): expected text or a list of messages",
+        ),
         ('{"prompt": "x", "response": "2"}\n', "the prompt has no token"),
-        ('{"prompt": "1", "response": null}\n', 'field "response": expected text, got NoneType'),
-        ('{"prompt": "1", "completion_ids": "12"}\n', "expected a list of token ids"),
-        ('{"prompt": "1", "completion_ids": [99]}\n', "expected ids below 33, got 99"),
+        (
+            '{"prompt": "1", "response": 2}\n',
+            'expected a text "response" or "completion_ids", got 2',
+        ),
+        ('{"prompt": "1", "response": "\\ud83d"}\n', 'in.jsonl:1: field "response": '),
+        ('{"prompt": "1", "completion_ids": "12"}\n', "expected a list of ids below"),
+        (
+            '{"prompt": "1", "completion_ids": [99]}\n',
+            "expected a list of ids below the 33 of this model, got [99]",
+        ),
         ('{"prompt": "1", "response": "2"}\n{"pro\n', "in.jsonl:2: not valid JSON"),
         ("[1]\n3\n", "in.jsonl:1: expected an object, got list"),
     ],
 )
 def test_broken_input_names_the_place(build, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         score_pairs(build(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
@@ -134,7 +158,7 @@ def test_options_that_do_not_fit(build, sandbox_model, tmp_path):
         _score(build("score.ref_logprob=auto"), tmp_path, [row])
     with pytest.raises(ConfigError, match=r"measures it on the base model\)$"):
         _score(build_config(str(sandbox_model)), tmp_path, [row])
-    with pytest.raises(ConfigError, match="no chat template; give prompt_ids, or set data.templ"):
+    with pytest.raises(ConfigError, match="no chat template; set data.template to a text"):
         _score(build("data.template=chat"), tmp_path, [row])
     with pytest.raises(ConfigError, match="expected a .jsonl or .json file"):
         score_pairs(build(), tmp_path / "in.csv", tmp_path / "out.jsonl")
