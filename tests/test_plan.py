@@ -12,7 +12,14 @@ from model_shapes import COUNTS_7B, QWEN_7B, qwen
 from tiny_models import make_config, make_model_config, make_sequences
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from laser_fast.cli import main
 from laser_fast.config import Config, ConfigError, ModelConfig, OptimConfig
@@ -33,6 +40,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+EXPERTS = {"num_experts": 8, "moe_intermediate_size": 160, "num_experts_per_tok": 2}
 FEW_KEYS = {"num_key_value_heads": 2}
 UNTIED = {"tie_word_embeddings": False}
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -57,6 +65,10 @@ def _plan(config=None, *, model=None, counts=None, num_gpus=8, memory_gb=80.0, *
 
 def _small(family, **changes):
     return make_model_config(family, **SMALL | changes)
+
+
+def _glm(**changes):
+    return Glm4MoeConfig(**SMALL, **EXPERTS, n_routed_experts=8, head_dim=16, **changes)
 
 
 def _model(config, **options):
@@ -93,8 +105,7 @@ def test_counts_of_a_known_model():
 
 
 def test_dense_first_blocks_of_a_mixture_of_experts():
-    experts = {"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 160}
-    total, block, root = count_parameters(Glm4MoeConfig(**SMALL, **experts))
+    total, block, root = count_parameters(_glm(first_k_dense_replace=1))
     assert root == (2 * 2000 + 1) * 64
     assert block > 8 * 3 * 64 * 160 and 2 * block < total - root < 3 * block
 
@@ -180,9 +191,18 @@ def _peak_bytes(function) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_activations_are_what_autograd_keeps(family, dtype):
-    config = _small(family, **UNTIED)
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(_small(family, **UNTIED) for family in ("qwen2", "qwen3", "llama")),
+        _glm(first_k_dense_replace=0),
+        OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=4),
+        Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=320),
+        Qwen3MoeConfig(**SMALL, **EXPERTS, head_dim=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_activations_are_what_autograd_keeps(config, dtype):
     model = _model(config, dtype=dtype).train()
     tokens = 256
     # On a CPU sdpa keeps no attention matrix where key and query heads are equally many.
@@ -244,7 +264,7 @@ def test_terms_by_hand():
         optim={"tokens_per_microbatch": 1000},
         loss={"kl_coef": 0.1},
     )
-    plan = _plan(config, model=model, counts=(2500, 1000), memory_gb=10.0, workspace_mb=0.001)
+    plan = _plan(config, model=model, counts=(2500, 1000, 500), memory_gb=10.0, workspace_mb=0.001)
     found = {name: term.bytes for name, term in plan.terms.items()}
     shards, total = 4, 2500
     assert found == pytest.approx(

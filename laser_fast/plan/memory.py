@@ -35,7 +35,7 @@ RESERVE_GB = 4.0
 VLLM_FORWARD_GB = 2.0
 WORKSPACE_MB = 2600.0  # laser_kernels' default on a GPU
 FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")  # around attention and MLP
-NORMS_OF_HEADS = ("gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_moe")
+NORMS_OF_HEADS = ("gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
 
 
 class Term(NamedTuple):
@@ -274,9 +274,10 @@ def activation_bytes_per_token(
     """A: what one block keeps of a token for its backward, in plain transformers layers.
 
     Norms keep a float32 copy, their normalized and their scaled output; attention keeps query,
-    key, value, output and a float32 logsumexp per head; the MLP keeps four tensors of width F.
-    With `repeats_keys` key and value are repeated to the query heads; there are at
-    most `keys_per_token` of them, the size of a group whose completions are short.
+    key, value, output and a float32 logsumexp per head; the MLP keeps four tensors of width F,
+    and each chosen expert of a mixture its input and output, too. With `repeats_keys` key and
+    value are repeated to the query heads; there are at most `keys_per_token` of them, the size of
+    a group whose completions are short.
     """
     query, key = head_widths(model)
     norms = (4 if model.model_type in FOUR_NORMS else 2) * (4 + 2 * c) * model.hidden_size
@@ -284,14 +285,17 @@ def activation_bytes_per_token(
         norms += (4 + c) * (query + key)
     kept_keys = keys_per_token * (query if repeats_keys else key)
     attention = 2 * c * (query + kept_keys) + 4 * model.num_attention_heads
-    return norms + attention + 4 * c * _mlp_width(model)
+    chosen = getattr(model, "num_experts_per_tok", None) or 0
+    return norms + attention + 4 * c * _mlp_width(model) + 2 * c * chosen * model.hidden_size
 
 
 def _mlp_width(model: PretrainedConfig) -> int:
-    """F; of a mixture of experts that of those that a token meets."""
+    """F; of a mixture of experts that of those that a token meets, of shared ones, too."""
     chosen = getattr(model, "num_experts_per_tok", None)
     width = getattr(model, "moe_intermediate_size", None) or model.intermediate_size
-    return chosen * width if chosen else width
+    shared = (getattr(model, "n_shared_experts", None) or 0) * width
+    shared += getattr(model, "shared_expert_intermediate_size", 0)
+    return chosen * width + shared if chosen else width
 
 
 def head_widths(model: PretrainedConfig) -> tuple[int, int]:
