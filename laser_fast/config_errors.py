@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,13 +125,13 @@ def _unknown(path: str, value: Any, docs: Mapping[str, str]) -> str:
     section, _, name = path.rpartition(".")
     if not section and isinstance(value, dict):
         sections = list(dict.fromkeys(key.partition(".")[0] for key in docs if "." in key))
-        if nearest := _nearest(name, sections):
-            return f"unknown section [{name}]: rename it to [{nearest[0]}] or remove it"
+        if found := nearest(name, sections):
+            return f"unknown section [{name}]: rename it to [{found[0]}] or remove it"
         return f"unknown section [{name}]: remove it; the sections are {', '.join(sections)}"
     own = _keys(section, docs)
-    if nearest := _nearest(name, own) or _nearest(name, list(docs)):
-        return f'unknown key "{path}": rename it to "{nearest[0]}" or remove it'
-    names = ", ".join(_nearest(name, own, 0.0))
+    if found := nearest(name, own) or nearest(name, docs):
+        return f'unknown key "{path}": rename it to "{found[0]}" or remove it'
+    names = ", ".join(nearest(name, own, 0.0))
     return f'unknown key "{path}": remove it or choose one of these, nearest first: {names}'
 
 
@@ -150,7 +150,7 @@ def _keys(section: str, docs: Mapping[str, str]) -> Sequence[str]:
     return [key for key in docs if key.rpartition(".")[0] == section]
 
 
-def _nearest(name: str, keys: Sequence[str], minimum: float = 0.6) -> list[str]:
+def nearest(name: str, keys: Iterable[str], minimum: float = 0.6) -> list[str]:
     """The keys like the name, the nearest first; below a likeness of 0.6 it would be a guess."""
 
     def likeness(key: str) -> float:

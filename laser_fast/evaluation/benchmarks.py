@@ -5,7 +5,6 @@ problem on MATH500 and OlympiadBench, 32 on AMC23, AIME24 and AIME25; accuracy i
 samples, and the headline number the mean over the five sets.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from laser_fast.algorithm.score import is_correct
 from laser_fast.config import ConfigError, RewardConfig
+from laser_fast.config_errors import nearest
 from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
@@ -80,8 +80,8 @@ def find_benchmark(
             return replace(known, source=str(files[name]))
         return known if data_dir is None else _in_folder(known, data_dir)
     if "/" not in name and not Path(name).suffix:
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        found = nearest(name, NAMES)
+        hint = f'; did you mean "{found[0]}"?' if found else ""
         raise ConfigError(
             f'benchmark "{name}": expected {", ".join(NAMES)}, a data file or a hub data set '
             f"owner/name{hint}"

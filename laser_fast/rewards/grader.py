@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_errors import ConfigError, nearest
 from laser_fast.rewards.boxed import passes_gate
 from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
 from laser_fast.rewards.user import RewardError
@@ -272,8 +271,8 @@ def _check(config: RewardConfig, key: str) -> None:
     kind = config.kind
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
-        nearest = difflib.get_close_matches(kind, _BUILT_IN, n=1, cutoff=0.5)
-        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        found = nearest(kind, _BUILT_IN)
+        hint = f'; did you mean "{found[0]}"?' if found else ""
         raise ConfigError(
             f'{key} = "{kind}": expected {", ".join(_BUILT_IN)} or "module:function"{hint}'
         )
