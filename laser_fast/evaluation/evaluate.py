@@ -5,7 +5,6 @@ noise is keyed by (seed, prompt, sample) and chunks have fixed borders, hence th
 Under torchrun the ranks share the prompts of every chunk; rank 0 writes.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -129,7 +128,6 @@ class _Part:
         source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)
         prompts = source.all()
         logger.info("%s: the first prompt is %r", name, prompts[0].text)
-        content = repr([(prompt.prompt_ids, prompt.answer) for prompt in prompts]).encode()
         settings = {
             "source": benchmark.source,
             "samples": samples,
@@ -138,7 +136,7 @@ class _Part:
             "format_gate": reward.format_gate,
             "num_prompts": len(prompts),
             "num_dropped": source.num_dropped,
-            "prompts": hashlib.blake2b(content, digest_size=8).hexdigest(),
+            "prompts": source.digest,
         }
         golds: dict[str, list[str]] = {}
         if self.world.is_main:
