@@ -50,12 +50,15 @@ class ModelConfig(Section):
     """Scale of what the adapters add, over their rank."""
     lora_targets: tuple[str, ...] = Field((), strict=False)
     """Linear layers, such as "q_proj", that get adapters; empty: all. Experts are none."""
+    lora_4bit: bool = False
+    """QLoRA: the blocks' frozen linear layers in 4 bits, whole on each GPU. Extra [qlora]."""
     router_aux_loss_coef: float = Field(0.0, ge=0)
     """Weight of the experts' load-balancing loss, formed in each microbatch apart; 0: off."""
 
     def _problems(self) -> Iterator[str]:
-        if self.lora_targets and not self.lora_rank:
-            yield "model.lora_targets are for adapters, and model.lora_rank is 0; set a rank"
+        for key in ("lora_targets", "lora_4bit"):
+            if getattr(self, key) and not self.lora_rank:
+                yield f"model.{key} is for adapters, and model.lora_rank is 0; set a rank"
         if self.compile and self.router_aux_loss_coef:
             yield "model.compile hides the routers from model.router_aux_loss_coef; leave one out"
 

@@ -134,10 +134,10 @@ def fit(config: Config, *, num_gpus: int, memory_gb: float, is_gpu: bool = True)
     """The plan of a configuration with as little changed as makes it fit, or a ConfigError.
 
     What `advise` proposes goes first, then adapters; only with these, weights in host memory. That
-    is a CPU's own.
+    is a CPU's own, which 4 bits do not spare either: weights are loaded there in 32.
     """
     model = config.model
-    switches = [name for name in SWITCHES if is_gpu or "offload" not in name]
+    switches = [name for name in SWITCHES if is_gpu or not name.endswith(("offload", "4bit"))]
     for rank in dict.fromkeys((model.lora_rank, model.lora_rank or LORA_RANK)):
         new = config.model_copy(update={"model": model.model_copy(update={"lora_rank": rank})})
         plan = plan_run(new, num_gpus=num_gpus, memory_gb=memory_gb)

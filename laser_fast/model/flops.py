@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn import Parameter
 
+from laser_fast.model.nf4 import Nf4Linear
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch
 
@@ -41,6 +42,8 @@ def training_flop(policy: Policy, batches: Iterable[Microbatch]) -> float:
         * (config.num_experts_per_tok / len(weight) if ".experts." in name else 1)
         for name, weight in policy.hf.model.layers.named_parameters()
     )
+    quantized = [m for m in policy.hf.model.layers.modules() if isinstance(m, Nf4Linear)]
+    body += sum(4 * layer.in_features * layer.out_features for layer in quantized)
     head = _flop_per_row(policy.hf.lm_head.weight)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -2,8 +2,8 @@
 
     h = W x + alpha / r B A x        W [out, in] frozen, A [r, in] random at first, B [out, r] zero
 
-W is kept in the compute dtype; A and B are float32 masters. Whoever takes weights, an engine or a
-Hugging Face folder, is given W + alpha / r B A under W's own name.
+W is kept in the compute dtype, or in 4 bits; A and B are float32 masters. Whoever takes weights, an
+engine or a Hugging Face folder, is given W + alpha / r B A under W's own name.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config_errors import ConfigError
+from laser_fast.model.nf4 import Nf4Linear, quantize_blocks
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
     from transformers import PreTrainedModel
 
     from laser_fast.config import ModelConfig
+    from laser_fast.model.distributed import World
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
 
 
-def add_adapters(hf: PreTrainedModel, config: ModelConfig, *, dtype: torch.dtype) -> None:
-    """Freeze a float32 model in `dtype` and put adapters into its blocks, in place."""
+def add_adapters(
+    hf: PreTrainedModel, config: ModelConfig, world: World, *, dtype: torch.dtype
+) -> None:
+    """Freeze a float32 model in `dtype` and put adapters into its blocks, in place.
+
+    Values are those of rank 0; what is in 4 bits is on the device then, the rest on the CPU.
+    """
     try:
         from peft import inject_adapter_in_model
     except ImportError:
@@ -44,6 +51,8 @@ def add_adapters(hf: PreTrainedModel, config: ModelConfig, *, dtype: torch.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A, which training moves; a run's own seed names its data
         inject_adapter_in_model(_peft_config(hf, config), hf)
+    if config.lora_4bit:
+        quantize_blocks(hf, dtype=dtype, device=world.device, is_loaded=world.is_main)
     for name, parameter in hf.named_parameters():
         assert parameter.requires_grad == name.endswith((_A, _B)), name
         if not parameter.requires_grad:
@@ -81,18 +90,19 @@ def _peft_config(hf: PreTrainedModel, config: ModelConfig) -> PeftConfig:
 
 
 def merged(
-    state: Mapping[str, Tensor],
-    hf: nn.Module,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    state: Mapping[str, Tensor], hf: nn.Module, gather: Callable[[Tensor], Tensor] = Tensor.cpu
 ) -> Iterator[tuple[str, Tensor]]:
     """A state_dict's entries as those of the model without adapters, which it may not have.
 
     `gather` makes a whole tensor of an entry, one after the other in the same order on all ranks.
+    Weights in 4 bits, which no state_dict has, come last.
     """
-    for name, tensor in state.items():
+    layers = {f"{k}.weight": v for k, v in hf.named_modules() if isinstance(v, Nf4Linear)}
+    for name, entry in {**state, **layers}.items():
         if name.endswith((_A, _B)):
             continue
-        whole, layer = gather(tensor), name.removesuffix(f"{_BASE}.weight")
+        whole = gather(entry.dequantized() if isinstance(entry, Nf4Linear) else entry)
+        layer = name.removesuffix(f"{_BASE}.weight")
         if layer + _A in state:
             scaling: Any = hf.get_submodule(layer).scaling
             A, B = (gather(state[layer + suffix]).float() for suffix in (_A, _B))

@@ -312,7 +312,7 @@ def _load_on_main(
                 "not at model.layers; expected a decoder such as llama, qwen3 or gemma2"
             )
         if config.lora_rank:
-            add_adapters(hf, config, dtype=dtype)
+            add_adapters(hf, config, world, dtype=dtype)
         elif not is_trained:
             for parameter in hf.requires_grad_(False).parameters():
                 parameter.data = parameter.data.to(dtype)  # buffers stay float32

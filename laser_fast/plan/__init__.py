@@ -27,4 +27,4 @@ def plan_run(config: Config, *, num_gpus: int, memory_gb: float) -> Plan:
         ) from None
     workspace = float(os.environ.get("LASER_KERNELS_WORKSPACE_MB") or WORKSPACE_MB)
     counts, adapters = count_parameters(model), count_adapters(model, config.model)
-    return Plan(config, model, *counts, num_gpus, memory_gb, workspace, adapters)
+    return Plan(config, model, *counts, num_gpus, memory_gb, workspace, *adapters)

@@ -9,11 +9,12 @@ from typing import Any
 from laser_fast.plan.memory import RESERVE_GB, Plan, count_adapters, head_widths
 
 # The mildest first. What leaves every number as it is comes before what rounds (state_bits) or
-# trains something else (lora_rank), but for cpu_offload, which may cost more time than the step
-# itself and 16 bytes of host memory a parameter. Among equals, what costs less time: another
-# gather, which the backward hides and which is the default, smaller chunks of logits, a third more
-# computation, copies over the bus, gathers between nodes. None of these costs has been measured on
-# a GPU yet.
+# trains something else (lora_rank, and then lora_4bit, which rounds the weights of what is trained
+# and of what comes out), but for cpu_offload, which may cost more time than the step itself and 16
+# bytes of host memory a parameter. Among equals, what costs less time: another gather, which the
+# backward hides and which is the default, smaller chunks of logits and shorter microbatches, a
+# third more computation, copies over the bus, gathers between nodes. None of these costs has been
+# measured on a GPU yet.
 SWITCHES: dict[str, Any] = {
     "model.reshard_after_forward": True,
     "LASER_KERNELS_WORKSPACE_MB": 256,
@@ -23,6 +24,7 @@ SWITCHES: dict[str, Any] = {
     "optim.state_bits": 8,
     "model.cpu_offload": True,
     "model.lora_rank": 32,
+    "model.lora_4bit": True,
 }
 
 
@@ -73,11 +75,14 @@ def _turn(plan: Plan, values: dict[str, Any]) -> Plan:
         if not section:
             plan = replace(plan, workspace_mb=min(plan.workspace_mb, value))
         elif name != "model.lora_rank" or not plan.config.model.lora_rank:
-            part = getattr(plan.config, section).model_copy(update={key: value})
+            update = {key: value}
+            if name == "model.lora_4bit":  # of adapters, whose rank may have been turned back
+                update["lora_rank"] = plan.config.model.lora_rank or SWITCHES["model.lora_rank"]
+            part = getattr(plan.config, section).model_copy(update=update)
             plan = replace(plan, config=plan.config.model_copy(update={section: part}))
     if plan.config.model.lora_rank and not plan.num_adapter_parameters:
-        adapters = count_adapters(plan.model, plan.config.model)
-        plan = replace(plan, num_adapter_parameters=adapters)
+        adapters, linear = count_adapters(plan.model, plan.config.model)
+        plan = replace(plan, num_adapter_parameters=adapters, num_linear_parameters=linear)
     return plan
 
 
@@ -140,7 +145,7 @@ def print_plan(plan: Plan) -> None:
         f"{plan.num_gpus} GPUs of M = {plan.memory_gb:g} GB, S = {plan.num_shards} shards, "
         f"c = {plan.compute_bytes} bytes, T = N = {plan.config.optim.tokens_per_microbatch:,} "
         f"tokens, L = {L}, D = {model.hidden_size}, F = {model.intermediate_size}, "
-        f"V = {model.vocab_size}, Dkv = {head_widths(model)[1]}",
+        f"V = {model.vocab_size}, Dkv = {head_widths(model)[1]}, q = {plan.num_quantized:,}",
         soft_wrap=True,
     )
     terms = Table("per GPU", Column("GB", justify="right"), "formula")

@@ -5,6 +5,7 @@ Where a number depends on the data it is a bound: every token of a microbatch ma
 
     P  parameters: L blocks of B, the largest, and R     D, F, V  hidden, MLP and vocabulary size
     t  parameters of a block's adapters, with LoRA       W  parameters that are trained: P or L t
+    q  weights of a block's linear layers if they are in 4 bits, else 0
     S  ranks that share the parameters                   Dkv  key-value heads times head dimension
     T  tokens of a microbatch, N = T rows of the head    c  bytes of the compute dtype
     A  bytes that a block keeps of a token, G  bytes of its gradients     M  memory of the GPU
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from laser_fast.model.distributed import check_world
 from laser_fast.model.lora import check_targets, linear_layers
+from laser_fast.model.nf4 import NF4_BYTES
 from laser_fast.model.policy import compute_dtype
 from laser_fast.training.update import IS_FUSED
 
@@ -59,6 +61,7 @@ class Plan:
     memory_gb: float  # M, in units of 1e9 bytes
     workspace_mb: float = WORKSPACE_MB
     num_adapter_parameters: int = 0  # t
+    num_linear_parameters: int = 0  # of a block's linear layers, q if they are in 4 bits
 
     def __post_init__(self) -> None:
         check_world(self.config, self.num_gpus)  # one rank on each GPU
@@ -72,6 +75,16 @@ class Plan:
     def num_trained(self) -> int:
         """W."""
         return self.model.num_hidden_layers * self.num_adapter_parameters or self.num_parameters
+
+    @property
+    def num_quantized(self) -> int:
+        """Q."""
+        return self.num_linear_parameters * self.config.model.lora_4bit
+
+    @property
+    def num_whole(self) -> int:
+        """P - L q: what is not in 4 bits."""
+        return self.num_parameters - self.model.num_hidden_layers * self.num_quantized
 
     @property
     def compute_bytes(self) -> int:
@@ -88,9 +101,10 @@ class Plan:
     def phases(self) -> dict[str, tuple[Term, ...]]:
         """The phases of a step, each with the terms that are in memory together."""
         model, config, c = self.model, self.config, self.compute_bytes
-        D, V = model.hidden_size, model.vocab_size
+        L, D, V = model.num_hidden_layers, model.hidden_size, model.vocab_size
         B, R = self.num_block_parameters, self.num_root_parameters
         has_adapters, is_quantized = self.num_adapter_parameters > 0, config.optim.state_bits == 8
+        q, num_whole = self.num_quantized, self.num_whole
         share = 0 if config.model.cpu_offload else self.num_trained / self.num_shards
         kept = [
             Term("parameters", 4 * share, "4 W / S, float32 masters"),
@@ -100,14 +114,18 @@ class Plan:
             formula = "(2 + 8 / 256) W / S, the moments in 8 bits, 256 to a scale"
             kept[1] = Term("optimizer", (2 + 8 / 256) * share, formula)
         if has_adapters:
-            frozen = 0 if config.model.cpu_offload else c * self.num_parameters / self.num_shards
-            kept.append(Term("frozen weights", frozen, "c P / S"))
+            frozen = 0 if config.model.cpu_offload else c * num_whole / self.num_shards
+            kept.append(Term("frozen weights", frozen, "c (P - L q) / S"))
+            formula = f"{NF4_BYTES:.4f} L q, whole on each GPU"
+            kept.append(Term("4-bit weights", NF4_BYTES * L * q, formula))
         elif config.loss.kl_coef > 0:
             kept.append(Term("reference policy", c * share, "c P / S, for loss.kl_coef > 0"))
         gradients = Term("gradients", 4 * share, "4 W / S, float32")
-        gathered = Term("gathered weights", c * (R + 2 * B), "c (R + 2 B): root and two blocks")
+        formula = "c (R + 2 (B - q)): root and two blocks"
+        gathered = Term("gathered weights", c * (R + 2 * (B - q)), formula)
         if not config.model.reshard_after_forward:
-            gathered = Term("gathered weights", c * self.num_parameters, "c P, to their backward")
+            gathered = Term("gathered weights", c * num_whole, "c (P - L q), to their backward")
+        dequantized = Term("dequantized weights", c * q, "c q, of a block at most")
         update = Term("temporary of AdamW", 4 * share, "4 W / S")
         if IS_FUSED:
             update = Term("temporary of AdamW", 0, "fused")
@@ -132,9 +150,9 @@ class Plan:
         if has_adapters:  # a frozen head has no gradient
             peak, formula = 4 * T * D + chunk, "4 N D + C + c N D"
         head = Term("head", peak + c * T * D, formula + ", C = LASER_KERNELS_WORKSPACE_MB")
-        running = [*kept, gradients, gathered, *saved]
+        running = [*kept, gradients, gathered, dequantized, *saved]
         if config.model.router_aux_loss_coef > 0:
-            entries = T * model.num_hidden_layers * model.num_experts
+            entries = T * L * model.num_experts
             formula = f"(c + 4) T L E, E = {model.num_experts}: logits and probabilities"
             running.append(Term("router loss", (c + 4) * entries, formula))
         return {
@@ -204,7 +222,9 @@ class Plan:
             count = min(rollout.max_num_seqs, batch)
             formula = f"{count} sequences x {self.config.max_sequence_tokens} tokens x 2 L Dkv c"
             cache = Term("key-value cache", count * self.sequence_bytes, formula)
-            return {"rollout": (Term("gathered policy", policy, "c P, all of it"), cache)}
+            policy = self.compute_bytes * (self.num_whole + self.num_quantized)
+            formula = "c (P - L q + q), all of it, and a block dequantized"
+            return {"rollout": (Term("gathered policy", policy, formula), cache)}
         formula = "c P / rollout.tensor_parallel; asleep (level 2) in training: 0"
         weights = Term("engine weights", policy / rollout.tensor_parallel, formula)
         room = max(rollout.gpu_memory_fraction * self.memory_gb * 1e9 - weights.bytes, 0.0)
@@ -243,7 +263,7 @@ class Plan:
         state = 8 + (2 + 8 / 256 if self.config.optim.state_bits == 8 else 8)
         num_bytes = state * self.num_trained
         if self.num_adapter_parameters or self.config.loss.kl_coef > 0:
-            num_bytes += self.compute_bytes * self.num_parameters
+            num_bytes += self.compute_bytes * self.num_whole
         num_bytes *= self.config.model.cpu_offload / self.num_shards
         return 1e-9 * (num_bytes + self._activations[-1].bytes)
 
@@ -258,14 +278,16 @@ def count_parameters(model: PretrainedConfig) -> tuple[int, int, int]:
     return total, max(blocks), total - sum(blocks)
 
 
-def count_adapters(model: PretrainedConfig, config: ModelConfig) -> int:
-    """Count t likewise; 0 without LoRA."""
+def count_adapters(model: PretrainedConfig, config: ModelConfig) -> tuple[int, int]:
+    """Count t, and the weights of a block's linear layers, likewise; 0 without LoRA."""
     if not config.lora_rank:
-        return 0
+        return 0, 0
     with torch.device("meta"):
         layers = linear_layers(AutoModelForCausalLM.from_config(model))
     check_targets(config, layers)
-    return config.lora_rank * sum(sum(layers[name]) for name in config.lora_targets or layers)
+    num_linear = sum(math.prod(shape) for shape in layers.values())
+    widths = sum(sum(layers[name]) for name in config.lora_targets or layers)
+    return config.lora_rank * widths, num_linear
 
 
 def activation_bytes_per_token(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from fork_ranks import run_ranks
 from tiny_models import EOS, SCORE_TOKEN, VOCAB, make_model, make_sequences
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from laser_fast.algorithm.score import SelfScore
@@ -60,6 +60,18 @@ def save_models(folder):
     """Write the model folder of every case."""
     for name, (family, tied) in MODEL_CASES.items():
         make_model(family, tie_word_embeddings=tied).save_pretrained(folder / name)
+
+
+def adapt(policy):
+    """Give every adapter weights that are not zero, the same on any number of ranks."""
+    for n, (name, parameter) in enumerate(policy.hf.named_parameters()):
+        if "lora_" in name:
+            generator = torch.Generator().manual_seed(n)
+            values = torch.randn(parameter.shape, generator=generator) * 0.2
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(values)
+    return policy
 
 
 def make_optimizer(policy):

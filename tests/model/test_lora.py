@@ -1,6 +1,12 @@
-"""Adapters beside frozen weights equal the merged model, and nothing else is trained or kept."""
+"""Adapters beside frozen weights equal the merged model, and nothing else is trained or kept.
 
+Of 4-bit weights the merged model is that of their dequantized values.
+"""
+
+import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from policy_ranks import (
     OBJECTIVE,
     SEQUENCES,
     TEMPERATURE,
+    adapt,
     backward,
     checkpoint_config,
     full,
@@ -18,12 +25,13 @@ from policy_ranks import (
 )
 from tiny_models import SCORE_TOKEN, VOCAB, naive_loss, save_model
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from laser_fast.config import ConfigError, ModelConfig, UpdateConfig
 from laser_fast.model.flops import training_flop
 from laser_fast.model.logprobs import label_logprobs
 from laser_fast.model.lora import linear_layers
+from laser_fast.model.nf4 import NF4_BYTES, Nf4Linear
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 from laser_fast.model.weights import base_digest
@@ -31,37 +39,33 @@ from laser_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from laser_fast.training.export import write_model
 from laser_fast.training.update import build_optimizer
 
-CPU = torch.device("cpu")
+CPU, HELPERS = torch.device("cpu"), Path(__file__).parents[1] / "helpers"
 RANK, ALPHA = 3, 6.0  # a scale of 2
-CASES = {
-    "qwen2-tied": (),
-    "qwen2-untied": ("q_proj", "down_proj"),
-    "llama-untied": (),
-    "qwen3-tied": (),
-}
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+BITS = [pytest.param({}, id="plain")]
+BITS.append(pytest.param({"lora_4bit": True}, id="4-bit", marks=needs_bitsandbytes))
+SOME = {"lora_targets": ("q_proj", "down_proj")}
+CASES = [
+    ("qwen2-tied", {}),
+    ("qwen2-untied", SOME),
+    ("llama-untied", {}),
+    ("qwen3-tied", {}),
+    pytest.param(("qwen2-untied", SOME | {"lora_4bit": True}), marks=needs_bitsandbytes),
+    pytest.param(("qwen3-tied", {"lora_4bit": True}), marks=needs_bitsandbytes),
+]
 
 
 def config_of(folder, **changes):
     return ModelConfig(path=str(folder), lora_rank=RANK, lora_alpha=ALPHA, **changes)
 
 
-def adapt(policy):
-    """Give every adapter weights that are not zero."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.hf.named_parameters():
-        if "lora_" in name:
-            values = torch.randn(parameter.shape, generator=generator) * 0.2
-            (parameter.to_local() if hasattr(parameter, "to_local") else parameter).data.copy_(
-                values
-            )
-    return policy
-
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES, ids=str)
 def case(request, world, model_folders):
     """A policy with adapters, and the folder of its model."""
-    folder = model_folders / request.param
-    return build_policy(config_of(folder, lora_targets=CASES[request.param]), world), folder
+    name, keys = request.param
+    return build_policy(config_of(model_folders / name, **keys), world), model_folders / name
 
 
 @pytest.fixture
@@ -69,6 +73,16 @@ def folder(tmp_path):
     """A model with its tokenizer."""
     save_model(tmp_path / "base", vocab_size=VOCAB)
     return tmp_path / "base"
+
+
+def nearest_nf4(weight):
+    """Each value as the nearest of nf4's levels times the largest of its 64; scales unrounded."""
+    from bitsandbytes.functional import get_4bit_type
+
+    blocks, levels = weight.reshape(-1, 64).double(), get_4bit_type("nf4", device="cpu").double()
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = ((blocks / scales)[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * scales).reshape(weight.shape).float()
 
 
 def microbatches():
@@ -87,9 +101,19 @@ def logprobs(policy):
         return torch.cat(label_logprobs(policy, microbatches()))
 
 
-def test_the_policy_starts_as_the_model_and_can_be_read_as_it(case, world):
+def test_the_policy_starts_as_the_model_and_can_be_read_as_it(case, world, tmp_path):
     policy, folder = case
-    frozen = logprobs(build_policy(ModelConfig(path=str(folder)), world))
+    base, streamed = AutoModelForCausalLM.from_pretrained(folder), dict(policy.stream_weights(CPU))
+    quantized = {f"{n}.weight" for n, m in policy.hf.named_modules() if isinstance(m, Nf4Linear)}
+    quantized = {name.replace(".base_layer.", ".") for name in quantized}
+    for name, tensor in base.state_dict().items():
+        if name in quantized:
+            torch.testing.assert_close(streamed[name], nearest_nf4(tensor), rtol=0.05, atol=0)
+            tensor.copy_(streamed[name])
+        else:
+            assert torch.equal(streamed[name], tensor), name
+    base.save_pretrained(tmp_path)
+    frozen = logprobs(build_policy(ModelConfig(path=str(tmp_path)), world))
     assert torch.equal(logprobs(policy), frozen)
     adapted = logprobs(adapt(policy))
     assert not torch.allclose(adapted, frozen)
@@ -122,8 +146,9 @@ def test_loss_and_gradients_are_those_of_the_merged_weights(case, world):
         assert error < 1e-5, name
 
 
-def test_engines_and_folders_get_the_merged_model(folder, world, tmp_path):
-    config = config_of(folder)
+@pytest.mark.parametrize("keys", BITS)
+def test_engines_and_folders_get_the_merged_model(folder, world, tmp_path, keys):
+    config = config_of(folder, **keys)
     policy = adapt(build_policy(config, world))
     base = AutoModelForCausalLM.from_pretrained(folder)
     streamed = dict(policy.stream_weights(CPU))
@@ -139,16 +164,28 @@ def test_engines_and_folders_get_the_merged_model(folder, world, tmp_path):
         assert not torch.allclose(actual, base(input_ids=ids).logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("keys", BITS)
 @pytest.mark.parametrize("targets", [(), ("v_proj", "up_proj")])
-def test_peft_reads_the_adapter_that_is_written(folder, world, tmp_path, targets):
+def test_peft_reads_the_adapter_that_is_written(folder, world, tmp_path, targets, keys):
     from peft import PeftModel
 
-    config = config_of(folder, lora_targets=targets)
+    config = config_of(folder, lora_targets=targets, **keys)
     policy = adapt(build_policy(config, world))
     write_model(policy, config, tmp_path / "adapter", world, adapter=True)
     assert not list((tmp_path / "adapter").glob("model*"))
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    read = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    quantizer = None
+    if keys:
+        quantizer = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantizer
+    )
+    # In evaluation, bitsandbytes' own layer computes in bfloat16 on some CPUs.
+    read = PeftModel.from_pretrained(base, tmp_path / "adapter").train()
     ids = torch.tensor([[7, 8, 9, 10]])
     with torch.no_grad(), policy.unsharded():
         expected = policy.hf(input_ids=ids).logits
@@ -225,7 +262,54 @@ def test_experts_are_no_linear_layers():
     assert [*found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def test_a_missing_peft_is_named(folder, world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'laser-fast\[lora\]'"):
-        build_policy(config_of(folder), world)
+@pytest.mark.parametrize(
+    ("package", "extra", "keys"),
+    [("peft", "lora", {}), ("bitsandbytes", "qlora", {"lora_4bit": True})],
+)
+def test_a_missing_package_is_named(folder, world, monkeypatch, package, extra, keys):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{package}; pip install 'laser-fast\[{extra}\]'"):
+        build_policy(config_of(folder, **keys), world)
+
+
+@pytest.mark.parametrize("keys", [{"lora_targets": ("q_proj",)}, {"lora_4bit": True}], ids=str)
+def test_what_is_for_adapters_needs_a_rank(keys):
+    with pytest.raises(ValueError, match=rf"model.{[*keys][0]} is for adapters.*; set a rank"):
+        ModelConfig(path="m", **keys)
+
+
+@needs_bitsandbytes
+def test_four_bits_are_what_plan_says_and_compute_as_much(world, tmp_path):
+    save_model(tmp_path / "base", vocab_size=VOCAB, hidden_size=128, intermediate_size=256)
+    config = config_of(tmp_path / "base", compute_dtype="bfloat16")
+    plain = build_policy(config, world)
+    policy = build_policy(config.model_copy(update={"lora_4bit": True}), world)
+    layer = policy.hf.model.layers[0].mlp.up_proj.base_layer
+    num_bytes = sum(buffer.nbytes for buffer in layer.buffers())
+    assert num_bytes - layer.mean_scale.nbytes == 128 * 256 * NF4_BYTES == 16904
+    assert layer.dequantized().dtype == torch.bfloat16
+    batches = microbatches()
+    assert training_flop(policy, batches) == training_flop(plain, batches)
+
+
+@needs_bitsandbytes
+def test_four_bits_on_two_ranks(world, folder, tmp_path):
+    """Rank 1 holds what rank 0 quantized, whatever is sharded; and a run goes on bit for bit."""
+    command = [sys.executable, HELPERS / "qlora_ranks.py", folder, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    policy = adapt(build_policy(config_of(folder, lora_4bit=True), world))
+    for name, want in policy.stream_weights(CPU):
+        assert torch.equal(found["stream"][name], want), name
+    backward(policy, world, SEQUENCES)
+    wanted = {n: full(p.grad) for n, p in policy.hf.named_parameters() if p.requires_grad}
+    assert len(found["gradients"]) == 4
+    for case, gradients in found["gradients"].items():
+        assert gradients.keys() == wanted.keys()
+        for name, want in wanted.items():
+            assert (gradients[name] - want).norm() / want.norm() < 1e-5, (case, name)
+    run = found["checkpoint"]
+    for name, want in run["second"].items():
+        assert torch.equal(run["loaded"][name], run["first"][name]), name
+        assert torch.equal(run["resumed"][name], want), name
