@@ -19,7 +19,8 @@ from laser_fast.config_errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # of one weight
+_BLOCK = 64  # weights of one scale
+NF4_BYTES = (4 + 8 / _BLOCK + 32 / (_BLOCK * 256)) / 8  # of one weight
 
 
 class Nf4Linear(nn.Linear):
@@ -63,7 +64,9 @@ def quantize_blocks(
     """Put an Nf4Linear on `device` into the place of every frozen linear layer of the blocks.
 
     Each weight is rounded to `dtype` first, as transformers' loader does. Where the weights are not
-    loaded, values are left for a broadcast.
+    loaded, values are left for a broadcast. A ConfigError says that bitsandbytes is missing, or
+    that the blocks of a scale do not divide a layer's rows: on a CPU with AVX-512, bitsandbytes
+    0.50.2 dequantizes such a weight with scales of other blocks.
     """
     try:
         import bitsandbytes  # noqa: F401
@@ -73,6 +76,11 @@ def quantize_blocks(
         ) from None
     for name, layer in list(hf.model.layers.named_modules()):
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            if layer.in_features % _BLOCK:
+                raise ConfigError(
+                    f"model.lora_4bit: {name} has {layer.in_features} inputs; expected a multiple "
+                    f"of {_BLOCK}; leave model.lora_4bit out for this model"
+                )
             if is_loaded:
                 weight = layer.weight.data.to(device, dtype)
             else:

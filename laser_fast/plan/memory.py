@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def num_quantized(self) -> int:
-        """Q."""
+        """Weights of a block in 4 bits (q)."""
         return self.num_linear_parameters * self.config.model.lora_4bit
 
     @property
