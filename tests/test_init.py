@@ -187,6 +187,8 @@ def test_the_mildest_change_that_fits(big):
     one = init.fit(big, num_gpus=1, memory_gb=48)
     assert not one.misfits() and one.num_gpus == 1
     assert one.config.model.lora_rank == 32 and not one.config.model.cpu_offload
+    assert not one.config.model.lora_4bit
+    assert init.fit(big, num_gpus=1, memory_gb=16).config.model.lora_4bit
     with pytest.raises(ConfigError, match="does not fit"):
         init.fit(big, num_gpus=1, memory_gb=8)
     assert init.fit(big, num_gpus=1, memory_gb=30).config.model.cpu_offload

@@ -143,9 +143,10 @@ def test_the_mildest_change_comes_first_with_what_it_saves(capsys, monkeypatch):
     model = qwen(QWEN_1_5B)
     large = Plan(config, model, *count_parameters(model), 1, 24.0)
     found = list(proposals(large))
-    names = [words.partition("=")[0] for words, _, _ in found]
+    names = [words.rpartition(", ")[2].partition("=")[0] for words, _, _ in found]
     order = [name for name in SWITCHES if name in names]
     assert names == ["optim.tokens_per_microbatch", *order] and "model.lora_rank" in order
+    assert found[-1][0] == "model.lora_rank=32, model.lora_4bit=true"
     worst = max(large.peaks, key=large.peaks.get)
     for _, saved, after in found:
         assert saved == pytest.approx(large.peaks[worst] - after.peaks[worst]) and saved > 0

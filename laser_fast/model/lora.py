@@ -98,7 +98,8 @@ def merged(
     Weights in 4 bits, which no state_dict has, come last.
     """
     layers = {f"{k}.weight": v for k, v in hf.named_modules() if isinstance(v, Nf4Linear)}
-    for name, entry in {**state, **layers}.items():
+    entries: dict[str, Tensor | Nf4Linear] = {**state, **layers}
+    for name, entry in entries.items():
         if name.endswith((_A, _B)):
             continue
         whole = gather(entry.dequantized() if isinstance(entry, Nf4Linear) else entry)

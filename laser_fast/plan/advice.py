@@ -31,17 +31,21 @@ SWITCHES: dict[str, Any] = {
 def advise(plan: Plan, switches: Iterable[str] = SWITCHES) -> tuple[list[str], Plan]:
     """Find changes that make a plan fit, worded as they are typed, and the plan after them.
 
-    All switches are turned, then back again, the hardest first, where it fits without; each with
-    the values that it needs. More GPUs come last. An empty list: nothing helps.
+    All switches are turned, but for 4 bits where it fits without, since these stay on the GPU when
+    other weights leave it; then back again, the hardest first, where it fits without; each with the
+    values that it needs. More GPUs come last. An empty list: nothing helps.
     """
     prompts, parts = plan.config.data.prompts_per_step, plan.config.rollout.tensor_parallel
     parts = math.lcm(plan.config.model.replicas, parts)
     for num_gpus in range(plan.num_gpus, prompts + 1):
         if prompts % num_gpus or num_gpus % parts:
             continue
-        chosen = {name: SWITCHES[name] for name in switches}
-        new = _tune(_turn(replace(plan, num_gpus=num_gpus), chosen))
-        if new.misfits():
+        for left_out in ("model.lora_4bit", ""):
+            chosen = {name: SWITCHES[name] for name in switches if name != left_out}
+            new = _tune(_turn(replace(plan, num_gpus=num_gpus), chosen))
+            if not new.misfits():
+                break
+        else:
             continue
         for name in reversed(chosen):
             fewer = {key: value for key, value in chosen.items() if key != name}
