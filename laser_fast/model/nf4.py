@@ -31,6 +31,8 @@ class Nf4Linear(nn.Linear):
     it computes to bfloat16.
     """
 
+    packed: Tensor
+
     def __init__(self, layer: nn.Linear, weight: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
 

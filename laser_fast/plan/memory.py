@@ -121,11 +121,12 @@ class Plan:
         elif config.loss.kl_coef > 0:
             kept.append(Term("reference policy", c * share, "c P / S, for loss.kl_coef > 0"))
         gradients = Term("gradients", 4 * share, "4 W / S, float32")
-        formula = "c (R + 2 (B - q)): root and two blocks"
-        gathered = Term("gathered weights", c * (R + 2 * (B - q)), formula)
+        formula = "c (R + 2 B - q): root and two blocks, of which one is dequantized at most"
+        gathered = Term("gathered weights", c * (R + 2 * B - q), formula)
         if not config.model.reshard_after_forward:
-            gathered = Term("gathered weights", c * num_whole, "c (P - L q), to their backward")
-        dequantized = Term("dequantized weights", c * q, "c q, of a block at most")
+            gathered = gathered._replace(
+                bytes=c * (num_whole + q), formula="c (P - L q + q), to their backward"
+            )
         update = Term("temporary of AdamW", 4 * share, "4 W / S")
         if IS_FUSED:
             update = Term("temporary of AdamW", 0, "fused")
@@ -150,7 +151,7 @@ class Plan:
         if has_adapters:  # a frozen head has no gradient
             peak, formula = 4 * T * D + chunk, "4 N D + C + c N D"
         head = Term("head", peak + c * T * D, formula + ", C = LASER_KERNELS_WORKSPACE_MB")
-        running = [*kept, gradients, gathered, dequantized, *saved]
+        running = [*kept, gradients, gathered, *saved]
         if config.model.router_aux_loss_coef > 0:
             entries = T * L * model.num_experts
             formula = f"(c + 4) T L E, E = {model.num_experts}: logits and probabilities"
