@@ -65,10 +65,10 @@ def quantize_blocks(
 ) -> None:
     """Put an Nf4Linear on `device` into the place of every frozen linear layer of the blocks.
 
-    Each weight is rounded to `dtype` first, as transformers' loader does. Where the weights are not
-    loaded, values are left for a broadcast. A ConfigError says that bitsandbytes is missing, or
-    that the blocks of a scale do not divide a layer's rows: on a CPU with AVX-512, bitsandbytes
-    0.50.2 dequantizes such a weight with scales of other blocks.
+    A mixture's experts are none. Each weight is rounded to `dtype` first, as transformers' loader
+    does; where none are loaded, values are left for a broadcast. A ConfigError says that
+    bitsandbytes is missing, or that the blocks of a scale do not divide a layer's rows: on a CPU
+    with AVX-512, bitsandbytes 0.50.2 dequantizes such a weight with scales of other blocks.
     """
     try:
         import bitsandbytes  # noqa: F401
