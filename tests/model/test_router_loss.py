@@ -17,7 +17,7 @@ from laser_fast.config_sft import SftConfig
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.packing import Packer, with_router_weights
 from laser_fast.model.policy import build_policy, load_model_config
-from laser_fast.records import Prompt
+from laser_fast.sandbox.task import TOKENS, write_tokenizer
 from laser_fast.training.objective import joint_loss
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.sft import SftTrainer
@@ -133,14 +133,18 @@ def test_a_step_trains_and_logs_it(folder, world):
     )
     groups = [make_group(name, [(3, True, -1.0), (4, False, None)], (1.0, 0.0)) for name in "ab"]
     policy = build_policy(ModelConfig(path=str(folder)), world)
-    sampler = SimpleNamespace(sample=lambda step: groups, staleness=1, sync_disagreement=0.0)
-    trainer = Trainer(
+    sampler = SimpleNamespace(
         config=config,
         world=world,
         stage=StageTimer(world.device),
-        sampler=sampler,
         packer=make_packer(world),
         policy=policy,
+        sample=lambda step: groups,
+        staleness=1,
+        sync_disagreement=0.0,
+    )
+    trainer = Trainer(
+        sampler=sampler,
         reference=None,
         optimizer=AdamW(policy.parameters(), lr=0.1),
         score=OBJECTIVE.score,
@@ -150,26 +154,28 @@ def test_a_step_trains_and_logs_it(folder, world):
     assert losses[0] > losses[-1] > 0.9 * CHOSEN
 
 
-def test_a_supervised_phase_has_it_beside_its_loss(folder, world):
-    prompt = Prompt(prompt_id="a", text="", prompt_ids=(7, 8, 9), answer="b")
+def test_a_supervised_phase_has_it_beside_its_loss(folder, world, tmp_path):
+    write_tokenizer(folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"problem": "1+2=", "response": "3"}\n')
     found = {}
     for coef in (0.0, COEF):
-        policy = build_policy(ModelConfig(path=str(folder)), world)
-        config = {"path": str(folder), "router_aux_loss_coef": coef}
-        trainer = SftTrainer(
-            config=SftConfig(
-                output_dir="run", model=config, data={"train": "train"}, optim={"steps": 1}
-            ),
-            world=world,
-            stage=StageTimer(world.device),
-            encode=lambda responses: [(10, 11, 2)],
-            rows=SimpleNamespace(prompts=lambda step: [prompt]),
-            packer=make_packer(world),
-            policy=policy,
-            optimizer=AdamW(policy.parameters()),
+        config = SftConfig(
+            output_dir="run",
+            model={"path": str(folder), "router_aux_loss_coef": coef},
+            data={
+                "train": str(rows),
+                "template": "{prompt}",
+                "max_prompt_tokens": 16,
+                "max_response_tokens": 8,
+                "rows_per_step": 1,
+            },
+            optim={"steps": 1},
         )
+        trainer = SftTrainer(config, world, StageTimer(world.device))
         found[coef] = trainer.step(0)
-    ids = torch.tensor([[7, 8, 9, 10, 11]])
+    [prompt] = trainer.rows.prompts(0)
+    ids = torch.tensor([[*prompt.prompt_ids, TOKENS.index("3")]])  # nothing follows the EOS
     want = load(folder)(ids, output_router_logits=True).aux_loss.item()
     assert found[COEF]["loss/router"] == pytest.approx(want, rel=1e-6)
     assert found[COEF]["loss/response"] == pytest.approx(found[0.0]["loss/response"])
