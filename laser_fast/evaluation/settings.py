@@ -181,6 +181,8 @@ def _of_file(path: Path | None, is_calibration: bool) -> dict[str, Any]:
     # A run has an engine of its own, and the c_ref that it measured is in the exported model.
     measured = {f"score.ref_logprob={word}" for word in ("auto", "floating")}
     left_out = _NOT_MEASURED.keys() | measured | {"rollout.engine"}
+    if not is_calibration:  # what is measured has the adapters merged, and is in 4 bits no more
+        left_out |= {key for key in values if key.startswith("model.lora_")}
     return {k: value for k, value in values.items() if not left_out & {k, f"{k}={value}"}}
 
 

@@ -38,7 +38,7 @@ def sync_engine(
     with reading():
         read = engine.token_logprobs(given, temperature=config.rollout.temperature)
     packer = Packer(
-        budget=max(config.optim.tokens_per_microbatch, config.data.max_prompt_tokens),
+        budget=max([config.optim.tokens_per_microbatch, *(len(p.prompt_ids) for p in prompts)]),
         score_token_id=0,  # no row has this label
         score_at="eos",
         temperature=config.rollout.temperature,

@@ -83,6 +83,16 @@ def test_overrides_without_effect_are_refused(override, advice, tmp_path):
     build(config=tmp_path / "run.toml")
 
 
+def test_adapters_of_a_run_are_merged_in_what_is_measured(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nlora_rank = 4\nlora_4bit = true\ncompile = true\n")
+    model = build(config=file).model
+    assert (model.lora_rank, model.lora_4bit, model.compile) == (0, False, True)
+    base = build_config("base", config=file, is_calibration=True).model
+    assert base.lora_4bit  # whose c_ref is that of the weights that are trained
+    assert build(None, "model.lora_rank=2", config=file).model.lora_rank == 2
+
+
 def test_sections_as_overrides_are_read_key_by_key():
     config = build(None, "data={template = '{prompt}', prompt_suffix = '!'}", "rollout={}")
     assert (config.data.template, config.data.prompt_suffix) == ("{prompt}", "!")

@@ -68,3 +68,10 @@ def test_a_rank_without_prompts_and_an_engine_without_a_copy_prove_nothing(polic
         pass
 
     assert sync_engine(Shared(), policy, PROMPTS, config, world) == 0.0
+
+
+def test_prompts_longer_than_a_microbatch_are_read_whole(policy, world):
+    sizes = {"optim": {"tokens_per_microbatch": 20}, "data": {"max_prompt_tokens": 8}}
+    long = [Prompt(prompt_id="l", text="", prompt_ids=tuple(range(3, 33)), answer="")]
+    engine = Copy(policy, world, error=0.0)
+    assert sync_engine(engine, policy, long, make_config(**sizes), world) == pytest.approx(0.0)
