@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ with needs_train():
 
 from laser_fast.config import Config, ConfigError, DataConfig, ModelConfig, PromptConfig
 from laser_fast.config_errors import apply_override
-from laser_fast.data.fields import AUTO, find_fields, kept
+from laser_fast.data.fields import AUTO, answer_text, find_fields, kept
 from laser_fast.data.prompts import PromptSource, held_out_prompts, train_prompts
 from laser_fast.data.rows import RowSource, open_rows
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, Benchmark
@@ -171,8 +171,9 @@ def _choose_data(draft: _Draft, name: str, tokenizer: Any, positions: int, *, is
     _find_held_out(draft, name, rows)
     fields = find_fields(rows, *(data.get(f"{k}_field", AUTO) for k in ("prompt", "answer")))
     for kind, field in zip(("prompt", "answer"), fields, strict=True):
+        is_typed = f"{kind}_field" in data
         draft.add(f"data.{kind}_field", field, "found in the first row")
-        if data.get("eval"):
+        if data.get("eval") and not is_typed:
             draft.add(f"data.eval_{kind}_field", AUTO, "found in the first row of its own")
     template = "{prompt}" if tokenizer.chat_template is None else "chat"
     draft.add("data.template", template, "chat if the tokenizer has a template")
@@ -201,11 +202,31 @@ def _find_held_out(draft: _Draft, name: str, rows: RowSource) -> None:
     path, data = Path(name).expanduser(), draft.values["data"]
     for word in HELD_OUT if "eval" not in data else ():
         beside = path.with_name(path.name.replace("train", word))
-        if word in rows.splits and word != data.get("train_split"):
-            draft.add("data.eval", name, f'found: it has a split "{word}"')
-            draft.add("data.eval_split", word)
+        if word in rows.splits and word not in data.get("train_split", ""):
+            found, reason = name, f'it has a split "{word}"'
         elif beside != path and beside.is_file():
-            draft.add("data.eval", str(beside), f"found beside {path.name}")
+            found, reason = str(beside), f"a file beside {path.name}"
+        else:
+            continue
+        if _has_answer(found, word, data):
+            draft.add("data.eval", found, f"found: {reason}")
+            if found == name:
+                draft.add("data.eval_split", word)
+            return
+
+
+def _has_answer(name: str, split: str, data: Mapping[str, Any]) -> bool:
+    """Whether the first row has one: contests keep those of their test sets."""
+    kinds = ("prompt", "answer")
+    typed = [data.get(f"eval_{k}_field", data.get(f"{k}_field", AUTO)) for k in kinds]
+    try:
+        rows = open_rows(name, split=split)
+        _, answer = find_fields(rows, *typed)
+        place, row = next(rows.read({}), ("", None))
+        answer_text(row, {answer: "data.answer_field"}, answer, place)
+    except ConfigError:
+        return False
+    return True
 
 
 def _choose_steps(draft: _Draft, count: int, num_ranks: int, *, most: int) -> None:

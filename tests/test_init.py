@@ -134,7 +134,7 @@ def test_held_out_rows_beside_those_of_training_are_found(model, one_core, tmp_p
     for name in ("val", "test"):  # the latter is preferred
         (folder / f"my_{name}.jsonl").write_text(row)
         assert written(train).eval == str(folder / f"my_{name}.jsonl")
-        assert "# found beside my_train.jsonl\neval = " in out.read_text()
+        assert "# found: a file beside my_train.jsonl\neval = " in out.read_text()
         split = "validation" if name == "val" else "test"
         found = written(folder)
         assert (found.eval, found.eval_split) == (str(folder), split)
@@ -143,6 +143,15 @@ def test_held_out_rows_beside_those_of_training_are_found(model, one_core, tmp_p
     assert written(train, "data.eval=").eval == ""
     assert written(folder, f"data.eval={train}").eval == str(train)
     assert written(folder, "data.train_split=test").eval_split == "validation"
+    assert written(folder, "data.train_split=test[:1]").eval_split == "validation"
+    hidden = json.dumps({"problem": "1+1=", "answer": None}) + "\n"  # as of a contest
+    (folder / "my_test.jsonl").write_text(hidden)
+    assert written(folder).eval_split == "validation"
+    assert written(train).eval == str(folder / "my_val.jsonl")
+    for file in folder.iterdir():
+        file.write_text(file.read_text().replace("problem", "task"))
+    found = written(train, "data.prompt_field=task")
+    assert found.eval == str(folder / "my_val.jsonl") and found.eval_prompt_field == ""
 
 
 @pytest.mark.parametrize(
