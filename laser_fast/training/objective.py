@@ -2,7 +2,7 @@
 
     L = sum_policy rows weight * (w * policy loss + kl_coef * k3 - entropy_coef * H)
       + score_coef * sum_score rows weight * (beta (logprob - ref_logprob) - reward)^2
-      + router_weight * load-balancing loss of the experts (families.balancing_loss)
+      + router_weight * load-balancing loss of the experts (families.balancer)
 
     w   = importance weight of exp(old - rollout logprob), without gradient: min(., tis_cap) by
           default (algorithm.loss.importance_weights), or 1 for tis_cap = 0
