@@ -30,7 +30,7 @@ _SCORE_FILE = "laser_fast.json"
 _SCORE_KEYS = {"token": str, "position": str, "beta": float, "ref_logprob": float}
 # Keys of the sections that measuring shares with training, which only training reads.
 _UNREAD = """
-    model.router_aux_loss_coef rollout.max_disagreement rollout.resample_rounds rollout.steps_ahead
+    model.router_aux_loss_coef rollout.resample_rounds rollout.steps_ahead
     reward.extra reward.overlong reward.overlong_buffer
     score.loss_coef score.warmup_steps score.max_class_weight score.max_grad_ratio
 """

@@ -30,3 +30,12 @@ def test_an_engine_that_kept_other_weights_stops_every_measurement(
         else:
             calibrate(config, sandbox, prompts=3, samples=2)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_how_far_an_engine_may_be_off_is_the_runs_or_typed(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("rollout.max_disagreement = 0.3\n")
+    for is_calibration in (False, True):
+        for typed, expected in (([], 0.3), (["rollout.max_disagreement=0.5"], 0.5)):
+            config = build_config("m", config=file, overrides=typed, is_calibration=is_calibration)
+            assert config.rollout.max_disagreement == expected
