@@ -104,13 +104,16 @@ class EvalFolder:
         self.settings.unlink()
 
 
-def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to mix samples of two evaluations."""
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
+    """Refuse to mix samples of two evaluations, whose settings, or a part of them, differ."""
     # Benchmarks last: a seed or a length, say, changes their entries too.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "benchmarks", key)):
-        if key not in ("score", "golds", "calibrated") and before.get(key) != now.get(key):
-            was, wanted = (json.dumps(settings.get(key)) for settings in (before, now))
-            raise ConfigError(
-                f"{path} was begun with another {key}: {was:.120} against {wanted:.120}; choose "
-                "another --out or --overwrite it"
-            )
+        was, wanted = before.get(key), now.get(key)
+        if key in ("score", "golds", "calibrated") or was == wanted:
+            continue
+        if isinstance(was, dict) and isinstance(wanted, dict):
+            _check_same(path, was, wanted, f"{part}{key}.")
+        raise ConfigError(
+            f"{path} was begun with another {part}{key}: {json.dumps(was):.120} against "
+            f"{json.dumps(wanted):.120}; choose another --out or --overwrite it"
+        )

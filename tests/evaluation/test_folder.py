@@ -24,8 +24,11 @@ def test_a_begun_folder_continues_with_the_same_settings(folder):
     folder.prepare({**SETTINGS, "score": {"beta": 0.2}}, overwrite=False)
     with pytest.raises(ConfigError, match='begun with another model: "m" against "n"'):
         folder.prepare({**SETTINGS, "model": "n"}, overwrite=False)
-    with pytest.raises(ConfigError, match="another benchmarks"):
+    with pytest.raises(ConfigError, match=r"another benchmarks\.a\.samples: 2 against 4; choose"):
         folder.prepare({**SETTINGS, "benchmarks": {"a": {"samples": 4}}}, overwrite=False)
+    more = {"a": {"samples": 2}, "b": {"samples": 1}}
+    with pytest.raises(ConfigError, match=r"another benchmarks\.b: null against {.samples.: 1}"):
+        folder.prepare({**SETTINGS, "benchmarks": more}, overwrite=False)
 
 
 def test_only_whole_chunks_are_kept(folder, make_record):
