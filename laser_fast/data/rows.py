@@ -94,8 +94,8 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
 
 def _read_json(path: Path, fields: Fields) -> Iterator[Row]:
     """Yield the items of an array, or of several in a row; without any, JSON lines."""
-    with open(path, encoding="utf-8-sig") as file:
-        is_array = file.read(1 << 20).lstrip().startswith("[")
+    with open(path, "rb") as file:
+        is_array = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if not is_array:
         yield from _read_jsonl(path, fields)
         return
@@ -122,6 +122,9 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
                 yield place, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
+        except UnicodeDecodeError as error:  # its own position is in the piece that was decoded
+            fault = f"not valid UTF-8 after line {reader.line_num}: {error.reason}"
+            raise ConfigError(f"{path}: {fault}") from None
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:

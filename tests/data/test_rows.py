@@ -153,7 +153,12 @@ def test_the_identity_follows_the_content(tmp_path):
         ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 columns"),
         ("a.csv", "problem,answer\na,1\nb,2,3\n", "a.csv:3: expected 2 columns"),
         ("a.csv", 'problem,answer\na,1\n"b,2\n', "a.csv:3: not valid CSV"),
-        ("a.csv", b"problem,answer\n\xff,1\n", "a.csv: not readable: .utf-8. codec"),
+        ("a.csv", b"problem,answer\n" + b"1,2\n" * 9000 + b"\xe9,\n", "UTF-8 after line 8"),
+        (
+            "a.json",
+            b'{"problem": "a", "answer": 1}\n{"\xe9": 1}',
+            "a.json:2: not valid JSON: .utf-8",
+        ),
         ("a.csv", "problem,answer\na,\n", 'a.csv:2: field "answer" .* is empty'),
         ("a.parquet", "nothing like it", "a.parquet: not readable: Parquet"),
         ("a.txt", "problem", "expected a data file ending in one of .jsonl, .json, .csv, .parq"),
