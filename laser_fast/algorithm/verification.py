@@ -6,8 +6,8 @@
     ECE   = sum_bins n_bin / N |mean correct - mean p|,   Brier = mean (p - correct)^2
     p     = clip(r_s, 0, 1) = r, or corrected: pc r / (pc r + (1 - pc) (1 - r))
 
-What votes can gain says only the mean AUROC within each problem that has both classes
-(evaluation.statistics): the pooled one also tells hard problems apart.
+Only the mean AUROC within the problems that have both classes (evaluation.statistics) says what
+votes can gain: the pooled one also tells hard problems apart.
 The class-weighted MSE (eq. 14) fits r to the posterior under equal class frequencies; the
 correction puts the base rate pc of correct completions back in. Arguments are lists, arrays or CPU
 tensors [B]: scores float, probabilities in [0, 1], is_correct bool. A value that a missing class
