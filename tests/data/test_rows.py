@@ -84,8 +84,9 @@ def test_json_arrays_count_rows_and_lines(tmp_path):
     rows = [{"problem": "\u00e9" * i, "more": [{"a": "]"}], "answer": i} for i in range(1, 61)]
     path = tmp_path / "a.json"
     text = json.dumps(rows[:40], indent=2) + "\n \n" + json.dumps(rows[40:]) + "\n"
-    path.write_text(text)
-    assert read(path) == [(row["problem"], str(row["answer"])) for row in rows]
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + text)
+        assert read(path) == [(row["problem"], str(row["answer"])) for row in rows]
     path.write_text(text + "[{}]")
     with pytest.raises(ConfigError, match="a.json row 60: no field"):
         read(path)
