@@ -16,6 +16,8 @@ from laser_fast.model.flops import peak_flops
         ("A10G", None),
         ("L4", 121e12),
         ("L40S", 362e12),
+        ("L40", None),
+        ("GeForce RTX 3090 Ti", None),
         ("GeForce RTX 4090", 165.2e12),
         ("GeForce RTX 4090 Laptop GPU", None),
     ],
