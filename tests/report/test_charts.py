@@ -84,11 +84,11 @@ def test_only_panels_with_data_are_drawn(tmp_path):
     one = _run([{"step": 0, "reward/mean": 0.5}])
     drawn = [run_diagrams([run]) for run in (_run(full, evaluations), one)]
     assert [title for title, _ in drawn[0]] == [panel.title for panel in PANELS]
-    assert len(PANELS) == 16 and [title for title, _ in drawn[1]] == ["reward"]
+    assert len(PANELS) == 17 and [title for title, _ in drawn[1]] == ["reward"]
     for name, diagrams in zip(("full.png", "one.png"), drawn, strict=True):
         figure(diagrams, columns=4).savefig(tmp_path / name)
     width, height = _size(tmp_path / "full.png")
-    assert _size(tmp_path / "one.png") == (width, height // 4)
+    assert _size(tmp_path / "one.png") == (width, height // 5)
 
 
 def test_every_panel_reads_a_documented_stage():

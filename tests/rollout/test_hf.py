@@ -286,19 +286,6 @@ def test_parameters_are_gathered_once_per_call(model):
     assert events == ["gather", "release"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"eos_token_ids": ()}, "at least one id"),
-        ({"score_token_id": VOCAB}, "got 13"),
-        ({"eos_token_ids": (EOS, SCORE)}, "EOS id"),
-    ],
-)
-def test_impossible_ids_are_refused(model, changes, words):
-    with pytest.raises(ValueError, match=words):
-        make_engine(model, **changes)
-
-
 def test_no_prompts_give_no_groups(model):
     assert make_engine(model).generate([], sampling()) == []
 
