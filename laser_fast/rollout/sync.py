@@ -34,7 +34,8 @@ def sync_engine(
     engine.sync(policy.stream_weights(world.device))
     if not isinstance(engine, CopyingEngine):
         return 0.0
-    given = [_as_group(prompt) for prompt in prompts[:PROOF_PROMPTS]]
+    prompts = prompts[:PROOF_PROMPTS]
+    given = [_as_group(prompt) for prompt in prompts]
     with reading():
         read = engine.token_logprobs(given, temperature=config.rollout.temperature)
     packer = Packer(
