@@ -33,7 +33,7 @@ from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.packing import Ids
 from laser_fast.model.policy import build_policy, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, written_eos
 
 # Pairs that a rank packs together: enough for full microbatches, few enough to stream large files.
 _CHUNK = 512
@@ -136,8 +136,7 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
         with reading(f'{place}: field "response"'):  # which may be no Unicode
             response = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not {*response[-1:]} & {*eos_token_ids}:
-            eos = tokenizer.eos_token_id  # of some tokenizers none that ends a completion
-            response += (eos if eos in eos_token_ids else eos_token_ids[0],)
+            response += (written_eos(tokenizer, eos_token_ids),)
     if {*response} <= {*eos_token_ids}:
         return _Pair(reason="empty")
     if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":

@@ -135,6 +135,15 @@ def find_eos_token_ids(
     return tuple(found)
 
 
+def written_eos(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> int:
+    """Of several ends the one that the tokenizer, and so its chat template, writes.
+
+    Of some tokenizers it ends no completion; then it is the first of `eos_token_ids`.
+    """
+    eos = tokenizer.eos_token_id
+    return eos if eos in eos_token_ids else eos_token_ids[0]
+
+
 def _generation_defaults(path: str) -> dict[str, Any]:
     """What generation_config.json says; the file is optional."""
     with reading(f'model.path: cannot read the {GENERATION_CONFIG_NAME} of "{path}"'):

@@ -28,7 +28,7 @@ from laser_fast.model.distributed import World, stop_at_sigterm
 from laser_fast.model.families import LmHead, position_limit
 from laser_fast.model.packing import Ids, Packer, plan_shares, with_router_weights
 from laser_fast.model.policy import Policy, build_policy, load_model_config
-from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
+from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer, written_eos
 from laser_fast.model.weights import base_digest
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.stopping import StopRun
@@ -91,9 +91,7 @@ class SftTrainer:
         model_config = load_model_config(config.model)
         self._tokenizer = load_tokenizer(config.model.path)
         ends = find_eos_token_ids(config.model.path, self._tokenizer, model_config)
-        # Of several ends, the one that the tokenizer, and so its chat template, writes.
-        eos = self._tokenizer.eos_token_id
-        self._eos = eos if eos in ends else ends[0]
+        self._eos = written_eos(self._tokenizer, ends)
         self.rows = self._open_rows(position_limit(model_config), model_config.vocab_size)
         self.packer = Packer(
             budget=config.optim.tokens_per_microbatch,
