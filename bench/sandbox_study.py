@@ -2,13 +2,16 @@
 
     python -m bench.sandbox_study --seeds 0 1 2 --json FILE [section.key=value ...]
     python -m bench.sandbox_study --config sandbox_hard --methods GRPO "LaSeR, last, floating" ...
+    python -m bench.sandbox_study --tune 1e-4 2e-4 ...  with the learning rate of each method
     python -m bench.sandbox_study --smoke               one step of everything
 
 Every run is `torchrun -m laser_fast train configs/quickstart.toml` with a seed of its own; the
 methods of one seed start from the same warm-started model and see the same prompts. Numbers are
 those of the held-out problems after the last step. Intervals are Student's over the seeds, 95%:
-they say how another seed would come out, not how other problems would. Runs that are finished are
-not repeated, so a study that was killed goes on.
+they say how another seed would come out, not how other problems would. `--tune` tries each method
+at each of its rates on a seed that is not reported and keeps the best, so that all methods have the
+same budget: the most accurate one, of those that reach MIN_F1 if one does. Runs that are finished
+are not repeated, so a study that was killed goes on; with `--jobs 2 --ranks 1` two run at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -42,6 +46,7 @@ METHODS = {
     "LaSeR, floating": _FLOATING,
     "LaSeR, last": _LAST,
     "LaSeR, last, floating": (*_LAST, *_FLOATING),
+    "LaSeR, late": (*_LAST, *_FLOATING, "score.warmup_steps=40"),
     "LaSeR, policy-moment": (*_LAST, *_FLOATING),
     "LaSeR, projected": (*_LAST, *_FLOATING),
     "LaSeR, centred": (*_LAST, *_FLOATING),
@@ -49,12 +54,15 @@ METHODS = {
 }
 BASELINE = "GRPO"
 DEFAULT = ("LaSeR", "LaSeR without mixing", BASELINE)
+# What a score has to reach in a trial to count, and the seed of trials, which nothing reports.
+MIN_F1, TUNING_SEED = 0.75, 100
 # Those that are not in the trainer, by the last word of their name.
 VARIANTS = ("policy-moment", "projected", "centred")
 METRICS = {
     "accuracy": "accuracy",
     "f1": "F1",
     "auroc": "AUROC",
+    "auroc_within": "AUROC within problems",
     "ece": "ECE",
     "ece_corrected": "ECE, prior corrected",
     "majority": "maj@k",
@@ -93,34 +101,70 @@ def interval(values: Sequence[float | None]) -> Interval:
     )
 
 
-def train_all(
-    folder: Path,
-    config: Path,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-    *,
-    num_ranks: int,
-    warm_up_steps: int = STEPS,
-) -> list[dict[str, Any]]:
-    """Train every method from every seed; one record per run, finished ones read again."""
-    records = []
-    for seed in seeds:
-        base = folder / f"base_{seed}"
+class Trial(NamedTuple):
+    """One run: a method from a seed, at a learning rate; None leaves the configuration's."""
+
+    method: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        rate = "" if self.rate is None else f"_lr{self.rate:g}"
+        return f"{self.method.lower().replace(',', '').replace(' ', '_')}_{self.seed}{rate}"
+
+
+class Setting(NamedTuple):
+    """Where all runs lie, and how they are made."""
+
+    folder: Path
+    config: Path
+    overrides: Sequence[str]
+    num_ranks: int
+    num_jobs: int = 1
+    warm_up_steps: int = STEPS
+
+
+def train_all(setting: Setting, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Make every run; one record per trial, finished ones read again."""
+    for seed in dict.fromkeys(trial.seed for trial in trials):
+        base = setting.folder / f"base_{seed}"
         if not (base / "model.safetensors").exists():
             print(f"seed {seed}: warm-starting the base model", flush=True)
-            task = load_config(config).model.path
-            make_sandbox_model(base, seed=seed, task=task, steps=warm_up_steps)
-        for method in methods:
-            run = folder / f"{method.lower().replace(',', '').replace(' ', '_')}_{seed}"
-            changes = [f"seed={seed}", f"output_dir={run}", f"model.path={base}"]
-            train(run, config, method, [*changes, *overrides], num_ranks=num_ranks)
-            records.append({"method": method, "seed": seed, **read_result(run)})
-            after = records[-1]["after"]
-            print(f"seed {seed}: {method}: " + ", ".join(
-                f"{label} {_number(after.get(key))}" for key, label in METRICS.items()
-            ), flush=True)  # fmt: skip
-    return records
+            task = load_config(setting.config).model.path
+            make_sandbox_model(base, seed=seed, task=task, steps=setting.warm_up_steps)
+
+    def record(trial: Trial) -> dict[str, Any]:
+        run = setting.folder / trial.name
+        changes = [f"seed={trial.seed}", f"output_dir={run}"]
+        changes += [f"model.path={setting.folder / f'base_{trial.seed}'}", *setting.overrides]
+        if trial.rate is not None:
+            changes.append(f"optim.lr={trial.rate}")
+        train(run, setting.config, trial.method, changes, num_ranks=setting.num_ranks)
+        result = trial._asdict() | read_result(run)
+        print(f"{trial.name}: " + ", ".join(
+            f"{label} {_number(result['after'].get(key))}" for key, label in METRICS.items()
+        ), flush=True)  # fmt: skip
+        return result
+
+    with ThreadPoolExecutor(setting.num_jobs) as jobs:
+        return list(jobs.map(record, trials))
+
+
+def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate of each method: the most accurate, of those whose F1 suffices if one's does."""
+
+    def quality(record: Mapping[str, Any]) -> tuple[bool, float]:
+        after = record["after"]
+        has_score = record["method"] == BASELINE or (after["f1"] or 0.0) >= MIN_F1
+        return has_score, after["accuracy"]
+
+    methods = dict.fromkeys(record["method"] for record in records)
+    return {
+        method: max((r for r in records if r["method"] == method), key=quality)["rate"]
+        for method in methods
+    }
 
 
 def train(
@@ -185,8 +229,12 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[
     }
 
 
-def document(facts: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> str:
-    """The study as Markdown."""
+def document(
+    facts: Mapping[str, str],
+    records: Sequence[Mapping[str, Any]],
+    trials: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The study as Markdown; `trials` are what the learning rates were chosen from."""
     summary = summarize(records)
     after = records[-1]["after"]
     seeds = sorted({record["seed"] for record in records})
@@ -213,8 +261,31 @@ def document(facts: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> 
         "",
         "GRPO does not train the score: its F1, AUROC and ECE are those of an untrained one, and "
         "where scores do not spread the weighted vote is the plain one.",
+        *_tuning(trials),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tuning(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not trials:
+        return []
+    chosen = best_rates(trials)
+    columns = ("accuracy", "f1", "auroc", "auroc_within")
+    cells = [
+        [
+            trial["method"],
+            f"{trial['rate']:g}" + " (chosen)" * (trial["rate"] == chosen[trial["method"]]),
+            *(_number(trial["after"].get(key)) for key in columns),
+        ]
+        for trial in trials
+    ]
+    return [
+        "",
+        f"Learning rates, tried on seed {TUNING_SEED}: the most accurate, of those with F1 of "
+        f"{MIN_F1} or more if there is one.",
+        "",
+        *markdown.table(["", "rate", *(METRICS[key] for key in columns)], cells),
+    ]
 
 
 def _table(rows: Mapping[str, Mapping[str, Interval]], *, sign: str = "") -> list[str]:
@@ -242,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="quickstart", help="file of configs/, without .toml")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT), choices=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tune", type=float, nargs="+", metavar="RATE", default=[])
     parser.add_argument("--ranks", type=int, default=2, help="processes of one run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sandbox_study")
     parser.add_argument("--smoke", action="store_true", help="one step of one seed, nothing kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also writes FILE's name as .md")
@@ -250,8 +323,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Overrides may follow --seeds, whose list would otherwise swallow them.
     arguments, rest = parser.parse_known_intermixed_args(argv)
     seeds = list(dict.fromkeys(arguments.seeds))
-    if rest or len(seeds) > len(T_QUANTILES) + 1:
-        parser.error(f"expected section.key=value and at most ten seeds, got {rest or seeds}")
+    if rest or len(seeds) > len(T_QUANTILES) + 1 or TUNING_SEED in seeds:
+        parser.error(
+            f"expected section.key=value and at most ten seeds, none {TUNING_SEED}, "
+            f"got {rest or seeds}"
+        )
     config, methods = CONFIGS / f"{arguments.config}.toml", [*arguments.methods]
     if BASELINE not in methods:
         parser.error(f"expected {BASELINE} among the methods, which the others are compared with")
@@ -259,12 +335,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {"op": "sandbox_study"} | header(torch.device("cpu"))
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
-            where = (Path(folder), config, methods, [0], SMOKE)
-            records = train_all(*where, num_ranks=1, warm_up_steps=1)
+            setting = Setting(Path(folder), config, SMOKE, num_ranks=1, warm_up_steps=1)
+            records = train_all(setting, [Trial(method, 0) for method in methods])
+        text = document(facts, records)
     else:
-        where = (arguments.runs.resolve(), config, methods, seeds, arguments.overrides)
-        records = train_all(*where, num_ranks=arguments.ranks)
-    text = document(facts, records)
+        folder, how = arguments.runs.resolve(), (arguments.ranks, arguments.jobs)
+        setting = Setting(folder, config, arguments.overrides, *how)
+        pairs = [(method, rate) for method in methods for rate in arguments.tune]
+        trials = train_all(setting, [Trial(method, TUNING_SEED, rate) for method, rate in pairs])
+        rates = best_rates(trials)
+        runs = [Trial(method, seed, rates.get(method)) for seed in seeds for method in methods]
+        records = train_all(setting, runs)
+        text = document(facts, records, trials)
+        records = [*trials, *records]
     print(text)
     if arguments.json:
         save(arguments.json, facts, records, text)

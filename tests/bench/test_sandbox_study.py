@@ -80,6 +80,65 @@ def test_gains_are_paired_by_seed(study):
     assert "LaSeR 101, " in text
 
 
+def test_rate_of_a_method_is_its_most_accurate_with_a_score(study):
+    found = {
+        ("GRPO", 1e-4): (0.90, 0.0),
+        ("GRPO", 2e-4): (0.95, 0.0),
+        ("LaSeR", 1e-4): (0.90, 0.80),
+        ("LaSeR", 2e-4): (0.92, 0.75),
+        ("LaSeR", 3e-4): (0.95, 0.74),
+        ("LaSeR, last", 1e-4): (0.91, None),
+        ("LaSeR, last", 2e-4): (0.93, 0.70),
+    }
+    trials = [
+        {"method": method, "rate": rate, "after": {"accuracy": accuracy, "f1": f1, "auroc": 0.5}}
+        for (method, rate), (accuracy, f1) in found.items()
+    ]
+    assert study.best_rates(trials) == {"GRPO": 2e-4, "LaSeR": 2e-4, "LaSeR, last": 2e-4}
+    records = _records(study, [(0.9,), (0.85,), (0.88,)])
+    text = study.document({}, records, trials)
+    assert "| LaSeR | 0.0002 (chosen) | 0.920 | 0.750 | 0.500 | - |" in text
+    assert "| LaSeR | 0.0003 | 0.950 | 0.740 | 0.500 | - |" in text
+    assert "tried on seed" not in study.document({}, records)
+
+
+def test_every_method_is_tuned_and_runs_at_its_own_rate(study, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def train(run, config, method, overrides, *, num_ranks):
+        run.mkdir()
+        rate = next(float(o.split("=")[1]) for o in overrides if o.startswith("optim.lr="))
+        accuracy = 0.9 - abs(rate - (1e-4 if method == "GRPO" else 3e-4))
+        report = {"accuracy": accuracy, "f1": 0.8, "num_prompts": 4, "samples_per_prompt": 2}
+        study.jsonl.write_lines(
+            run / "evaluations.jsonl", [{"step": step, **report} for step in (0, 120)]
+        )
+        (run / "summary.json").write_text('{"wall_seconds": 5.0}')
+        started.append((method, rate, run.name))
+
+    def make_sandbox_model(base, **options):
+        base.mkdir(parents=True)
+        (base / "model.safetensors").touch()
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "make_sandbox_model", make_sandbox_model)
+    study.main(
+        ["--runs", str(tmp_path), "--methods", "GRPO", "LaSeR", "--seeds", "0", "1", "--jobs", "2"]
+        + ["--tune", "1e-4", "3e-4"]
+    )
+    assert set(started[:4]) == {
+        ("GRPO", 1e-4, "grpo_100_lr0.0001"),
+        ("GRPO", 3e-4, "grpo_100_lr0.0003"),
+        ("LaSeR", 1e-4, "laser_100_lr0.0001"),
+        ("LaSeR", 3e-4, "laser_100_lr0.0003"),
+    }
+    assert {(method, rate) for method, rate, _ in started[4:]} == {("GRPO", 1e-4), ("LaSeR", 3e-4)}
+    assert len(started) == 8 and (tmp_path / "base_100").exists()
+    assert "- seeds: 0, 1\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study.main(["--seeds", "100", "--runs", str(tmp_path)])
+
+
 def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run was started again")
