@@ -183,7 +183,7 @@ def train(
     command += ["bench.score_variants", variant] if variant in VARIANTS else ["laser_fast"]
     command += ["train", str(config)]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_suffix(".log").open("w") as log:
+    with (run.parent / f"{run.name}.log").open("w") as log:  # a rate has a dot
         result = subprocess.run([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
     if result.returncode:
         sys.exit(f"{run} failed with exit code {result.returncode}; see {log.name}")
