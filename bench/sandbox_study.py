@@ -46,8 +46,10 @@ METHODS = {
     "LaSeR, floating": _FLOATING,
     "LaSeR, last": _LAST,
     "LaSeR, last, floating": (*_LAST, *_FLOATING),
+    "LaSeR, half": (*_FLOATING, "score.max_grad_ratio=0.5"),
     "LaSeR, late": (*_LAST, *_FLOATING, "score.warmup_steps=40"),
     "LaSeR, policy-moment": (*_LAST, *_FLOATING),
+    "LaSeR, two-moment": (*_LAST, *_FLOATING),
     "LaSeR, projected": (*_LAST, *_FLOATING),
     "LaSeR, centred": (*_LAST, *_FLOATING),
     "GRPO": ("score.loss_coef=0.0", "advantage.score_coef=0.0"),
@@ -57,7 +59,7 @@ DEFAULT = ("LaSeR", "LaSeR without mixing", BASELINE)
 # What a score has to reach in a trial to count, and the seed of trials, which nothing reports.
 MIN_F1, TUNING_SEED = 0.75, 100
 # Those that are not in the trainer, by the last word of their name.
-VARIANTS = ("policy-moment", "projected", "centred")
+VARIANTS = ("policy-moment", "two-moment", "projected", "centred")
 METRICS = {
     "accuracy": "accuracy",
     "f1": "F1",

@@ -3,12 +3,13 @@
     torchrun --nproc-per-node 2 -m bench.score_variants VARIANT train CONFIG [section.key=value ...]
 
     policy-moment   Adam's second moment from the policy term's gradient alone
+    two-moment      each term has moments of its own, and the score's step is half as long
     projected       the score term's gradient without what opposes the policy term's (PCGrad,
                     arXiv 2001.06782, over all parameters at once)
     centred         half of the score's target is the reward less its group's mean plus the mean
                     score of the group, which trains the order inside a problem
 
-The first two form both gradients apart in every step: twice the loss stage. `bench.sandbox_study`
+The first three form both gradients apart in every step: twice the loss stage. `bench.sandbox_study`
 runs them beside the trainer's own methods.
 """
 
@@ -31,6 +32,8 @@ from laser_fast.training.objective import Objective
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
 
+# Length of the score term's step beside the policy term's where each has moments of its own.
+SCORE_STEP = 0.5
 # Share of the target that is relative to the group.
 CENTRED_SHARE = 0.5
 
@@ -58,6 +61,32 @@ class SplitAdamW(AdamW):
             count = state["step"].item()
             scale = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
             parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**count))
+
+
+class TwoMomentAdamW(AdamW):
+    """The sum of two AdamW steps from `grads_apart`, pairs of gradients set before each step."""
+
+    grads_apart: Sequence[tuple[Tensor, Tensor]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of all parameters; a term whose gradients were 0 so far moves nothing."""
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        for parameter, grads in zip(group["params"], self.grads_apart, strict=True):
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(torch.stack(grads))
+            state["step"] += 1
+            count, grad = state["step"].item(), torch.stack(grads)
+            state["exp_avg"].lerp_(grad, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            scale = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+            policy, score = state["exp_avg"] / scale / (1 - beta1**count)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(policy + SCORE_STEP * score, alpha=group["lr"])
 
 
 class ApartTrainer(Trainer):
@@ -115,6 +144,19 @@ class PolicyMoment(ApartTrainer):
             parameter.grad.add_(grad)
 
 
+class TwoMoment(ApartTrainer):
+    """Each term is scaled by the size of its own gradient."""
+
+    def join(self, parameters: Sequence[Tensor], policy_grads: Sequence[Tensor]) -> None:
+        """Give the optimizer both; the sum is what norms are measured of."""
+        self.optimizer.grads_apart = [
+            (policy, parameter.grad.clone())
+            for parameter, policy in zip(parameters, policy_grads, strict=True)
+        ]
+        for parameter, grad in zip(parameters, policy_grads, strict=True):
+            parameter.grad.add_(grad)
+
+
 class Projected(ApartTrainer):
     """The score term never works against the policy term."""
 
@@ -161,15 +203,20 @@ def _number(value: Tensor) -> float:
     return float(full() if full else value)
 
 
-VARIANTS = {"policy-moment": PolicyMoment, "projected": Projected, "centred": Centred}
+VARIANTS = {
+    "policy-moment": PolicyMoment,
+    "two-moment": TwoMoment,
+    "projected": Projected,
+    "centred": Centred,
+}
+OPTIMIZERS = {"policy-moment": SplitAdamW, "two-moment": TwoMomentAdamW}
 
 
 def main() -> None:
     """Put a variant in the trainer's place and run laser-fast with what follows its name."""
     name = sys.argv.pop(1)
     run.Trainer = VARIANTS[name]
-    if name == "policy-moment":
-        update.AdamW = SplitAdamW
+    update.AdamW = OPTIMIZERS.get(name, AdamW)
     laser_fast()
 
 
