@@ -23,14 +23,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from bench import real_model_report, word_problems
 from bench.provenance import ROOT, header
-from laser_fast.config import Config, all_keys, load_config
+from bench.sandbox_study import other_values
+from laser_fast.config import load_config
 from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.training.checkpoint import list_checkpoints
@@ -47,7 +47,6 @@ METHODS = {
     "laser-last": (_FLOATING, "score.position=last"),
     "laser-paper": (),
 }
-PLACES = ("output_dir", "model.path", "data.train", "data.eval")
 # The prompts of GSM8K's test set have up to 300 tokens, and its answers take more steps.
 GSM8K = """
     --benchmark gsm8k --limit 100 --samples 4 --no-score
@@ -201,9 +200,7 @@ def other_keys(study: Path, method: str, seed: int) -> list[str]:
     file = RunFolder(study / f"{method}_{seed}").config
     if not file.exists():
         return []
-    found, wanted = load_config(file), load_config(CONFIG, run_overrides(study, method, seed))
-    values = ((key, attrgetter(key)) for key in all_keys(Config) if key not in PLACES)
-    return [f"{key} = {get(found)}" for key, get in values if get(found) != get(wanted)]
+    return other_values(load_config(file), load_config(CONFIG, run_overrides(study, method, seed)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ import torch
 
 from bench import markdown
 from bench.provenance import ROOT, header, save
-from laser_fast.config import load_config
+from laser_fast.config import Config, all_keys, load_config
 from laser_fast.log import jsonl
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.sandbox.model import STEPS, make_sandbox_model
@@ -78,6 +79,8 @@ SMOKE = (
     "data.eval_limit=2",
     "data.eval_samples=2",
 )
+# Keys of files, which a run writes into its configuration as it finds them.
+PLACES = ("output_dir", "model.path", "data.train", "data.eval")
 # Student's t at 97.5% for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -175,7 +178,7 @@ def train(
     """Start one run and wait for it; a finished run of the same configuration stays as it is."""
     folder, overrides = RunFolder(run), [*METHODS[method], *overrides]
     if folder.summary.exists():
-        if load_config(folder.config) == load_config(config, overrides):
+        if not other_values(load_config(folder.config), load_config(config, overrides)):
             return
         sys.exit(f"{run} holds a finished run of another configuration; choose another --runs")
     shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
@@ -189,6 +192,12 @@ def train(
         result = subprocess.run([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
     if result.returncode:
         sys.exit(f"{run} failed with exit code {result.returncode}; see {log.name}")
+
+
+def other_values(found: Config, wanted: Config) -> list[str]:
+    """What a run has otherwise than wanted, as "key = value", wherever its files lie."""
+    values = ((key, attrgetter(key)) for key in all_keys(Config) if key not in PLACES)
+    return [f"{key} = {get(found)}" for key, get in values if get(found) != get(wanted)]
 
 
 def read_result(run: Path) -> dict[str, Any]:

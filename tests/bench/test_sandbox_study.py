@@ -144,7 +144,8 @@ def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
         raise AssertionError("a finished run was started again")
 
     file, overrides = study.CONFIGS / "quickstart.toml", [f"output_dir={tmp_path}", "seed=3"]
-    (tmp_path / "config.toml").write_text(dump_config(load_config(file, overrides)))
+    made = [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "eval")]  # by the run
+    (tmp_path / "config.toml").write_text(dump_config(load_config(file, [*overrides, *made])))
     (tmp_path / "summary.json").write_text('{"wall_seconds": 5.0}')
     (tmp_path / "evaluations.jsonl").write_text('{"step": 120}\n{"step": 0}\n')
     monkeypatch.setattr(study.subprocess, "run", refuse)
