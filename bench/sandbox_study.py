@@ -64,6 +64,7 @@ VARIANTS = ("policy-moment", "two-moment", "projected", "centred")
 METRICS = {
     "accuracy": "accuracy",
     "f1": "F1",
+    "f1_calibrated": "F1, calibrated threshold",
     "auroc": "AUROC",
     "auroc_within": "AUROC within problems",
     "ece": "ECE",

@@ -75,7 +75,7 @@ def test_gains_are_paired_by_seed(study):
     text = study.document({"commit": "abc"}, records)
     assert "- commit: abc" in text and "- seeds: 0, 1, 2" in text
     assert "400 held-out problems, k = 8 completions each, after 120 steps" in text
-    assert "| LaSeR | 0.800 +- 0.248 | - | 0.800 +- 0.000 |" in text
+    assert "| LaSeR | 0.800 +- 0.248 | - | - | 0.800 +- 0.000 |" in text
     assert "| LaSeR without mixing | -0.030 +- 0.000 |" in text
     assert "LaSeR 101, " in text
 
