@@ -89,7 +89,7 @@ def compare(curves: dict[str, NDArray[np.float64]]) -> dict[str, float]:
         f"area_{rule}": float(np.mean(own - accuracy[rule])) for rule in ("fixed", "agreement")
     }
     for rule in ("posterior", "agreement", "fixed"):
-        reached = accuracy.get(rule, np.zeros(1)) >= enough - 1e-9
+        reached = accuracy.get(rule, np.full(1, np.nan)) >= enough - 1e-9
         values[f"samples_{rule}"] = float(samples[reached.argmax()]) if reached.any() else math.nan
     return values
 

@@ -88,6 +88,11 @@ def test_without_calibration_there_is_no_posterior(make_record):
     assert math.isnan(values["area_fixed"])
 
 
+def test_a_rule_that_is_not_there_needs_no_samples_where_nothing_is_right(make_record):
+    found = compare(replay(_ballot(make_record, [("1", 0.5, 0.0)] * 3), [0] * 3, None, 3))
+    assert found["samples_fixed"] == 1 and math.isnan(found["samples_posterior"])
+
+
 def test_curves_are_compared_along_the_line(monkeypatch):
     curves = {
         "posterior": np.array([[1.0, 3.0, 5.0], [0.5, 0.9, 0.9]]),
