@@ -150,7 +150,7 @@ def _measure(
     samples: int,
     world: World,
 ) -> list[Reading]:
-    """All ranks' completions with the candidates' log-probs at their ends; `prompts` are our own."""
+    """All ranks' completions with the candidates' log-probs at their ends; `prompts` are ours."""
     sampling = make_sampling(config, "calibrate", group_size=samples, needs_score=False)
     policy = build_policy(config.model, world)
     with closing(make_engine(config, policy, vocabulary.special)) as engine:
