@@ -133,7 +133,7 @@ def test_a_chat_is_asked_for_its_score(position):
         last = SimpleNamespace(logprob=-16.0 if position == "eos" else -0.3, top_logprobs=other)
         tokens = [SimpleNamespace(logprob=-0.1, top_logprobs=[]), last]
         choice = SimpleNamespace(
-            finish_reason="length" if len(asked) == 2 else "stop",
+            finish_reason={2: "length", 4: "tool_calls"}.get(len(asked), "stop"),
             message=SimpleNamespace(content=None if len(asked) == 3 else "so: 42"),
             logprobs=SimpleNamespace(content=tokens),
         )
@@ -154,8 +154,9 @@ def test_a_chat_is_asked_for_its_score(position):
     assert asyncio.run(sample()) == ("42", pytest.approx(0.7))
     assert asyncio.run(sample()) == (None, None)  # a truncated one
     assert asyncio.run(sample()) == (None, pytest.approx(0.7))  # all of it was reasoning
+    assert asyncio.run(sample()) == (None, None)  # what it calls is no answer
     expected = {"model": "m", "max_tokens": 9, "logprobs": True}
-    assert asked == [expected | {"extra_body": extra | score_request(7, position)}] * 3
+    assert asked == [expected | {"extra_body": extra | score_request(7, position)}] * 4
 
 
 @pytest.mark.parametrize("name", ["seed", "stop", "logit_bias", "return_tokens_as_token_ids"])
