@@ -150,7 +150,7 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(256, ge=1)
     """Completions sampled at once by one engine."""
     score: Literal["auto", "inline", "off"] = "auto"
-    """How the engine reads the score after EOS; "off" leaves it to a policy forward."""
+    """How the engine reads the score; "off" leaves it to a policy forward."""
     max_disagreement: float = Field(0.1, gt=0)
     """Stop above this mean |policy - engine| log-prob of a group of 16's tokens, in nats."""
     resample_rounds: int = Field(0, ge=0)

@@ -23,7 +23,7 @@ class SpecialTokens:
     `vocab_size` is the tokenizer's: rows of the head from there on are padding and never sampled.
     """
 
-    score_token_id: int  # z_c: never sampled, read at the EOS position
+    score_token_id: int  # z_c: never sampled, read at the end of an answer
     eos_token_ids: tuple[int, ...]  # every id that ends a completion
     pad_token_id: int  # may equal an EOS id
     vocab_size: int

@@ -95,8 +95,7 @@ def refit_reference(
     """The score with its floating c_ref moved towards that of a step's completions.
 
     A step with one class says nothing about the balance and moves nothing, as one with a log-prob
-    that is no finite number. The target of a correct
-    answer stays at or below `WARN_TARGET`.
+    that is no finite number. The target of a correct answer stays at or below `WARN_TARGET`.
     """
     weights = class_weights(rewards, has_target)
     if len(is_correct(rewards)[has_target].unique()) < 2:

@@ -12,7 +12,7 @@ error is that of prompt clusters.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.policy import build_policy, check_lengths, load_model_config
 from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
-from laser_fast.records import Prompt
+from laser_fast.records import Prompt, ScorePosition
 from laser_fast.rollout.engine import make_engine, make_sampling
 from laser_fast.rollout.sync import sync_engine
 
@@ -89,6 +89,7 @@ class Calibration:
     candidates: list[Candidate]
     num_completions: int
     num_finished: int
+    position: ScorePosition = "eos"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,8 @@ def calibrate(
             drawn.extend((wording.template, prompt) for prompt in source.at("", range(count)))
         own = drawn[world.rank :: world.size]
         readings = _measure(own, list(tokens.values()), config, vocabulary, samples, world)
-    return rank_candidates(readings, tokens) if world.is_main else None
+    found = rank_candidates(readings, tokens) if world.is_main else None
+    return found and replace(found, position=config.score.position)
 
 
 def _measure(
@@ -148,7 +150,7 @@ def _measure(
     samples: int,
     world: World,
 ) -> list[Reading]:
-    """All ranks' completions, with the candidates' log-probs after EOS; this one has `prompts`."""
+    """All ranks' completions with the candidates' log-probs at their ends; `prompts` are ours."""
     sampling = make_sampling(config, "calibrate", group_size=samples, needs_score=False)
     policy = build_policy(config.model, world)
     with closing(make_engine(config, policy, vocabulary.special)) as engine:

@@ -2,7 +2,7 @@
 
 A line of the input has `prompt` (text, worded by data.template) or `prompt_ids`, and `response`
 (text) or `completion_ids`. Ids are taken as they are and are exact. Text is tokenized, which may
-give other ids than those that were sampled, and ends with the tokenizer's EOS token.
+give other ids than those that were sampled, and gets the EOS of the chat template if it has none.
 
 A line of the output is the input's with `score_logprob`, `score` and `reason`. Where nothing can be
 read, both numbers are null and `reason` says why; else it is null:

@@ -85,11 +85,9 @@ def compare(curves: dict[str, NDArray[np.float64]]) -> dict[str, float]:
     samples = np.linspace(1, curves["fixed"][0, -1], 256)
     accuracy = {rule: np.interp(samples, *curve) for rule, curve in curves.items()}
     own, enough = accuracy.get("posterior", np.nan), curves["fixed"][1, -1] - TOLERANCE
-    values = {
-        f"area_{rule}": float(np.mean(own - accuracy[rule])) for rule in ("fixed", "agreement")
-    }
+    values = {f"area_{r}": float(np.mean(own - accuracy[r])) for r in ("fixed", "agreement")}
     for rule in ("posterior", "agreement", "fixed"):
-        reached = accuracy.get(rule, np.zeros(1)) >= enough - 1e-9
+        reached = accuracy.get(rule, np.full(1, np.nan)) >= enough - 1e-9
         values[f"samples_{rule}"] = float(samples[reached.argmax()]) if reached.any() else math.nan
     return values
 

@@ -77,7 +77,7 @@ def print_calibration(calibration: Calibration, *, beta: float | None = None) ->
         text = f"warning: beta * std = {noise:.3f} > {_MAX_NOISE}: a constant c_ref blurs the "
         text += "score by that much; choose a token with less spread, or one template"
         _say(console, text, style="yellow")
-    print(tomli_w.dumps({"score": score}), end="")
+    print(tomli_w.dumps({"score": score | {"position": calibration.position}}), end="")
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

@@ -136,12 +136,14 @@ def find_eos_token_ids(
 
 
 def written_eos(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> int:
-    """Of several ends the one that the tokenizer, and so its chat template, writes.
+    """Of several ends the one that the chat template names, or else the tokenizer's own.
 
-    Of some tokenizers it ends no completion; then it is the first of `eos_token_ids`.
+    Gemma's and Phi's templates end a turn with another than that. Of some tokenizers it ends no
+    completion; then it is the first of `eos_token_ids`.
     """
-    eos = tokenizer.eos_token_id
-    return eos if eos in eos_token_ids else eos_token_ids[0]
+    template, name = str(tokenizer.chat_template or ""), tokenizer.convert_ids_to_tokens
+    ends = [i for i in (tokenizer.eos_token_id, *eos_token_ids) if i in eos_token_ids]
+    return next((i for i in ends if str(name(i)) in template), ends[0])
 
 
 def _generation_defaults(path: str) -> dict[str, Any]:

@@ -69,19 +69,20 @@ async def adaptive_vote_async(
     """
     _check(threshold, max_samples, in_flight)
     vote, count = PosteriorVote(calibrated, equal=equal), 0
-    pending: set[asyncio.Future[Sample[Answer]]] = set()
+    tasks: set[asyncio.Future[Sample[Answer]]] = set()
     try:
         while count < max_samples and vote.confidence < threshold:
-            while len(pending) < min(in_flight, max_samples - count):
-                pending.add(asyncio.ensure_future(sample()))
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            while len(tasks) < min(in_flight, max_samples - count):
+                tasks.add(asyncio.ensure_future(sample()))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for arrived in done:
                 vote.add(*arrived.result())
+            tasks -= done
             count += len(done)
     finally:
-        for left in pending:
-            left.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        for task in tasks:  # where one has failed also others that are done, and may have failed
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return Vote(vote.winner, vote.confidence, count)
 
 
@@ -101,23 +102,21 @@ def chat_sampler(
         extract: finds the answer in the text of a completion.
         position: of the model's score, in its laser_fast.json.
         request: `model`, `messages`, `max_tokens`, one more than the answer may have if the score
-            is read at the EOS, and other fields of `client.chat.completions.create`; no seed, with
-            which all samples are one.
+            is read at the EOS, and other fields of `client.chat.completions.create`; no `seed`,
+            with which all samples are one, and no `stop`, behind which there is no score.
     """
     given, own = request.pop("extra_body", {}), score_request(score.token_id, position)
-    if taken := sorted(given.keys() & own.keys()):
-        raise ValueError(f"chat_sampler: {', '.join(taken)} of extra_body ask for the score itself")
-    extra = {**given, **own}
+    if taken := sorted({*given, *request} & {*own, "seed", "stop"}):
+        raise ValueError(f"chat_sampler: a vote asks without {', '.join(taken)} of yours")
 
     async def sample() -> Sample[Answer]:
         create = client.chat.completions.create
-        (choice,) = (await create(**request, logprobs=True, extra_body=extra)).choices
+        (choice,) = (await create(**request, logprobs=True, extra_body=given | own)).choices
         if choice.finish_reason != "stop":
             return None, None
-        found = choice.logprobs.content[-1]
-        if position == "last":
-            found = found.top_logprobs[-1]
-        return extract(choice.message.content), score.of(found.logprob)
+        last = choice.logprobs.content[-1]
+        found = last if position == "eos" else last.top_logprobs[-1]
+        return extract(choice.message.content or ""), score.of(found.logprob)
 
     return sample
 

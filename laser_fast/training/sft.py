@@ -90,8 +90,8 @@ class SftTrainer:
         self.config, self.world, self.stage = config, world, stage
         model_config = load_model_config(config.model)
         self._tokenizer = load_tokenizer(config.model.path)
-        ends = find_eos_token_ids(config.model.path, self._tokenizer, model_config)
-        self._eos = written_eos(self._tokenizer, ends)
+        self._ends = find_eos_token_ids(config.model.path, self._tokenizer, model_config)
+        self._eos = written_eos(self._tokenizer, self._ends)
         self.rows = self._open_rows(position_limit(model_config), model_config.vocab_size)
         self.packer = Packer(
             budget=config.optim.tokens_per_microbatch,
@@ -145,9 +145,9 @@ class SftTrainer:
         return rows
 
     def _encode(self, responses: list[str]) -> list[Ids]:
-        """Ids of responses with their EOS."""
+        """Ids of responses with their EOS, which the texts of some data sets have already."""
         found = self._tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
-        return [(*ids, self._eos) for ids in found]
+        return [(*ids,) if {*ids[-1:]} & {*self._ends} else (*ids, self._eos) for ids in found]
 
     def step(self, step: int) -> dict[str, float]:
         """Run step 0, 1, ... and return its metrics over all ranks."""

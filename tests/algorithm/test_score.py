@@ -52,15 +52,17 @@ def test_a_self_score_is_the_scale_of_its_model():
     assert math.isnan(replace(score, ref_logprob=math.nan).of(-18.0))
 
 
-def test_a_floating_reference_balances_the_mean_score():
+@pytest.mark.parametrize("share", [0.3, 0.05])  # of right ones, whose weight may exceed any clip
+def test_a_floating_reference_balances_the_mean_score(share):
     torch.manual_seed(0)
     score = SelfScore(token_id=7, beta=0.2, ref_logprob=-30.0)
-    rewards = (torch.rand(6, 8) < 0.3).double()
+    rewards = (torch.rand(6, 8) < share).double()
     logprobs = -20 + torch.randn(6, 8, dtype=torch.float64) + 2 * rewards
     has_target = torch.rand(6, 8) < 0.8
     for _ in range(100):
         score = refit_reference(score, logprobs, rewards, has_target)
     right, wrong = (has_target & (rewards == value) for value in (1, 0))
+    assert (class_weights(rewards, has_target).max() > 5) == (share == 0.05)
     scores = score.of(logprobs)
     assert float(scores[right].mean() + scores[wrong].mean()) == pytest.approx(1.0, abs=1e-6)
     weights = class_weights(rewards, has_target)

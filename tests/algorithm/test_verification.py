@@ -229,6 +229,8 @@ def test_best_threshold_by_hand():
     assert best_threshold([0.1, 0.6, 0.8, 0.9], [False, False, True, True]) == pytest.approx(0.7)
     # 1/4 and 3/4 are as good as each other: the lower one.
     assert best_threshold([0.0, 0.5, 0.5, 1.0], [False, True, False, True]) == 0.25
+    # So are 1/5 and 3/4 here, and the latter is nearer to 1/2.
+    assert best_threshold([0.1, 0.3, 0.6, 0.9], [False, True, False, True]) == 0.75
     # Scores beyond [0, 1] are clipped, so that no threshold lies there.
     assert best_threshold([-3.0, 7.0], [False, True]) == 0.5
     for scores, correct in (([0.2, 0.3], [True, True]), ([0.2, 0.2], [True, False]), ([], [])):

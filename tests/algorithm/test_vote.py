@@ -278,6 +278,13 @@ def test_posterior_by_enumeration():
     assert vote.confidence == pytest.approx(likelihood[winner] / sum(likelihood.values()))
 
 
+def test_more_answers_than_there_should_be_leave_none_unseen():
+    vote = PosteriorVote()  # m = 1: a right and a wrong one
+    for answer in "abc":
+        vote.add(answer, 0.5)
+    assert vote.confidence == pytest.approx(1 / 3)
+
+
 def test_equal_answers_vote_together_and_many_votes_do_not_overflow():
     vote = PosteriorVote(equal=lambda first, second: float(first) == float(second))
     for answer in ("0.5", "0.50", "2"):

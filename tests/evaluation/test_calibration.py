@@ -107,6 +107,11 @@ def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):
     overrides = ["data.template={prompt}", "data.prompt_suffix=", "rollout.max_new_tokens=24"]
     overrides += ["data.max_prompt_tokens=64"]
     benchmark = find_benchmark(str(file))
-    config = build_config(str(sandbox_model), benchmark, overrides=overrides)
-    for limit in (8, 0):
-        assert calibrate(config, benchmark, prompts=limit, samples=2).num_completions == 3 * 2
+    means = set()
+    for limit, position in ((8, "eos"), (0, "last")):
+        where = [f"score.position={position}"]
+        config = build_config(str(sandbox_model), benchmark, overrides=overrides + where)
+        found = calibrate(config, benchmark, prompts=limit, samples=2)
+        assert found.num_completions == 3 * 2 and found.position == position
+        means.add(found.candidates[0].ref_logprob)
+    assert len(means) == 2

@@ -63,6 +63,9 @@ def test_text_and_ids_against_full_logits(build, tmp_path, sandbox_model):
         assert {key: line[key] for key in row if key != "score"} == {
             key: value for key, value in row.items() if key != "score"
         }
+    [line] = _score(build("score.position=last"), tmp_path, rows[1:2], overwrite=True)[1]
+    logprob = exact(prompt_ids + completion_ids[:-1])  # of the row that predicts the EOS
+    assert line["score_logprob"] == pytest.approx(logprob, abs=2e-5) != expected[1]
     assert totals == {"scored": 4}
     assert moves[-1] == ("in.jsonl", 4, 4)
 

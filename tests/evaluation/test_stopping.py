@@ -53,6 +53,11 @@ def test_every_rule_by_hand(make_record, monkeypatch):
     assert (samples[place], right[place]) == (2, 0) and samples[place + 1] == 3
 
 
+def test_an_unfinished_completion_may_be_the_one_that_was_graded_right(make_record):
+    ballot = _ballot(make_record, [("1", 0.9, 0.0), ("1", None, 1.0)])
+    assert replay(ballot, [0, 0], READER, 2)["posterior"][:, -1].tolist() == [2, 1]
+
+
 def test_replay_is_the_online_vote_in_every_order(random_records):
     for ballot in group_by_prompt(random_records(6, 6)):
         classes = _classes(ballot)
@@ -86,6 +91,11 @@ def test_without_calibration_there_is_no_posterior(make_record):
     values = compare(found)
     assert values["samples_fixed"] == 1 and math.isnan(values["samples_posterior"])
     assert math.isnan(values["area_fixed"])
+
+
+def test_a_rule_that_is_not_there_needs_no_samples_where_nothing_is_right(make_record):
+    found = compare(replay(_ballot(make_record, [("1", 0.5, 0.0)] * 3), [0] * 3, None, 3))
+    assert found["samples_fixed"] == 1 and math.isnan(found["samples_posterior"])
 
 
 def test_curves_are_compared_along_the_line(monkeypatch):
@@ -141,6 +151,19 @@ def test_no_problem_chooses_the_threshold_that_reads_it(make_record):
     rates = [report["metrics"][f"{name}_calibrated"]["value"] for name in ("tpr", "tnr")]
     assert rates == [0.5, 1.0] and report["base_rate"] == 0.25
     assert report["calibrated_by"] == "the model's file"
+
+
+def test_a_given_base_rate_reads_the_votes_too(random_records):
+    records = random_records(12, 4)
+    stored = Calibrated(threshold=0.6, base_rate=0.02, num_wrong=2.0)
+
+    def report(reader, **given):
+        options = ReportOptions(num_resamples=3, calibrated=reader, **given)
+        return build_report(records, options=options)[0]
+
+    found = report(stored, base_rate=0.6)
+    assert found == report(replace(stored, base_rate=0.6))
+    assert found["stopping"] != report(stored)["stopping"]
 
 
 def test_posterior_votes_and_curves_in_a_report(random_records):

@@ -98,7 +98,7 @@ def test_calibration_prints_a_configuration(capsys):
     print_calibration(_calibration(-23.0, -23.2))
     captured = capsys.readouterr()
     assert tomllib.loads(captured.out) == {
-        "score": {"token": "<|z|>", "beta": 0.1, "ref_logprob": -23.1}
+        "score": {"token": "<|z|>", "beta": 0.1, "ref_logprob": -23.1, "position": "eos"}
     }
     assert "<|z|>" in captured.err and "warning" not in captured.err
 

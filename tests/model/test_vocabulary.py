@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from laser_fast.config import ConfigError
-from laser_fast.model.vocabulary import load_vocabulary
+from laser_fast.model.vocabulary import load_tokenizer, load_vocabulary, written_eos
 
 SPECIAL = ["<pad>", "<end>", "<stop>", "<spare_0>", "<spare_1>"]  # ids 10 to 14
 END, STOP, SPARE = 11, 12, 13
@@ -58,6 +58,16 @@ def test_several_eos_ids(folder):
     # The model's own defaults and the tokenizer name different ends; both end a completion.
     vocabulary = load(folder(generation_eos=[STOP, 9], model_eos=[STOP, 9]))
     assert vocabulary.special.eos_token_ids == (STOP, 9, END)
+
+
+def test_a_text_ends_as_the_chat_template_ends_it(folder):
+    tokenizer = load_tokenizer(folder())
+    assert tokenizer.chat_template is None and written_eos(tokenizer, (STOP, END)) == END
+    message = "{{ messages[0].content }}"
+    for end, written in (("<stop>", STOP), ("<stop><end>", END), ("{{ eos_token }}", END)):
+        tokenizer.chat_template = message + end
+        assert written_eos(tokenizer, (STOP, END)) == written
+    assert written_eos(tokenizer, (STOP, 9)) == STOP  # its own ends no completion
 
 
 def test_eos_of_the_tokenizer_alone(folder):

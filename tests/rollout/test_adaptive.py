@@ -1,6 +1,7 @@
 """Votes that stop: which samples are drawn, which are cancelled, and what a client is asked."""
 
 import asyncio
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,16 @@ def test_an_error_is_raised_and_the_rest_cancelled():
     assert (server.started, server.cancelled) == (4, 3)
 
 
+def test_errors_that_come_together_leave_no_complaint_behind(caplog):
+    async def fail():
+        raise IndexError
+
+    with pytest.raises(IndexError):
+        asyncio.run(adaptive_vote_async(fail, threshold=0.9, max_samples=8))
+    gc.collect()  # when asyncio says what nobody has looked at
+    assert "never retrieved" not in caplog.text
+
+
 def test_a_cancelled_vote_cancels_its_requests():
     server = Server([], [30] * 4)
 
@@ -122,8 +133,8 @@ def test_a_chat_is_asked_for_its_score(position):
         last = SimpleNamespace(logprob=-16.0 if position == "eos" else -0.3, top_logprobs=other)
         tokens = [SimpleNamespace(logprob=-0.1, top_logprobs=[]), last]
         choice = SimpleNamespace(
-            finish_reason="stop" if len(asked) == 1 else "length",
-            message=SimpleNamespace(content="so: 42"),
+            finish_reason={2: "length", 4: "tool_calls"}.get(len(asked), "stop"),
+            message=SimpleNamespace(content=None if len(asked) == 3 else "so: 42"),
             logprobs=SimpleNamespace(content=tokens),
         )
         return SimpleNamespace(choices=[choice])
@@ -134,7 +145,7 @@ def test_a_chat_is_asked_for_its_score(position):
     sample = chat_sampler(
         client,
         score,
-        lambda text: text.split()[-1],
+        lambda text: text[4:] or None,
         position=position,
         model="m",
         max_tokens=9,
@@ -142,5 +153,15 @@ def test_a_chat_is_asked_for_its_score(position):
     )
     assert asyncio.run(sample()) == ("42", pytest.approx(0.7))
     assert asyncio.run(sample()) == (None, None)  # a truncated one
+    assert asyncio.run(sample()) == (None, pytest.approx(0.7))  # all of it was reasoning
+    assert asyncio.run(sample()) == (None, None)  # what it calls is no answer
     expected = {"model": "m", "max_tokens": 9, "logprobs": True}
-    assert asked == [expected | {"extra_body": extra | score_request(7, position)}] * 2
+    assert asked == [expected | {"extra_body": extra | score_request(7, position)}] * 4
+
+
+@pytest.mark.parametrize("name", ["seed", "stop", "logit_bias", "return_tokens_as_token_ids"])
+def test_what_a_vote_asks_for_itself_is_refused_in_either_place(name):
+    score = SelfScore(token_id=7, beta=0.1, ref_logprob=-23.0)
+    for request in ({name: 1}, {"extra_body": {name: 1}}):
+        with pytest.raises(ValueError, match=f"asks without {name} of yours"):
+            chat_sampler(None, score, str, position="last", model="m", **request)

@@ -86,6 +86,8 @@ def test_evaluations_have_settings_of_their_own():
     assert config.max_sequence_tokens == config.data.max_prompt_tokens + 99 + 1
     fields, _ = request_fields(TOKENS, measures)
     assert {"temperature": 0.6, "top_p": 0.9, "top_k": 7, "min_p": 0.1}.items() <= fields.items()
+    last = make_sampling(make_config(score={"position": "last"}), "train", **what)
+    assert (trains.score_at, last.score_at) == ("eos", "last")
     same = eval_sampling(make_config(), "eval", **what)
     assert same == make_sampling(make_config(), "eval", **what)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from statistics import fmean
 
 import pytest
 import torch
@@ -68,6 +69,37 @@ def test_two_ranks_give_the_run_of_one(one_rank, two_ranks, name):
     evaluations = [read_lines(run / "evaluations.jsonl") for run in runs]
     assert [line["step"] for line in evaluations[0]] == [0, STEPS]
     assert_close_metrics(*evaluations, tolerance=1e-5)
+
+
+def test_samples_alone_give_the_scores_of_the_last_row_and_their_floating_reference(
+    one_rank, model
+):
+    run, beta = one_rank / "extras" / "run", 0.9
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    score_token_id = tokenizer.convert_tokens_to_ids(RESERVED_TOKENS[0])
+    by_step, num_read = [[] for _ in range(STEPS)], 0
+    for sample in read_lines(run / "samples.jsonl"):
+        if sample["finish_reason"] == "stop":
+            by_step[sample["step"]].append(sample)
+    for sample in by_step[0]:  # of the model as it was
+        ids = tokenizer(sample["prompt"] + sample["text"])["input_ids"]
+        if len(ids) + 1 == len(tokenizer(sample["prompt"])["input_ids"]) + sample["num_tokens"]:
+            expected = base(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[score_token_id]
+            assert sample["score_logprob"] == pytest.approx(expected.item(), abs=1e-4)
+            num_read += 1
+    assert num_read > 3
+    found = [line["score/ref_logprob"] for line in read_metrics(run)]
+    for step in range(1, STEPS):
+        own = [
+            fmean(
+                s["score_logprob"] - s["reward"] / beta for s in by_step[step] if s["reward"] == r
+            )
+            for r in (0, 1)
+        ]
+        moved = found[step - 1] + 0.2 * (fmean(own) - found[step - 1])
+        assert found[step] == pytest.approx(min(moved, -3 - 1 / beta), abs=1e-5)
+    assert len(set(found)) == STEPS
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(two_ranks):

@@ -1,5 +1,7 @@
 """The supervised loss equals plain cross-entropy, however rows are packed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from policy_ranks import MODEL_CASES
@@ -10,7 +12,7 @@ from laser_fast.config import ModelConfig
 from laser_fast.model.distributed import World
 from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
-from laser_fast.training.sft import supervised_loss, supervised_sequences
+from laser_fast.training.sft import SftTrainer, supervised_loss, supervised_sequences
 
 # Prompts that repeat, responses of one token, and one that goes on after its EOS.
 ROWS = [
@@ -73,3 +75,12 @@ def test_more_ranks_than_rows_leave_some_without():
         supervised_sequences(ROWS[:1], World(rank, 2, torch.device("cpu"))) for rank in (0, 1)
     ]
     assert sorted(map(len, shares)) == [0, 1]
+
+
+def test_a_response_ends_once():
+    ids = [[5], [5, 1], [5, 3], [1, 5], []]
+    trainer = SimpleNamespace(
+        _tokenizer=lambda texts, **_: {"input_ids": ids}, _eos=1, _ends=(1, 3)
+    )
+    expected = [(5, 1), (5, 1), (5, 3), (1, 5, 1), (1,)]
+    assert SftTrainer._encode(trainer, ["of these ids"]) == expected

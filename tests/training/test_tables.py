@@ -145,10 +145,10 @@ def test_minibatches_take_every_second_prompt(tables):
     close(score, [[1 / 2, 1 / 8, 0.0], [1 / 4, 0.0, 1 / 6], [1 / 8] * 3, [1 / 6, 1 / 4, 1 / 6]])
 
 
-@pytest.mark.parametrize("with_score_rows", [True, False])
-def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
+@pytest.mark.parametrize("position", ["eos", "last", None])
+def test_sequences_take_their_rows_of_the_tables(tables, position):
     without = {"score": {"loss_coef": 0.0}, "advantage": {"score_coef": 0.0}}
-    config = make_config(**({} if with_score_rows else without))
+    config = make_config(**({"score": {"position": position}} if position else without))
     advantages = torch.arange(12.0).reshape(4, 3)
     token, score = step_weights(tables, config)
     sequences = training_sequences(GROUPS[1:2], World(1, 4, CPU), tables, advantages, config)
@@ -156,7 +156,7 @@ def test_sequences_take_their_rows_of_the_tables(tables, with_score_rows):
     assert [s.reward for s in sequences] == [1.0, 1.0, 0.0]
     # A truncated completion has no EOS to read a score at.
     is_scored = [True, False, True]
-    assert [s.score_at is not None for s in sequences] == [with_score_rows and x for x in is_scored]
+    assert [s.score_at for s in sequences] == [position if x else None for x in is_scored]
     assert [s.token_weight for s in sequences] == token[1].tolist()
     assert [s.score_weight for s in sequences] == score[1].tolist()
     for sequence, completion in zip(sequences, GROUPS[1].completions, strict=True):

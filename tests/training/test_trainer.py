@@ -1,4 +1,4 @@
-"""A measuring step of the gradient cap, on the real policy."""
+"""Steps on the real policy: of the gradient cap, without grades, with a floating reference."""
 
 import math
 from dataclasses import replace
@@ -16,6 +16,7 @@ from laser_fast.model.packing import Packer
 from laser_fast.model.policy import build_policy
 from laser_fast.rewards import RewardError
 from laser_fast.training.objective import Objective
+from laser_fast.training.run import _settle_score
 from laser_fast.training.schedule import GradientCap
 from laser_fast.training.step_metrics import RowMetrics
 from laser_fast.training.trainer import Trainer
@@ -96,3 +97,30 @@ def test_a_step_without_any_grade_updates_nothing(world, model_folders, caplog):
     assert not step([failed, half])[1]  # in its second minibatch
     with pytest.raises(RewardError, match="75% of the grades failed, more than reward.max_failed"):
         step([failed, half], max_failed=0.7)
+
+
+FLOATING = {"ref_logprob": "floating", "beta": 0.2}
+
+
+def test_a_floating_reference_moves_in_the_step_that_it_reads(world, model_folders):
+    trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=0.0)
+    members = [(3, True, -10.0), (4, True, -14.0), (2, True, -30.0), (4, False, None)]
+    groups = [make_group("a", members, [1.0, 0.0, None, 0.0])]
+    trainer.stage, trainer.config = StageTimer(world.device), make_config(score=FLOATING)
+    trainer.sampler = SimpleNamespace(
+        sample=lambda step: groups, staleness=1, sync_disagreement=0.0
+    )
+    metrics, _ = trainer.step(0)
+    # Of each class one is finished and graded: (-10 - 1 / .2 - 14) / 2, and a fifth of the way.
+    assert trainer.score.ref_logprob == pytest.approx(-7.5 + 0.2 * (-14.5 + 7.5))
+    assert metrics["score/ref_logprob"] == trainer.score.ref_logprob
+
+
+def test_a_floating_reference_starts_where_a_score_that_knows_nothing_is_one_half():
+    sampler = SimpleNamespace(
+        config=make_config(score=FLOATING),
+        vocabulary=SimpleNamespace(special=SimpleNamespace(score_token_id=SCORE_TOKEN)),
+        measure_ref_logprob=lambda: -12.0,
+    )
+    assert _settle_score(sampler, None).of(-12.0) == pytest.approx(0.5)
+    assert _settle_score(sampler, -9.25).ref_logprob == -9.25  # that of a checkpoint
