@@ -14,7 +14,7 @@ from typing import Any
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_sft import SftConfig
 from laser_fast.log import jsonl, samples
-from laser_fast.log.console import StepConsole, print_summary, summarize_run
+from laser_fast.log.console import StepConsole, evaluation_line, print_summary, summarize_run
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.samples import SampleRecord
 
@@ -92,7 +92,7 @@ class RunLog(Log):
         with self.folder.evaluations.open("a", encoding="utf-8") as file:
             file.write(jsonl.to_line({"step": step, **report}))
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
-        self._console.show_evaluation(step, report)
+        self._console.show(evaluation_line(step, report))
 
     def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:  # noqa: D102
         reports = self.folder.reports()

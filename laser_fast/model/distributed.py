@@ -1,7 +1,5 @@
 """The process group of a run: one rank per device under torchrun, or a single process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -15,18 +13,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laser_fast.config_errors import REPORTED, ConfigError, RunError, reading
+from laser_fast.config import ConfigError, MeasureConfig
+from laser_fast.config_errors import REPORTED, RunError, first_line, reading
+from laser_fast.config_sft import SftConfig
 from laser_fast.stopping import POLL_S, StopRun, listening
-
-if TYPE_CHECKING:
-    from laser_fast.config import MeasureConfig
-    from laser_fast.config_sft import SftConfig
 
 Item = TypeVar("Item")
 
@@ -166,7 +162,7 @@ def _report(error: Exception, world: World) -> None:
         told = {r: world.store.get(k).decode() for r, k in keys.items() if world.store.check([k])}
         said += "" if is_sentence else f"stages of the ranks: {told}\n"
     if not is_first:
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        said = f"{type(error).__name__}: {first_line(error)}"
     error.add_note(REPORTED)
     if is_new:
         print(f"error: rank {world.rank}: {said}", file=sys.stderr, flush=True)

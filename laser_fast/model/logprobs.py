@@ -117,7 +117,6 @@ def last_token_logprobs(
         budget=max(budget, 1, *(len(prompt) + len(completion) for prompt, completion in sequences)),
         score_token_id=token_ids[0],
         score_at=score_at,
-        temperature=1.0,
         device=world.device,
         agree=world.max,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config_errors import ConfigError, needs_package
 from laser_fast.model.nf4 import Nf4Linear, quantize_blocks
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ def add_adapters(
 
     Values are those of rank 0; what is in 4 bits is on the device then, the rest on the CPU.
     """
-    try:
+    with needs_package("peft", "model.lora_rank > 0", extra="lora"):
         from peft import inject_adapter_in_model
-    except ImportError:
-        raise ConfigError(
-            "model.lora_rank > 0 needs peft; pip install 'laser-fast[lora]'"
-        ) from None
     layers = linear_layers(hf)
     check_targets(config, layers)
     if any(linear_layers(hf, block) != layers for block in range(len(hf.model.layers))):

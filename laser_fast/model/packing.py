@@ -173,11 +173,11 @@ class Packer:
     """Turns sequences into microbatches for one vocabulary, device and token budget."""
 
     budget: int
-    score_token_id: int
-    score_at: ScorePosition
-    temperature: float  # of sampling; score rows are read at 1
     device: torch.device
     agree: Callable[[int], int] = _alone
+    score_token_id: int = 0  # where no row is a score's, an id like any other
+    score_at: ScorePosition = "eos"
+    temperature: float = 1.0  # of sampling; score rows are read at 1
 
     def bins(self, sequences: Sequence[TrainingSequence]) -> list[list[int]]:
         """`plan_bins` of these sequences. Collective."""

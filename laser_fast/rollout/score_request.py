@@ -15,10 +15,8 @@ A score of the "last" row is read in the step that draws the EOS and costs no to
 processor it needs the bans alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -148,7 +146,7 @@ class Tempering:
         # By position: c of all rows that were drawn with it, left on the device, and the own row.
         self.corrections: dict[int, tuple[Tensor, int]] = {}
 
-    def __deepcopy__(self, memo: dict) -> Tempering:
+    def __deepcopy__(self, memo: dict) -> Self:
         return self  # vLLM copies sampling parameters; the collector is shared with the caller
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:

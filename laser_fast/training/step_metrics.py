@@ -119,10 +119,8 @@ class RowMetrics:
         trains = policy.weights * policy.advantages != 0
         sums["clipped"] += (clipped & trains).sum()
         if (cap := self._config.tis_cap) > 0:
-            ratios, weights = (
-                sampling_weights(self._config, policy, old, cap=bound).where(trains, 0)
-                for bound in (math.inf, cap)
-            )
+            found = sampling_weights(self._config, policy, old)
+            ratios, weights = (each.where(trains, 0) for each in found)
             sums["trained"] += trains.sum()
             sums["weights"] += weights.sum()
             sums["squares"] += (weights * weights).sum()

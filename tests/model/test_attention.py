@@ -9,6 +9,7 @@ from tiny_models import make_model
 
 from laser_fast.model.attention import (
     IMPLEMENTATIONS,
+    Form,
     PackedLayout,
     attention_kwargs,
     packed_flash,
@@ -62,7 +63,7 @@ def make_inputs(segments, key_value_heads):
 def check(kernel, segments, key_value_heads, **how):
     inputs = make_inputs(segments, key_value_heads)
     layout = PackedLayout(tuple(segments), CPU)
-    actual = kernel(*inputs, layout, 0.3, **how)
+    actual = kernel(*inputs, layout, Form(0.3, **how))
     expected = naive_attention(*inputs, segments, 0.3, **how)[None]
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn_like(expected)
@@ -134,7 +135,7 @@ def test_varlen_gets_the_keys_of_every_segment(segments, monkeypatch):
 def test_what_a_kernel_cannot_do_is_refused():
     inputs, layout = make_inputs(GROUPS[0], 2), PackedLayout(GROUPS[0], CPU)
     with pytest.raises(ValueError, match='model.attention = "varlen" has no softcap'):
-        packed_varlen(*inputs, layout, softcap=2.0)
+        packed_varlen(*inputs, layout, Form(softcap=2.0))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.values())
