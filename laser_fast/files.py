@@ -18,9 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     What fails within leaves there what was there.
     """
     partial = partial_name(path)
-    if partial.is_dir():  # of a process that was killed
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     yield partial
-    if path.is_dir():
-        shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # which a file is left by
     partial.replace(path)

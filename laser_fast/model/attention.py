@@ -93,19 +93,15 @@ class PackedLayout:
 
 
 class Form(NamedTuple):
-    """What families differ in: factor and softcap of the logits, positions that a token sees."""
+    """What families differ in: the logits' factor and softcap, and what a token sees."""
 
     scaling: float | None = None
-    window: int | None = None
+    window: int = 0  # positions, its own included; 0: all
     softcap: float | None = None
-
-    @property
-    def left(self) -> int:
-        """Tokens before its own that a token sees, as kernels count them; -1: all."""
-        return -1 if self.window is None else self.window - 1
 
 
 PLAIN = Form()
+
 # (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, layout, form) ->
 # attention of every token to its prefix and its own segment [1, T, heads, head_dim]
 Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, Form], Tensor]
@@ -137,18 +133,16 @@ def packed_sdpa(
     return torch.cat(outputs)[inverse][None]
 
 
-def _causal(
-    num_queries: int, num_keys: int, window: int | None, device: torch.device
-) -> dict[str, Any]:
+def _causal(num_queries: int, num_keys: int, window: int, device: torch.device) -> dict[str, Any]:
     """How sdpa is told that the last query sees the last key, and each `window` keys at most."""
-    if window is not None and window < num_keys:
+    if 0 < window < num_keys:
         return {"attn_mask": _seen(num_queries, num_keys, window, device)}
     if num_queries == num_keys:
         return {"is_causal": True}
     return {"attn_mask": causal_lower_right(num_queries, num_keys)}
 
 
-def _seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+def _seen(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
     """The same as a mask [num_queries, num_keys], True where a query sees a key."""
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     last = num_keys - num_queries
@@ -190,7 +184,9 @@ def packed_varlen(
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
     repeats = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(repeats, dim=1) for tensor in (k, v))
-    output = varlen_attn(q, k, v, *layout.varlen, scale=form.scaling, window_size=(form.left, 0))
+    output = varlen_attn(
+        q, k, v, *layout.varlen, scale=form.scaling, window_size=(form.window - 1, 0)
+    )
     assert isinstance(output, Tensor)
     return output[None]
 
@@ -206,7 +202,7 @@ def packed_flash(
         *layout.varlen,
         softmax_scale=form.scaling,
         causal=True,
-        window_size=(form.left, 0),
+        window_size=(form.window - 1, 0),
         softcap=form.softcap or 0.0,
     )
     return output[None]
@@ -266,13 +262,13 @@ def _register(name: str, kernel: Kernel) -> None:
     ) -> tuple[Tensor, None]:
         if kwargs.get("s_aux") is not None:
             raise ConfigError("model.path: attention sinks are not supported")
-        form = Form(scaling, sliding_window, softcap)
+        form = Form(scaling, sliding_window or 0, softcap)
         if layout is not None:
             return kernel(query, key, value, layout, form), None
         if softcap is not None:  # which transformers' sdpa would leave out
             seen = attention_mask
             if seen is None:
-                seen = _seen(query.shape[2], key.shape[2], sliding_window, query.device)
+                seen = _seen(query.shape[2], key.shape[2], form.window, query.device)
             output = _capped_attention(query, key, value, seen, form)
             return output.transpose(1, 2).contiguous(), None
         inputs = (module, query, key, value, attention_mask)

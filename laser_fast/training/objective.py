@@ -14,7 +14,7 @@ All weights already hold global denominators, so L is summed over microbatches a
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ def sampling_weights(config: LossConfig, rows: PolicyRows, old: Tensor) -> tuple
     own, kind, ids = rows.rollout_logprobs, config.importance, rows.sequence_ids
     ratios = importance_weights(old, own, cap=math.inf, kind=kind, sequence_ids=ids)
     return ratios, cap_ratios(ratios, cap=config.tis_cap, kind=kind)
+
+
+def clipping(config: LossConfig, rows: PolicyRows) -> dict[str, Any]:
+    """How the ratios of policy rows are clipped, for `policy_loss` and `is_clipped`."""
+    how = {"kind": config.kind, "clip_low": config.clip_low, "clip_high": config.clip_high}
+    return how | {"sequence_ids": rows.sequence_ids}
 
 
 def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
@@ -110,16 +116,8 @@ def _row_losses(
     policy, score = batch.labelled(rows)
     policy_logprobs, score_logprobs = logprobs.split([len(policy), len(score)])
     old = policy_logprobs.detach() if policy.old_logprobs is None else policy.old_logprobs
-    terms = policy_loss(
-        policy_logprobs,
-        old,
-        policy.advantages,
-        kind=config.kind,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        clip_dual=config.clip_dual or None,
-        sequence_ids=policy.sequence_ids,
-    )
+    dual, how = config.clip_dual or None, clipping(config, policy)
+    terms = policy_loss(policy_logprobs, old, policy.advantages, clip_dual=dual, **how)
     if config.tis_cap > 0:
         terms = terms * sampling_weights(config, policy, old)[1]
     if policy.ref_logprobs is not None:

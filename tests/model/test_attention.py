@@ -88,7 +88,7 @@ def test_packed_attention_is_attention_within_sequences(lengths, key_value_heads
     check(packed_sdpa, [Segment(n) for n in lengths], key_value_heads)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 40])
+@pytest.mark.parametrize("window", [0, 1, 3, 6, 40])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", GROUPS)
 def test_completions_see_their_prompt_and_themselves(segments, softcap, window):
@@ -113,7 +113,7 @@ def fake_flash(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, wind
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", [*GROUPS, (Segment(4), Segment(2))])
 def test_flash_gets_the_keys_of_every_segment(segments, softcap, window, monkeypatch):
