@@ -145,6 +145,16 @@ class Policy(nn.Module):
             yield from checkpoint_entries(name, tensor.to(self.compute_dtype))
 
 
+def label_head(batch: Microbatch) -> Head[Tensor]:
+    """The head function that reads the log-probs [N] of a microbatch's labels."""
+
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+        options = head.at(batch.temperature)
+        return linear_logprob(hidden_states, head.weight, batch.labels, **options)
+
+    return read
+
+
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     with reading(f'model.path: cannot load "{config.path}"'):
@@ -281,10 +291,7 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
         for prompt, response in rows
     ])  # fmt: skip
 
-    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
-        return linear_logprob(hidden_states, head.weight, batch.labels, **head.at(1.0))
-
-    packed = policy(batch, read)
+    packed = policy(batch, label_head(batch))
     policy.release()  # the optimizer must find the shards
     own, implementation = [], policy.hf.config._attn_implementation
     policy.hf.eval()  # packed rows have no dropout
