@@ -20,5 +20,5 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     yield partial
-    shutil.rmtree(path, ignore_errors=True)  # which a file is left by
+    shutil.rmtree(path, ignore_errors=True)  # a file stays until it is replaced
     partial.replace(path)
