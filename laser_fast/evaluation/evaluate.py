@@ -26,7 +26,7 @@ from laser_fast.model.policy import build_policy, load_without_weights
 from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rewards import grade_groups
-from laser_fast.rollout.engine import Engine, eval_sampling, make_engine
+from laser_fast.rollout.engine import Engine, make_engine, make_sampling
 from laser_fast.rollout.sync import sync_engine
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class _Part:
         name, samples = benchmark.name, benchmark.samples
         rollout, reward = config.rollout, config.reward
         needs_score = self.needs_score
-        sampling = eval_sampling(config, "eval", group_size=samples, needs_score=needs_score)
+        sampling = make_sampling(config, "eval", group_size=samples, needs_score=needs_score)
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         tokenizer, asked = self.vocabulary.tokenizer, self.graders.of(reward).fields
         source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)

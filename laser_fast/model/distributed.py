@@ -114,14 +114,11 @@ def open_world(timeout_s: float = 1800.0) -> Iterator[World]:
     A wait for another rank ends with an error after `timeout_s`. Of several ranks, the one that
     fails says so before the others can fail for want of it.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
-    if device_type == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    # gloo carries pickled objects and CPU-offloaded tensors, NCCL the rest.
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl"  # gloo for pickled objects and CPU-offloaded tensors
     timeout = timedelta(seconds=timeout_s)
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
