@@ -33,9 +33,8 @@ class Log(ExitStack):
     def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:
         """Log an evaluation after `step` updates, a flat report as of `evaluation.statistics`."""
 
-    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:
-        """Write and print the result after the last step; returns what summary.json holds."""
-        return {}
+    def finish(self, steps: int, *, wall_seconds: float) -> None:
+        """Write and print the result after the last step."""
 
 
 class RunLog(Log):
@@ -94,14 +93,13 @@ class RunLog(Log):
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
         self._console.show(evaluation_line(step, report))
 
-    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:  # noqa: D102
+    def finish(self, steps: int, *, wall_seconds: float) -> None:  # noqa: D102
         reports = self.folder.reports()
         before, after = reports.get(0, {}), reports.get(steps, {})
         summary = summarize_run(before, after, steps=steps, wall_seconds=wall_seconds)
         jsonl.replace_text(self.folder.summary, jsonl.to_text(summary))
         self.close()
         print_summary(before, after, steps=steps, seconds=wall_seconds)
-        return summary
 
     def _rewind(self, resume_step: int) -> int:
         """Drop what comes again; returns the last step that was logged, -1 if none."""

@@ -100,15 +100,13 @@ class Form(NamedTuple):
     softcap: float | None = None
 
 
-PLAIN = Form()
-
 # (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, layout, form) ->
 # attention of every token to its prefix and its own segment [1, T, heads, head_dim]
 Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, Form], Tensor]
 
 
 def packed_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """One call of torch's attention per bucket, which has no softcap: that takes its scores."""
     shapes, queries, keys, inverse = layout.buckets
@@ -170,7 +168,7 @@ def _capped_attention(
 
 
 def packed_varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """Torch's variable-length flash kernel (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn
@@ -192,7 +190,7 @@ def packed_varlen(
 
 
 def packed_flash(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """The variable-length kernel of the package flash-attn (half precision, GPU)."""
     from flash_attn import flash_attn_varlen_func

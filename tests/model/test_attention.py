@@ -149,11 +149,12 @@ def test_gradients_repeat_bit_for_bit_with_several_threads():
     segments = (Segment(264), *(Segment(60, 0, 204) for _ in range(7)))
     torch.manual_seed(0)
     inputs = [torch.randn(1, 4, 684, 64, requires_grad=True) for _ in range(3)]
+    layout = PackedLayout(segments, CPU)
     upstream = torch.randn(1, 684, 4, 64)
     torch.set_num_threads(2)
     try:
         runs = [
-            torch.autograd.grad(packed_sdpa(*inputs, PackedLayout(segments, CPU)), inputs, upstream)
+            torch.autograd.grad(packed_sdpa(*inputs, layout, Form()), inputs, upstream)
             for _ in range(12)
         ]
     finally:
@@ -170,7 +171,7 @@ def test_padding_stays_within_a_factor_of_two():
 
 def test_a_table_is_made_for_the_kernel_that_asks(monkeypatch):
     layout = PackedLayout(GROUPS[0], CPU)
-    packed_sdpa(*make_inputs(GROUPS[0], 2), layout)
+    packed_sdpa(*make_inputs(GROUPS[0], 2), layout, Form())
     assert "buckets" in vars(layout) and not {"keys", "varlen"} & vars(layout).keys()
     assert PackedLayout((Segment(3), Segment(2)), CPU).keys is None
 
