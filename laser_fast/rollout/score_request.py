@@ -79,10 +79,7 @@ def request_fields(
     eos_token_ids, is_last = list(tokens.eos_token_ids), sampling.score_at == "last"
     forcing, stopping = (eos_token_ids, []) if sampling.score_at == "eos" else ([], eos_token_ids)
     fields = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
+        **{key: getattr(sampling, key) for key in ("temperature", "top_p", "top_k", "min_p")},
         "max_tokens": sampling.num_steps,
         "ignore_eos": True,
         "stop_token_ids": [tokens.score_token_id, *stopping],
