@@ -38,6 +38,8 @@ RunFile = Annotated[Path, Argument(help="TOML file of the run.")]
 RunDir = Annotated[Path, Argument(help="Folder of a run.")]
 Overrides = Annotated[list[str] | None, Argument(help="section.key=value, over those of the file.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in output_dir.")]
+_AUTO_HELP = "Or --resume=auto: continue the run if there is one, or start it."
+ResumeAuto = Annotated[bool, Option(_AUTO, help=_AUTO_HELP)]
 PrintConfig = Annotated[bool, Option("--print-config", help="Only show it resolved.")]
 Evaluations = Annotated[list[Path] | None, Option("--eval", help="Evaluation not below a run.")]
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
@@ -84,9 +86,7 @@ def train(
     config: RunFile,
     overrides: Overrides = None,
     resume: Resume = False,
-    resume_auto: Annotated[
-        bool, Option(_AUTO, help="Or --resume=auto: continue the run if there is one, or start it.")
-    ] = False,
+    resume_auto: ResumeAuto = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train as configured; start it under torchrun to use several devices.
@@ -123,11 +123,12 @@ def sft(
     config: RunFile,
     overrides: Overrides = None,
     resume: Resume = False,
+    resume_auto: ResumeAuto = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train on given responses, before `train`; start it under torchrun to use several devices.
 
-    Exit code 75 says that SIGTERM stopped it, and that --resume goes on.
+    Exit code 75 says that SIGTERM stopped it: with --resume=auto the same command goes on.
     """
     from laser_fast.config_sft import SftConfig
     from laser_fast.model.distributed import open_world
@@ -138,7 +139,9 @@ def sft(
         typer.echo(dump_config(resolved), nl=False)
         return
     with open_world() as world:
-        is_through = run_sft(resolved, world=world, resume=resume, on_end=_draw_run)
+        is_through = run_sft(
+            resolved, world=world, resume="auto" if resume_auto else resume, on_end=_draw_run
+        )
     if not is_through:
         raise typer.Exit(PREEMPTED)
 
@@ -356,7 +359,8 @@ def main() -> None:
         format="%(message)s" if is_main else "%(levelname)s: %(message)s",
     )
     # A flag that also takes a word is no option that this library has.
-    arguments = [_AUTO if argument == "--resume=auto" else argument for argument in sys.argv[1:]]
+    typed = {"--resume=auto": _AUTO} if sys.argv[1:2] in (["train"], ["sft"]) else {}
+    arguments = [typed.get(argument, argument) for argument in sys.argv[1:]]
     try:
         sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
     except Exception as error:

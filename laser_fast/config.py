@@ -3,19 +3,14 @@
 Every key is documented once, here, and read somewhere; a wrong file is refused in one sentence.
 """
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Literal
-
-from laser_fast import needs_train
-
-with needs_train():
-    import tomli_w
-    from pydantic import Field
 
 from laser_fast.config_algorithm import AdvantageConfig, LossConfig, ScoreConfig
 from laser_fast.config_errors import ConfigError as ConfigError  # of wrong values of the keys
-from laser_fast.config_section import Section, UserPath, section_keys
+from laser_fast.config_section import Field, Section, UserPath
+from laser_fast.config_section import all_keys as all_keys
+from laser_fast.config_section import dump_config as dump_config
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -384,16 +379,4 @@ class Config(MeasureConfig):
             yield f"{optim.minibatches = } exceeds {data.prompts_per_step = }; lower it"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a run, see `Section.load`."""
-    return Config.load(path, overrides)
-
-
-def dump_config(config: Section) -> str:
-    """The resolved configuration as TOML; loaded again, it gives the same configuration."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def all_keys(kind: type[Section] = Config) -> dict[str, str]:
-    """Every dotted key with its documentation, in the order of the file."""
-    return section_keys(kind)
+load_config = Config.load

@@ -3,15 +3,10 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from laser_fast import needs_train
-
-with needs_train():
-    from pydantic import Field
-
 from laser_fast.algorithm.loss import Aggregation, Importance, check_gspo
 from laser_fast.algorithm.score import check_score_target
 from laser_fast.config_errors import ConfigError
-from laser_fast.config_section import Section
+from laser_fast.config_section import Field, Section
 from laser_fast.records import ScorePosition
 
 

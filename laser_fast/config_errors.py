@@ -37,6 +37,15 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message is one sentence for the user."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its kind if it says nothing."""
+    text = str(error)
+    if hasattr(error, "errors"):  # of pydantic, whose first line only counts them
+        first = error.errors()[0]
+        text = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+    return text.strip().partition("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Refuse what a user brought, in one sentence that `what` opens, if its reader fails within.
@@ -52,6 +61,15 @@ def reading(what: str) -> Iterator[None]:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         reason = textwrap.shorten(f"{kind}{error}", 240, placeholder=" ...")
         raise ConfigError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def needs_package(package: str, key: str, *, extra: str) -> Iterator[None]:
+    """Say which extra brings what a key asks for, where its import fails within."""
+    try:
+        yield
+    except ImportError:
+        raise ConfigError(f"{key} needs {package}; pip install 'laser-fast[{extra}]'") from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -148,6 +166,11 @@ def _expected(problem: Mapping[str, Any]) -> str:
 def _keys(section: str, docs: Mapping[str, str]) -> Sequence[str]:
     """Keys of a section; of the top level for an empty name."""
     return [key for key in docs if key.rpartition(".")[0] == section]
+
+
+def likely(name: str, keys: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what it may be misspelt for."""
+    return "".join(f'; did you mean "{key}"?' for key in nearest(name, keys)[:1])
 
 
 def nearest(name: str, keys: Iterable[str], minimum: float = 0.6) -> list[str]:

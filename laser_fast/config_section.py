@@ -8,7 +8,9 @@ from typing import Annotated, Any, Self
 from laser_fast import needs_train
 
 with needs_train():
+    import tomli_w
     from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+    from pydantic import Field as Field
 
 from laser_fast.config_errors import ConfigError, apply_override, explain, read_toml, reading
 
@@ -30,7 +32,7 @@ class Section(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             with reading(source):  # a value may be nested too deeply to be shown
-                raise ConfigError(f"{source}: {explain(error, section_keys(cls))}") from None
+                raise ConfigError(f"{source}: {explain(error, all_keys(cls))}") from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -55,12 +57,17 @@ class Section(BaseModel):
         yield from ()
 
 
-def section_keys(kind: type[Section]) -> dict[str, str]:
+def dump_config(config: Section) -> str:
+    """The resolved configuration as TOML; loaded again, it gives the same configuration."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def all_keys(kind: type[Section]) -> dict[str, str]:
     """Every dotted key with its documentation, in the order of the file."""
     keys: dict[str, str] = {}
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys |= {f"{name}.{key}": text for key, text in section_keys(field.annotation).items()}
+            keys |= {f"{name}.{key}": text for key, text in all_keys(field.annotation).items()}
         else:
             keys[name] = field.description or ""
     return keys

@@ -2,11 +2,6 @@
 
 from collections.abc import Iterator
 
-from laser_fast import needs_train
-
-with needs_train():
-    from pydantic import Field
-
 from laser_fast.config import (
     CheckpointConfig,
     DashboardConfig,
@@ -14,7 +9,7 @@ from laser_fast.config import (
     UpdateConfig,
     WordingConfig,
 )
-from laser_fast.config_section import Section, UserPath
+from laser_fast.config_section import Field, Section, UserPath
 
 
 class SftDataConfig(WordingConfig):

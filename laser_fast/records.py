@@ -3,13 +3,10 @@
 Shapes: P prompts, G completions of a prompt, B = P * G, T packed tokens, N head rows.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 ScorePosition = Literal["eos", "last"]
@@ -153,11 +150,6 @@ class TrainingSequence:
         return self.completion_ids if self.score_at == "eos" else self.completion_ids[:-1]
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt and the response."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    @property
     def has_rows(self) -> bool:
         """Whether anything is read of it."""
         return self.has_policy_rows or self.score_at is not None
@@ -236,7 +228,7 @@ class Microbatch:
     score: ScoreRows
     router_weight: float = 0.0  # of the routers' load-balancing loss over the T tokens; 0: none
 
-    def score_only(self) -> Microbatch:
+    def score_only(self) -> Self:
         """The same tokens without the policy rows and the routers' loss."""
         own = slice(len(self.policy), None)
         read = {name: getattr(self, name)[own] for name in ("rows", "labels", "temperature")}

@@ -170,7 +170,7 @@ def test_wrong_type_names_path_expected_and_got(keys, message):
 
 
 def test_every_section_is_strict():
-    for key in all_keys():
+    for key in all_keys(Config):
         if "." in key and key != "data.chat_template_kwargs":  # which holds what a template names
             assert f'"{key}"' in refusal(smallest(**{key.replace(".", "__"): {"not": "this"}}))
 
@@ -344,7 +344,7 @@ def test_dump_and_load_round_trip(tmp_path):
         tomllib.loads(text),
         {"rollout.eval_temperature", "rollout.eval_max_new_tokens"},
     )
-    for key in all_keys().keys() - unset:
+    for key in all_keys(Config).keys() - unset:
         section, _, name = key.rpartition(".")
         assert name in (sections[section] if section else sections), key
 

@@ -37,13 +37,13 @@ def read(monkeypatch):
 
 
 def test_sections_and_number_of_keys():
-    sections = list(dict.fromkeys(key.split(".")[0] for key in all_keys() if "." in key))
+    sections = list(dict.fromkeys(key.split(".")[0] for key in all_keys(Config) if "." in key))
     assert sections == (
         ["model", "data", "rollout", "reward", "score", "optim", "advantage", "loss"]
         + ["checkpoint", "log"]
     )
-    assert [key for key in all_keys() if "." not in key] == ["seed", "output_dir"]
-    assert len(all_keys()) <= 110
+    assert [key for key in all_keys(Config) if "." not in key] == ["seed", "output_dir"]
+    assert len(all_keys(Config)) <= 110
 
 
 def test_keys_that_users_rely_on():
@@ -57,12 +57,12 @@ def test_keys_that_users_rely_on():
         loss.tis_cap loss.kl_coef loss.entropy_coef checkpoint.every checkpoint.keep
         log.tensorboard log.wandb log.trackio
     """
-    assert set(promised.split()) <= set(all_keys())
+    assert set(promised.split()) <= set(all_keys(Config))
 
 
-@pytest.mark.parametrize("key", all_keys())
+@pytest.mark.parametrize("key", all_keys(Config))
 def test_every_key_is_documented(key):
-    text = all_keys()[key]
+    text = all_keys(Config)[key]
     assert text.endswith(".") and text.isascii() and "\n" not in text and len(text) > 20
 
 
@@ -103,7 +103,7 @@ def test_every_key_is_read_somewhere(read, tmp_path, monkeypatch):
     monkeypatch.setattr("laser_fast.rollout.vllm.import_vllm", MagicMock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     VllmEngine("model", RolloutConfig(engine="vllm"), tokens, max_model_len=2048)
-    assert not sorted(all_keys().keys() - read)
+    assert not sorted(all_keys(Config).keys() - read)
 
 
 def test_a_check_or_a_copy_is_no_read(read):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.config import ConfigError, all_keys, load_config
+from laser_fast.config import Config, ConfigError, all_keys, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = ("laser", "laser_no_mixing", "grpo")
@@ -72,7 +72,7 @@ def _values(method: str, model: str) -> dict:
     """Every dotted key of a run with its value."""
     config = load_config(_file(method, model))
     values = {}
-    for key in all_keys():
+    for key in all_keys(Config):
         value = config
         for name in key.split("."):
             value = getattr(value, name)

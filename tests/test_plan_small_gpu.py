@@ -10,7 +10,7 @@ from tiny_models import make_config
 from transformers import Gemma2Config
 
 from laser_fast.config import load_config
-from laser_fast.model.attention import PackedLayout, packed_sdpa
+from laser_fast.model.attention import Form, PackedLayout, packed_sdpa
 from laser_fast.plan import Plan, advise, plan_run, print_plan, proposals, verdict
 from laser_fast.plan.advice import SWITCHES
 from laser_fast.plan.memory import count_parameters
@@ -115,7 +115,7 @@ def test_attention_scores_of_a_softcap_are_what_is_kept(lengths):
 
     layout = PackedLayout(tuple(map(Segment, lengths)), torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = packed_sdpa(query, key, value, layout, softcap=50.0)
+        output = packed_sdpa(query, key, value, layout, Form(softcap=50.0))
     assert output.requires_grad
     scores = [t for t in kept.values() if t.numel() >= heads * longest**2]
     measured = layers * sum(t.untyped_storage().nbytes() for t in scores)

@@ -104,8 +104,12 @@ def importance_weights(
     log_ratio = (old_logprobs - rollout_logprobs).detach()
     if kind.startswith("sequence"):
         log_ratio = sequence_sum(log_ratio, sequence_ids)
-    ratio = log_ratio.exp()
-    return torch.where(ratio > cap, 0.0, ratio) if kind.endswith("mask") else ratio.clamp(max=cap)
+    return cap_ratios(log_ratio.exp(), cap=cap, kind=kind)
+
+
+def cap_ratios(ratios: Tensor, *, cap: float, kind: Importance) -> Tensor:
+    """The ratios, those above the cap replaced by it, or with "-mask" by 0."""
+    return torch.where(ratios > cap, 0.0 if kind.endswith("mask") else cap, ratios)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -4,19 +4,15 @@ A field may be nested, "reward_model.ground_truth". "auto" is the first of the n
 first row has, so that rows made for verl and for TRL are read as they are.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from laser_fast.config import ConfigError
-
-if TYPE_CHECKING:
-    from laser_fast.data.rows import Fields, Row, RowSource
+from laser_fast.data.rows import Fields, Row, RowSource, check_fields
 
 Question = str | list[dict[str, str]]  # or messages, of which the last is not the assistant's
 
@@ -146,16 +142,3 @@ def _has(row: Any, field: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def columns(fields: Fields, there: Collection[str]) -> list[str]:
-    """The columns that hold fields, which may be nested in them."""
-    return list(dict.fromkeys(f if f in there else f.split(".")[0] for f in fields))
-
-
-def check_fields(place: str, fields: Fields, there: Collection[str]) -> None:
-    """Refuse a place without the columns of its fields."""
-    for field, key in fields.items():
-        if not {field, field.split(".")[0]} & {*there}:
-            names = ", ".join(there)
-            raise ConfigError(f'{place}: no field "{field}" ({key}); the fields are {names}')

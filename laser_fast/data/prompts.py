@@ -51,6 +51,7 @@ from laser_fast.data.fields import (
 )
 from laser_fast.data.mix import PromptMix, short_names
 from laser_fast.data.rows import RowSource, open_rows
+from laser_fast.files import partial_name
 from laser_fast.records import Prompt
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def _load(
 
 def _write(path: Path, tables: Iterator[pa.Table]) -> Path:
     """Write tables into one Arrow file, whose name goes on with a hash of their content."""
-    digest, partial = hashlib.blake2b(digest_size=16), path.with_suffix(".partial")
+    digest, partial = hashlib.blake2b(digest_size=16), partial_name(path)
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for table in tables:
             writer.write_table(table)

@@ -10,25 +10,22 @@ column (the CSV answer 007 becomes 7, NA becomes null, texts beside numbers get 
 tell the line of a broken row. A hub data set stored as text is read as `datasets` guesses it.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
 
 from laser_fast.config import ConfigError
 from laser_fast.config_errors import reading
-from laser_fast.data.fields import check_fields, columns
-
-if TYPE_CHECKING:
-    import pyarrow
 
 Row = tuple[str, Any]  # the place, for messages; a dict of fields if the data is sound
 Fields = Mapping[str, str]  # field of the data -> the configuration key that names it
@@ -128,20 +125,28 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Row]:
-    from pyarrow.parquet import ParquetFile
-
     with ParquetFile(path) as file:
         names = file.schema_arrow.names
         if len({*names}) < len(names):
             raise ConfigError(f"{path}: expected columns of different names, got {names}")
-        check_fields(str(path), fields, names)
-        batches = file.iter_batches(batch_size=_BATCH, columns=columns(fields, names) or None)
+        own = check_fields(str(path), fields, names) or None
+        batches = file.iter_batches(batch_size=_BATCH, columns=own)
         yield from _number(batches, file.schema_arrow, str(path))
 
 
-def _open_hub(name: str, split: str) -> RowSource:
-    import datasets
+def check_fields(place: str, fields: Fields, there: Collection[str]) -> list[str]:
+    """The columns that hold fields, which may be nested; refuses a place without one of them."""
+    found: dict[str, None] = {}
+    for field, key in fields.items():
+        column = field if field in there else field.split(".")[0]
+        if column not in there:
+            names = ", ".join(there)
+            raise ConfigError(f'{place}: no field "{field}" ({key}); the fields are {names}')
+        found[column] = None
+    return list(found)
 
+
+def _open_hub(name: str, split: str) -> RowSource:
     repository, _, configuration = name.partition(":")
     with reading(
         f'"{name}" is no file here, and as a data set of the hub (split "{split}") it does not load'
@@ -156,8 +161,8 @@ def _open_hub(name: str, split: str) -> RowSource:
 
     def read(fields: Fields) -> Iterator[Row]:
         names = rows.column_names
-        check_fields(name, fields, names)
-        table = rows.select_columns(columns(fields, names) or names).with_format("arrow")
+        own = check_fields(name, fields, names) or names
+        table = rows.select_columns(own).with_format("arrow")
         yield from _number(table.iter(_BATCH), table.features.arrow_schema, name)
 
     # Cache files carry the revision of the data set in their path.
@@ -165,7 +170,7 @@ def _open_hub(name: str, split: str) -> RowSource:
     return RowSource(name, identity, read, tuple(rows.info.splits or ()))
 
 
-def _number(batches: Iterable[Any], schema: pyarrow.Schema, name: str) -> Iterator[Row]:
+def _number(batches: Iterable[Any], schema: pa.Schema, name: str) -> Iterator[Row]:
     """Yield the rows of Arrow batches; `datasets` stores columns of mixed type as JSON texts."""
     mixed = {field.name for field in schema if "arrow.json" in str(field.type)}
     types = {field.name: str(getattr(field.type, "value_type", field.type)) for field in schema}

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from laser_fast.algorithm.score import is_correct
 from laser_fast.config import ConfigError, RewardConfig
-from laser_fast.config_errors import nearest
+from laser_fast.config_errors import likely
 from laser_fast.records import Prompt
 from laser_fast.rewards import Grader
 from laser_fast.rewards.boxed import extract_boxed
+from laser_fast.rewards.grader import OTHER_ANSWER
 from laser_fast.rewards.gsm8k import final_number
 
 # The released evaluation appends this to a base model's prompt, after a line break.
 PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-_NOBODYS_ANSWER = "-7919.25"  # which every grader can read
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,9 @@ def find_benchmark(
             return replace(known, source=str(files[name]))
         return known if data_dir is None else _in_folder(known, data_dir)
     if "/" not in name and not Path(name).suffix:
-        found = nearest(name, NAMES)
-        hint = f'; did you mean "{found[0]}"?' if found else ""
         raise ConfigError(
             f'benchmark "{name}": expected {", ".join(NAMES)}, a data file or a hub data set '
-            f"owner/name{hint}"
+            f"owner/name{likely(name, NAMES)}"
         )
     path = Path(name.rstrip("/"))
     own_name = path.stem if path.is_file() else path.name
@@ -159,7 +157,7 @@ def check_golds(prompts: Sequence[Prompt], *, kind: str, grader: Grader) -> dict
         return {"golds_rejected": [], "golds_unreadable": []}
     golds, extract = [prompt.answer for prompt in prompts], answer_of(kind)
     own = grader.grade([rf"\boxed{{{extract(gold) or gold.strip()}}}" for gold in golds], golds)
-    wrong = grader.grade([rf"\boxed{{{_NOBODYS_ANSWER}}}"] * len(golds), golds)
+    wrong = grader.grade([OTHER_ANSWER] * len(golds), golds)
     found = list(zip(prompts, own, wrong, strict=True))
     return {
         "golds_rejected": [p.prompt_id for p, reward, _ in found if not is_correct(reward or 0.0)],

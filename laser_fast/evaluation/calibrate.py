@@ -24,10 +24,9 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.data.rows import open_rows
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.model.distributed import World, check_world, open_world
-from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
-from laser_fast.model.policy import build_policy, check_lengths, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, reserved_tokens
+from laser_fast.model.policy import build_policy, load_without_weights
+from laser_fast.model.vocabulary import Vocabulary, reserved_tokens
 from laser_fast.records import Prompt, ScorePosition
 from laser_fast.rollout.engine import make_engine, make_sampling
 from laser_fast.rollout.sync import sync_engine
@@ -122,10 +121,8 @@ def calibrate(
         for text in templates or (config.data.template,)
     ]
     with open_world(config.rollout.timeout_s) as world:
-        model = load_model_config(config.model)
         check_world(config, world.size)
-        check_lengths(config, position_limit(model))
-        vocabulary = load_vocabulary(config.model.path, score_token=token, model_config=model)
+        model, vocabulary = load_without_weights(config, score_token=token)
         tokenizer, special = vocabulary.tokenizer, vocabulary.special
         tokens = reserved_tokens(tokenizer, special.eos_token_ids, num_rows=model.vocab_size)
         if token is not None:
@@ -211,7 +208,7 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
         if token_id not in written:
             candidates.append(Candidate(token=token, token_id=token_id, spreads=spreads))
     if not candidates:
-        raise ConfigError("every reserved token occurs in completions; name one with --token")
+        raise ConfigError("every reserved token occurs in completions; name the score token")
     candidates.sort(key=lambda candidate: candidate.noise(candidate.beta))
     return Calibration(candidates=candidates, num_completions=len(rows), num_finished=len(finished))
 

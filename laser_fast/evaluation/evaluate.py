@@ -22,12 +22,11 @@ from laser_fast.evaluation.settings import known_ref_logprob, read_calibrated
 from laser_fast.evaluation.statistics import ReportOptions
 from laser_fast.log.samples import to_records
 from laser_fast.model.distributed import World, check_world, open_world
-from laser_fast.model.families import position_limit
-from laser_fast.model.policy import build_policy, check_lengths, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
+from laser_fast.model.policy import build_policy, load_without_weights
+from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Prompt, Sampling
 from laser_fast.rewards import grade_groups
-from laser_fast.rollout.engine import Engine, eval_sampling, make_engine
+from laser_fast.rollout.engine import Engine, make_engine, make_sampling
 from laser_fast.rollout.sync import sync_engine
 
 logger = logging.getLogger(__name__)
@@ -83,11 +82,9 @@ def run_evaluation(
     longest = max(configs, key=lambda config: config.max_sequence_tokens)
     with Graders(longest.reward) as graders:
         with open_world(longest.rollout.timeout_s) as world:
-            model = load_model_config(longest.model)
             check_world(longest, world.size)
-            check_lengths(longest, position_limit(model))
             token = longest.score.token if needs_score else None
-            vocabulary = load_vocabulary(longest.model.path, score_token=token, model_config=model)
+            _, vocabulary = load_without_weights(longest, score_token=token)
             part = _Part(world, vocabulary, graders, folder, needs_score, on_progress)
             tasks = [part.prepare(benchmark, config, limit) for benchmark, config in measured]
             if world.is_main:
@@ -122,7 +119,7 @@ class _Part:
         name, samples = benchmark.name, benchmark.samples
         rollout, reward = config.rollout, config.reward
         needs_score = self.needs_score
-        sampling = eval_sampling(config, "eval", group_size=samples, needs_score=needs_score)
+        sampling = make_sampling(config, "eval", group_size=samples, needs_score=needs_score)
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         tokenizer, asked = self.vocabulary.tokenizer, self.graders.of(reward).fields
         source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)

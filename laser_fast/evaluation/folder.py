@@ -41,7 +41,7 @@ class EvalFolder:
         """Raise a ConfigError if the folder holds a report."""
         if self.report.exists():
             raise ConfigError(
-                f"{self.path} holds a finished evaluation; choose another --out, --overwrite it, "
+                f"{self.path} holds a finished evaluation; choose another folder, --overwrite it, "
                 f"or compute it again from its samples with `laser-fast rescore {self.path} OUT`"
             )
 
@@ -55,7 +55,7 @@ class EvalFolder:
         if self.settings.exists():
             _check_same(self.path, self.read_settings(), settings)
         elif self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"{self.path} holds other files; choose another --out")
+            raise ConfigError(f"{self.path} holds other files; choose another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         replace_text(self.settings, to_text(settings))
         for name in settings["benchmarks"]:
@@ -115,5 +115,5 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], part: s
             _check_same(path, was, wanted, f"{part}{key}.")
         raise ConfigError(
             f"{path} was begun with another {part}{key}: {json.dumps(was):.120} against "
-            f"{json.dumps(wanted):.120}; choose another --out or --overwrite it"
+            f"{json.dumps(wanted):.120}; choose another folder or --overwrite it"
         )

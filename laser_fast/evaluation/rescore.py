@@ -89,8 +89,10 @@ def rescore_evaluation(
         raise ConfigError(f"--store: name the samples.jsonl of one benchmark of {source}")
     if out.resolve() == root:
         raise ConfigError(f"{out} is where the samples come from; name a new folder")
-    samples = {path.resolve().parent.name: _read(path, report) for path in paths}
     begun = EvalFolder(root).read_settings()
+    score = _choose_score(begun.get("score") or {}, beta, ref_logprob)
+    field = "score_logprob" if score else "score"  # that the new scores are made of
+    samples = {path.resolve().parent.name: _read(path, report, field) for path in paths}
     known = begun.get("benchmarks", {})
     changes = {} if reward is None else {"reward": reward, "format_gate": False}
     folder = EvalFolder(out)
@@ -103,7 +105,7 @@ def rescore_evaluation(
         },
         # What it said of the golds was the other reward's word.
         "golds": begun.get("golds", {}) if reward is None else {},
-        "score": _choose_score(begun.get("score") or {}, beta, ref_logprob),
+        "score": score,
     }
     if store is not None or beta is not None or ref_logprob is not None:
         settings["calibrated"] = None  # to be measured, or of other scores
@@ -124,8 +126,15 @@ def rescore_evaluation(
     return folder
 
 
-def _read(path: Path, options: ReportOptions) -> list[SampleRecord]:
+def _read(path: Path, options: ReportOptions, field: str) -> list[SampleRecord]:
+    """The samples of a benchmark, whose finished ones have all of them a `field`, or none."""
     records = read_samples(path)
+    given = [getattr(record, field) is not None for record in records if record.is_finished]
+    if 0 < sum(given) < len(given):
+        raise ConfigError(
+            f"{path}: expected a {field} of all {len(given)} finished completions or of none, got "
+            f"{sum(given)}; leave out the problems that lack one, or set all to null"
+        )
     try:
         num_samples = len(group_by_prompt(records)[0])
     except ValueError as error:

@@ -12,7 +12,6 @@ read, both numbers are null and `reason` says why; else it is null:
     too long   more tokens than the model has positions
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from laser_fast.data.fields import question_of
 from laser_fast.data.prompts import wording
 from laser_fast.data.rows import Row, open_rows
 from laser_fast.evaluation.settings import known_ref_logprob
+from laser_fast.files import partial_name
 from laser_fast.log.jsonl import to_line
 from laser_fast.model.distributed import check_world, open_world
 from laser_fast.model.families import position_limit
@@ -69,7 +69,7 @@ def score_pairs(
     if source.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{source}: expected a .jsonl or .json file")
     rows = open_rows(str(source), split="")
-    unfinished = out.with_name(f".{out.name}.partial")
+    unfinished = partial_name(out)
     counts: Counter[str] = Counter(scored=0)
     with open_world(config.rollout.timeout_s) as world:
         check_world(config, world.size)
@@ -107,7 +107,7 @@ def score_pairs(
             on_progress(source.name, counts.total(), num_pairs)
     if not world.is_main:
         return None
-    os.replace(unfinished, out)
+    unfinished.replace(out)
     return dict(counts)
 
 

@@ -44,7 +44,7 @@ from laser_fast.algorithm.vote import (
     powers_of_two,
     vote_at_k,
 )
-from laser_fast.evaluation.stopping import Classes, calibrate_votes, compare, replay, stops
+from laser_fast.evaluation.stopping import Ballot, Classes, calibrate_votes, compare, replay, stops
 from laser_fast.log.jsonl import plain_value
 from laser_fast.log.metrics import RUN, VOTES, shown_at
 from laser_fast.log.samples import SampleRecord, group_by_prompt
@@ -111,21 +111,14 @@ def build_report(
     has_scores = any(record.is_finished and record.score is not None for record in records)
     uses_scores = has_scores and std > MIN_SCORE_STD
     classes = [answer_classes([record.answer for record in b], same_answer) for b in ballots]
-    halves = [calibrate_votes(ballots[i::2], classes[i::2]) for i in (1, 0)]
-    readers = [options.calibrated or halves[i % 2] for i in range(len(ballots))]
+    readers = _readers(ballots, classes, options)
     thresholds = np.array([r.threshold for r, b in zip(readers, ballots, strict=True) for _ in b])
     base_rate = options.base_rate
-    if base_rate is not None:
-        readers = [replace(reader, base_rate=base_rate) for reader in readers]
-    elif options.calibrated is not None:
+    if base_rate is None and options.calibrated is not None:
         base_rate = options.calibrated.base_rate
     votes = list(zip(ballots, classes, readers, strict=True))
     rows = [_problem_values(*vote, ks, has_scores, uses_scores) for vote in votes]
-    replayed = [
-        replay(ballot, numbers, reader if uses_scores else None, num_samples)
-        for ballot, numbers, reader in (votes if options.num_resamples else ())
-    ]
-    curves = {rule: np.array([one[rule] for one in replayed]) for rule in (replayed or [{}])[0]}
+    curves = _curves(votes if options.num_resamples else (), num_samples, uses_scores)
     table = np.array([list(row.values()) for row in rows])  # [P, S]
     is_known, table = np.isfinite(table), np.nan_to_num(table)
 
@@ -233,8 +226,30 @@ def interval(draws: NDArray[np.float64], *, level: float = LEVEL) -> NDArray[np.
     return np.where(known, bounds, np.nan)
 
 
+def _readers(
+    ballots: Sequence[Ballot], classes: Sequence[Classes], options: ReportOptions
+) -> list[Calibrated]:
+    """By what the scores of each problem are read, in which its own answers have no part."""
+    halves = [calibrate_votes(ballots[i::2], classes[i::2]) for i in (1, 0)]
+    readers = [options.calibrated or halves[i % 2] for i in range(len(ballots))]
+    if options.base_rate is None:
+        return readers
+    return [replace(reader, base_rate=options.base_rate) for reader in readers]
+
+
+def _curves(
+    votes: Sequence[tuple[Ballot, Classes, Calibrated]], num_samples: int, uses_scores: bool
+) -> dict[str, NDArray[np.float64]]:
+    """The votes replayed: by rule, mean samples and share right of each problem, [P, 2, S]."""
+    replayed = [
+        replay(ballot, numbers, reader if uses_scores else None, num_samples)
+        for ballot, numbers, reader in votes
+    ]
+    return {rule: np.array([one[rule] for one in replayed]) for rule in (replayed or [{}])[0]}
+
+
 def _problem_values(
-    ballot: Sequence[SampleRecord],
+    ballot: Ballot,
     classes: Classes,
     reader: Calibrated,
     ks: Sequence[int],

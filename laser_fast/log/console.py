@@ -71,10 +71,6 @@ class StepConsole:
         left = self._bar.tasks[0].time_remaining or 0.0
         self.show(step_line(step, self._num_steps, metrics, seconds_left=left))
 
-    def show_evaluation(self, step: int, report: Report) -> None:
-        """Print the line of an evaluation."""
-        self.show(evaluation_line(step, report))
-
     def show(self, text: str) -> None:
         """Print one line above the bar."""
         if self._bar.disable:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from laser_fast.config_errors import ConfigError, reading
+from laser_fast.files import replacing
 
 
 def plain_value(value: Any) -> Any:
@@ -61,10 +61,8 @@ def keep_lines(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None
 
 def replace_text(path: str | Path, text: str) -> None:
     """Put new text in place of a file in one step, so that a crash leaves the old one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _object(text: str, place: str) -> dict[str, Any]:

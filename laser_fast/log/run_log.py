@@ -14,7 +14,7 @@ from typing import Any
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_sft import SftConfig
 from laser_fast.log import jsonl, samples
-from laser_fast.log.console import StepConsole, print_summary, summarize_run
+from laser_fast.log.console import StepConsole, evaluation_line, print_summary, summarize_run
 from laser_fast.log.run_folder import RunFolder
 from laser_fast.log.samples import SampleRecord
 
@@ -33,9 +33,8 @@ class Log(ExitStack):
     def log_evaluation(self, step: int, report: Mapping[str, Any]) -> None:
         """Log an evaluation after `step` updates, a flat report as of `evaluation.statistics`."""
 
-    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:
-        """Write and print the result after the last step; returns what summary.json holds."""
-        return {}
+    def finish(self, steps: int, *, wall_seconds: float) -> None:
+        """Write and print the result after the last step."""
 
 
 class RunLog(Log):
@@ -92,16 +91,15 @@ class RunLog(Log):
         with self.folder.evaluations.open("a", encoding="utf-8") as file:
             file.write(jsonl.to_line({"step": step, **report}))
         self._send(step, {f"eval/{key}": value for key, value in report.items()})
-        self._console.show_evaluation(step, report)
+        self._console.show(evaluation_line(step, report))
 
-    def finish(self, steps: int, *, wall_seconds: float) -> dict[str, Any]:  # noqa: D102
+    def finish(self, steps: int, *, wall_seconds: float) -> None:  # noqa: D102
         reports = self.folder.reports()
         before, after = reports.get(0, {}), reports.get(steps, {})
         summary = summarize_run(before, after, steps=steps, wall_seconds=wall_seconds)
         jsonl.replace_text(self.folder.summary, jsonl.to_text(summary))
         self.close()
         print_summary(before, after, steps=steps, seconds=wall_seconds)
-        return summary
 
     def _rewind(self, resume_step: int) -> int:
         """Drop what comes again; returns the last step that was logged, -1 if none."""

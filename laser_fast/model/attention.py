@@ -13,12 +13,10 @@ after prefixes of equal length are padded into one batch. "laser_varlen" is
 torch.nn.attention.varlen on a GPU, "laser_fa2" the package flash-attn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,22 +92,21 @@ class PackedLayout:
         return torch.tensor((0, *(segment.length for segment in self.segments))).cumsum(0)
 
 
-# (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, layout, scaling,
-# window of positions that a token sees, softcap of the attention's logits) -> attention of every
-# token to its prefix and its own segment [1, T, heads, head_dim]
-Kernel = Callable[
-    [Tensor, Tensor, Tensor, PackedLayout, float | None, int | None, float | None], Tensor
-]
+class Form(NamedTuple):
+    """What families differ in: the logits' factor and softcap, and what a token sees."""
+
+    scaling: float | None = None
+    window: int = 0  # positions, its own included; 0: all
+    softcap: float | None = None
+
+
+# (query [1, heads, T, head_dim], key [1, key_value_heads, T, head_dim], value, layout, form) ->
+# attention of every token to its prefix and its own segment [1, T, heads, head_dim]
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, Form], Tensor]
 
 
 def packed_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """One call of torch's attention per bucket, which has no softcap: that takes its scores."""
     shapes, queries, keys, inverse = layout.buckets
@@ -121,32 +118,29 @@ def packed_sdpa(
     outputs = []
     for (b, L, S), *rows in zip(shapes, all_q, all_k, all_v, strict=True):
         q, k, v = (tensor.unflatten(0, (b, -1)).transpose(1, 2) for tensor in rows)
-        if softcap is not None:
-            seen = _seen(L, S, window, layout.device)
-            output = _capped_attention(q, k, v, seen, scaling, softcap)
+        if form.softcap is not None:
+            output = _capped_attention(q, k, v, _seen(L, S, form.window, layout.device), form)
         else:
             output = scaled_dot_product_attention(
                 *(q, k, v),
-                scale=scaling,
+                scale=form.scaling,
                 enable_gqa=q.shape[1] != k.shape[1],
-                **_causal(L, S, window, layout.device),
+                **_causal(L, S, form.window, layout.device),
             )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [b * L, heads, head_dim]
     return torch.cat(outputs)[inverse][None]
 
 
-def _causal(
-    num_queries: int, num_keys: int, window: int | None, device: torch.device
-) -> dict[str, Any]:
+def _causal(num_queries: int, num_keys: int, window: int, device: torch.device) -> dict[str, Any]:
     """How sdpa is told that the last query sees the last key, and each `window` keys at most."""
-    if window is not None and window < num_keys:
+    if 0 < window < num_keys:
         return {"attn_mask": _seen(num_queries, num_keys, window, device)}
     if num_queries == num_keys:
         return {"is_causal": True}
     return {"attn_mask": causal_lower_right(num_queries, num_keys)}
 
 
-def _seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+def _seen(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
     """The same as a mask [num_queries, num_keys], True where a query sees a key."""
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     last = num_keys - num_queries
@@ -158,13 +152,13 @@ def _capped_attention(
     k: Tensor,  # [b, key_value_heads, S, head_dim]
     v: Tensor,
     seen: Tensor,  # broadcast to [b, heads, L, S]
-    scaling: float | None,
-    softcap: float,
+    form: Form,
 ) -> Tensor:
     """Attention by its definition, since torch's has no softcap."""
+    assert form.softcap is not None
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
-    scores = softcap * (scores / softcap).tanh()
+    scores = q @ k.transpose(2, 3) * (form.scaling or q.shape[-1] ** -0.5)
+    scores = form.softcap * (scores / form.softcap).tanh()
     # A padded prompt's first tokens see nothing: they may read anything, but no NaN.
     lowest = torch.finfo(scores.dtype).min
     weights = scores.masked_fill(~seen, lowest).softmax(
@@ -174,18 +168,12 @@ def _capped_attention(
 
 
 def packed_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """Torch's variable-length flash kernel (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if softcap is not None:
+    if form.softcap is not None:
         raise ValueError(
             'model.attention = "varlen" has no softcap of attention, which this model uses; set '
             'model.attention = "flash_attention_2", or "sdpa"'
@@ -194,32 +182,26 @@ def packed_varlen(
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
     repeats = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(repeats, dim=1) for tensor in (k, v))
-    left = -1 if window is None else window - 1
-    output = varlen_attn(q, k, v, *layout.varlen, scale=scaling, window_size=(left, 0))
+    output = varlen_attn(
+        q, k, v, *layout.varlen, scale=form.scaling, window_size=(form.window - 1, 0)
+    )
     assert isinstance(output, Tensor)
     return output[None]
 
 
 def packed_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, form: Form
 ) -> Tensor:
     """The variable-length kernel of the package flash-attn (half precision, GPU)."""
     from flash_attn import flash_attn_varlen_func
 
-    left = -1 if window is None else window - 1
     output = flash_attn_varlen_func(
         *_gathered(query, key, value, layout),
         *layout.varlen,
-        softmax_scale=scaling,
+        softmax_scale=form.scaling,
         causal=True,
-        window_size=(left, 0),
-        softcap=softcap or 0.0,
+        window_size=(form.window - 1, 0),
+        softcap=form.softcap or 0.0,
     )
     return output[None]
 
@@ -278,13 +260,14 @@ def _register(name: str, kernel: Kernel) -> None:
     ) -> tuple[Tensor, None]:
         if kwargs.get("s_aux") is not None:
             raise ConfigError("model.path: attention sinks are not supported")
+        form = Form(scaling, sliding_window or 0, softcap)
         if layout is not None:
-            return kernel(query, key, value, layout, scaling, sliding_window, softcap), None
+            return kernel(query, key, value, layout, form), None
         if softcap is not None:  # which transformers' sdpa would leave out
             seen = attention_mask
             if seen is None:
-                seen = _seen(query.shape[2], key.shape[2], sliding_window, query.device)
-            output = _capped_attention(query, key, value, seen, scaling, softcap)
+                seen = _seen(query.shape[2], key.shape[2], form.window, query.device)
+            output = _capped_attention(query, key, value, seen, form)
             return output.transpose(1, 2).contiguous(), None
         inputs = (module, query, key, value, attention_mask)
         kwargs |= {"sliding_window": sliding_window}

@@ -1,7 +1,5 @@
 """The process group of a run: one rank per device under torchrun, or a single process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -15,18 +13,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laser_fast.config_errors import REPORTED, ConfigError, RunError, reading
+from laser_fast.config import ConfigError, MeasureConfig
+from laser_fast.config_errors import REPORTED, RunError, first_line, reading
+from laser_fast.config_sft import SftConfig
 from laser_fast.stopping import POLL_S, StopRun, listening
-
-if TYPE_CHECKING:
-    from laser_fast.config import MeasureConfig
-    from laser_fast.config_sft import SftConfig
 
 Item = TypeVar("Item")
 
@@ -118,14 +114,11 @@ def open_world(timeout_s: float = 1800.0) -> Iterator[World]:
     A wait for another rank ends with an error after `timeout_s`. Of several ranks, the one that
     fails says so before the others can fail for want of it.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
-    if device_type == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    # gloo carries pickled objects and CPU-offloaded tensors, NCCL the rest.
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl"  # gloo for pickled objects and CPU-offloaded tensors
     timeout = timedelta(seconds=timeout_s)
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
@@ -166,7 +159,7 @@ def _report(error: Exception, world: World) -> None:
         told = {r: world.store.get(k).decode() for r, k in keys.items() if world.store.check([k])}
         said += "" if is_sentence else f"stages of the ranks: {told}\n"
     if not is_first:
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        said = f"{type(error).__name__}: {first_line(error)}"
     error.add_note(REPORTED)
     if is_new:
         print(f"error: rank {world.rank}: {said}", file=sys.stderr, flush=True)

@@ -8,8 +8,6 @@ Two lists are of what that proof cannot see: whose attention is told its window,
 have the names that engines expect.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -15,14 +15,14 @@ from torch import Tensor
 from laser_fast.model.distributed import World
 from laser_fast.model.families import LmHead
 from laser_fast.model.packing import Ids, Packer
-from laser_fast.model.policy import Head, Policy
+from laser_fast.model.policy import Head, Policy, label_head
 from laser_fast.records import Group, Microbatch, ScorePosition, TrainingSequence
 from laser_kernels import linear_logprob
 
 
 def label_logprobs(policy: Policy, batches: Sequence[Microbatch]) -> list[Tensor]:
     """Log-probs [N] of the labels of each microbatch; score rows last."""
-    return list(_read(policy, batches, _labels_head))
+    return list(_read(policy, batches, label_head))
 
 
 def policy_logprobs(
@@ -117,7 +117,6 @@ def last_token_logprobs(
         budget=max(budget, 1, *(len(prompt) + len(completion) for prompt, completion in sequences)),
         score_token_id=token_ids[0],
         score_at=score_at,
-        temperature=1.0,
         device=world.device,
         agree=world.max,
     )
@@ -136,14 +135,6 @@ def last_token_logprobs(
     for members, found in zip(bins, _read(policy, batches, head_of), strict=True):
         result[members] = found.cpu()
     return result
-
-
-def _labels_head(batch: Microbatch) -> Head[Tensor]:
-    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
-        options = head.at(batch.temperature)
-        return linear_logprob(hidden_states, head.weight, batch.labels, **options)
-
-    return read
 
 
 def _read(

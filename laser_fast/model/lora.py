@@ -6,24 +6,18 @@ W is kept in the compute dtype, or in 4 bits; A and B are float32 masters. Whoev
 engine or a Hugging Face folder, is given W + alpha / r B A under W's own name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config import ConfigError, ModelConfig
+from laser_fast.config_errors import needs_package
+from laser_fast.model.distributed import World
 from laser_fast.model.nf4 import Nf4Linear, quantize_blocks
-
-if TYPE_CHECKING:
-    from peft import LoraConfig as PeftConfig
-    from transformers import PreTrainedModel
-
-    from laser_fast.config import ModelConfig
-    from laser_fast.model.distributed import World
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
 
@@ -35,12 +29,8 @@ def add_adapters(
 
     Values are those of rank 0; what is in 4 bits is on the device then, the rest on the CPU.
     """
-    try:
-        from peft import inject_adapter_in_model
-    except ImportError:
-        raise ConfigError(
-            "model.lora_rank > 0 needs peft; pip install 'laser-fast[lora]'"
-        ) from None
+    with needs_package("peft", "model.lora_rank > 0", extra="lora"):
+        from peft import LoraConfig, inject_adapter_in_model
     layers = linear_layers(hf)
     check_targets(config, layers)
     if any(linear_layers(hf, block) != layers for block in range(len(hf.model.layers))):
@@ -50,7 +40,14 @@ def add_adapters(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A, which training moves; a run's own seed names its data
-        inject_adapter_in_model(_peft_config(hf, config), hf)
+        own = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor, whatever its hint says
+            target_modules=list(config.lora_targets or layers),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=config.path,
+        )
+        inject_adapter_in_model(own, hf)
     if config.lora_4bit:
         quantize_blocks(hf, dtype=dtype, device=world.device, is_loaded=world.is_main)
     for name, parameter in hf.named_parameters():
@@ -75,18 +72,6 @@ def linear_layers(hf: PreTrainedModel, block: int = 0) -> dict[str, tuple[int, i
         for name, module in hf.model.layers[block].named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def _peft_config(hf: PreTrainedModel, config: ModelConfig) -> PeftConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor, whatever its hint says
-        target_modules=list(config.lora_targets or linear_layers(hf)),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=config.path,
-    )
 
 
 def merged(

@@ -7,17 +7,11 @@ That is 4.127 bits a weight. A forward computes with W in the compute dtype, and
 sent the weights; the backward dequantizes it again, instead of keeping it.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from laser_fast.config_errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from laser_fast.config_errors import ConfigError, needs_package
 
 _BLOCK = 64  # weights of one scale
 NF4_BYTES = (4 + 8 / _BLOCK + 32 / (_BLOCK * 256)) / 8  # of one weight
@@ -70,12 +64,8 @@ def quantize_blocks(
     bitsandbytes is missing, or that the blocks of a scale do not divide a layer's rows: on a CPU
     with AVX-512, bitsandbytes 0.50.2 dequantizes such a weight with scales of other blocks.
     """
-    try:
+    with needs_package("bitsandbytes", "model.lora_4bit = true", extra="qlora"):
         import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "model.lora_4bit = true needs bitsandbytes; pip install 'laser-fast[qlora]'"
-        ) from None
     for name, layer in list(hf.model.layers.named_modules()):
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
             if layer.in_features % _BLOCK:

@@ -22,17 +22,12 @@ from laser_fast.records import (
 Ids = tuple[int, ...]
 
 
-def _alone(count: int) -> int:
-    """The largest count over ranks, where there is one rank."""
-    return count
-
-
 def plan_bins(
     prompts: Sequence[Ids],
     lengths: Sequence[int],
     *,
     budget: int,
-    agree: Callable[[int], int] = _alone,
+    agree: Callable[[int], int] = int,
 ) -> list[list[int]]:
     """Indices of the sequences of each microbatch, from their prompts and response lengths.
 
@@ -173,11 +168,11 @@ class Packer:
     """Turns sequences into microbatches for one vocabulary, device and token budget."""
 
     budget: int
-    score_token_id: int
-    score_at: ScorePosition
-    temperature: float  # of sampling; score rows are read at 1
     device: torch.device
-    agree: Callable[[int], int] = _alone
+    agree: Callable[[int], int] = int  # the largest over ranks; of one rank its own
+    score_token_id: int = 0  # where no row is a score's, an id like any other
+    score_at: ScorePosition = "eos"
+    temperature: float = 1.0  # of sampling; score rows are read at 1
 
     def bins(self, sequences: Sequence[TrainingSequence]) -> list[list[int]]:
         """`plan_bins` of these sequences. Collective."""

@@ -5,12 +5,10 @@ unsharded `lm_head.weight` to a head function, all inside the FSDP2 root group: 
 need no special case, and [tokens, vocabulary] logits never exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,19 +26,25 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from laser_fast.config_errors import ConfigError, reading
+from laser_fast.config import ConfigError, MeasureConfig, ModelConfig
+from laser_fast.config_errors import needs_package, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
-from laser_fast.model.families import LmHead, balancer, check_family, checkpoint_entries, head_form
+from laser_fast.model.families import (
+    LmHead,
+    balancer,
+    check_family,
+    checkpoint_entries,
+    head_form,
+    position_limit,
+)
 from laser_fast.model.lora import add_adapters, merged, set_adapters
 from laser_fast.model.offload import ActivationOffload
 from laser_fast.model.packing import Packer
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_kernels import linear_logprob
-
-if TYPE_CHECKING:
-    from laser_fast.config import MeasureConfig, ModelConfig
 
 Output = TypeVar("Output")
 Head = Callable[[Tensor, LmHead], Output]  # (hidden_states [N, D], its head) -> outputs
@@ -81,10 +85,14 @@ class Policy(nn.Module):
         # Rows repeat; an embedding's backward adds them up in a fixed order.
         return head(embedding(batch.rows, output.last_hidden_state[0]), lm_head)
 
-    def expect_backward(self, *, is_last: bool) -> None:
-        """Add gradients up over replicas in the last backward before an update only."""
+    def backward(self, loss: Tensor, world: World, *, is_last: bool) -> None:
+        """Accumulate the gradients of a rank's part of a loss; replicas meet in the last one only.
+
+        FSDP2 averages gradients over ranks, but the denominators of a loss are already global.
+        """
         if isinstance(self, FSDPModule):
             self.set_requires_all_reduce(is_last)
+        (loss * world.size).backward()
 
     def release(self) -> None:
         """Give gathered parameters back, the root's at least, after a forward without backward."""
@@ -137,6 +145,16 @@ class Policy(nn.Module):
             yield from checkpoint_entries(name, tensor.to(self.compute_dtype))
 
 
+def label_head(batch: Microbatch) -> Head[Tensor]:
+    """The head function that reads the log-probs [N] of a microbatch's labels."""
+
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+        options = head.at(batch.temperature)
+        return linear_logprob(hidden_states, head.weight, batch.labels, **options)
+
+    return read
+
+
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
     with reading(f'model.path: cannot load "{config.path}"'):
@@ -171,6 +189,16 @@ def check_lengths(config: MeasureConfig, available: int) -> None:
             f"{config.max_sequence_tokens} exceeds the {available} positions of the model; lower "
             "one of them"
         )
+
+
+def load_without_weights(
+    config: MeasureConfig, *, score_token: str | None
+) -> tuple[PreTrainedConfig, Vocabulary]:
+    """A model's own configuration, if it holds the lengths that are sampled, and its vocabulary."""
+    model_config = load_model_config(config.model)
+    check_lengths(config, position_limit(model_config))
+    path = config.model.path
+    return model_config, load_vocabulary(path, score_token=score_token, model_config=model_config)
 
 
 def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -250,7 +278,7 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
     the model would make one of every block.
     """
     device, vocab_size = world.device, policy.hf.config.vocab_size
-    packer = Packer(budget=64, score_token_id=0, score_at="eos", temperature=1.0, device=device)
+    packer = Packer(budget=64, device=device)
     ids = [(7919 * place + 104729) % vocab_size for place in range(1, 49)]
     rows = [(ids[:16], ids[16:24]), (ids[:16], ids[24:36]), (ids[36:40], ids[40:])]
     batch = packer.pack([
@@ -263,10 +291,7 @@ def _prove_head(policy: Policy, config: ModelConfig, world: World) -> None:
         for prompt, response in rows
     ])  # fmt: skip
 
-    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
-        return linear_logprob(hidden_states, head.weight, batch.labels, **head.at(1.0))
-
-    packed = policy(batch, read)
+    packed = policy(batch, label_head(batch))
     policy.release()  # the optimizer must find the shards
     own, implementation = [], policy.hf.config._attn_implementation
     policy.hf.eval()  # packed rows have no dropout
@@ -320,10 +345,6 @@ def _load_on_main(
 
 
 def _apply_liger(hf: PreTrainedModel) -> None:
-    try:
+    with needs_package("liger-kernel", "model.liger = true", extra="liger"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError:
-        raise ConfigError(
-            "model.liger = true needs liger-kernel; pip install 'laser-fast[liger]'"
-        ) from None
     _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.config_errors import ConfigError, nearest
+from laser_fast.config_errors import ConfigError, likely
 from laser_fast.rewards.boxed import passes_gate
 from laser_fast.rewards.pool import Failure, WorkerPool, WorkerStartError
 from laser_fast.rewards.user import RewardError
@@ -30,7 +30,7 @@ _USER = "laser_fast.rewards.user:call"
 _CHECK_USER = "laser_fast.rewards.user:check_signature"
 _SAME_ANSWER = "laser_fast.rewards.math:same_answer"
 # Which every built-in kind can compare with a gold that it can read.
-_OTHER_ANSWER = r"\boxed{-7919.25}"
+OTHER_ANSWER = r"\boxed{-7919.25}"
 # A boxed 10^{10^{10}} must end its worker, not the machine. A user's function may need more.
 _MEMORY_LIMIT = 4 << 30
 
@@ -151,7 +151,7 @@ class Grader(ExitStack):
         """A reward or a `Failure` for each completion with its gold."""
         outcomes = self._run(self._function, pairs)
         failed = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
-        others = self._run(self._function, [(_OTHER_ANSWER, pairs[i][1]) for i in failed])
+        others = self._run(self._function, [(OTHER_ANSWER, pairs[i][1]) for i in failed])
         blamed = [i for i, other in zip(failed, others, strict=True) if type(other) is float]
         for i in blamed:
             outcomes[i] = 0.0
@@ -271,11 +271,8 @@ def _check(config: RewardConfig, key: str) -> None:
     kind = config.kind
     module, _, function = kind.partition(":")
     if kind not in _BUILT_IN and not (module and function):
-        found = nearest(kind, _BUILT_IN)
-        hint = f'; did you mean "{found[0]}"?' if found else ""
-        raise ConfigError(
-            f'{key} = "{kind}": expected {", ".join(_BUILT_IN)} or "module:function"{hint}'
-        )
+        expected = f'{", ".join(_BUILT_IN)} or "module:function"{likely(kind, _BUILT_IN)}'
+        raise ConfigError(f'{key} = "{kind}": expected {expected}')
     if config.format_gate and kind != "math":
         raise ConfigError(
             f'reward.format_gate = true works only with reward.kind = "math", got "{kind}"; '

@@ -5,22 +5,18 @@ the device memory back to training). Engines take token ids and return token ids
 passes through them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
+from laser_fast.config import MeasureConfig
 from laser_fast.config_errors import RunError
+from laser_fast.model.policy import Policy
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from laser_fast.config import MeasureConfig
-    from laser_fast.model.policy import Policy
 
 Logprobs = Sequence[Sequence[float]]  # by completion, then by token
 
@@ -114,22 +110,20 @@ def make_engine(config: MeasureConfig, policy: Policy | None, tokens: SpecialTok
 def make_sampling(
     config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
 ) -> Sampling:
-    """How the completions of a draw are sampled; `draw` names it, as for `draw_seed`."""
-    return Sampling(
+    """How the completions of a draw are sampled; `draw` names it, as for `draw_seed`.
+
+    The draw "eval", of an evaluation, may be sampled otherwise than training is.
+    """
+    rollout = config.rollout
+    sampling = Sampling(
         group_size=group_size,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
         seed=draw_seed(config.seed, *draw),
         score_at=config.score.position if needs_score else None,
     )
-
-
-def eval_sampling(
-    config: MeasureConfig, *draw: int | str, group_size: int, needs_score: bool
-) -> Sampling:
-    """The same of an evaluation, which may sample otherwise than training does."""
-    rollout = config.rollout
-    sampling = make_sampling(config, *draw, group_size=group_size, needs_score=needs_score)
+    if draw[0] != "eval":
+        return sampling
     return replace(
         sampling,
         temperature=rollout.eval_temperature or rollout.temperature,

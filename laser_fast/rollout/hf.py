@@ -25,7 +25,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,15 +32,12 @@ from torch import Tensor
 from laser_fast import needs_train
 
 with needs_train():
-    from transformers import DynamicCache
+    from transformers import DynamicCache, PreTrainedModel
 
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import Engine, groups_of
 from laser_fast.rollout.score_request import parse_completion
 from laser_fast.stopping import poll
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Numbers drawn at once per row: one call per row and step would cost more than the forward of a
 # small model. A constant, since the length of a draw is part of the random stream.

@@ -15,10 +15,8 @@ A score of the "last" row is read in the step that draws the EOS and costs no to
 processor it needs the bans alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -81,10 +79,7 @@ def request_fields(
     eos_token_ids, is_last = list(tokens.eos_token_ids), sampling.score_at == "last"
     forcing, stopping = (eos_token_ids, []) if sampling.score_at == "eos" else ([], eos_token_ids)
     fields = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
+        **{key: getattr(sampling, key) for key in ("temperature", "top_p", "top_k", "min_p")},
         "max_tokens": sampling.num_steps,
         "ignore_eos": True,
         "stop_token_ids": [tokens.score_token_id, *stopping],
@@ -148,7 +143,7 @@ class Tempering:
         # By position: c of all rows that were drawn with it, left on the device, and the own row.
         self.corrections: dict[int, tuple[Tensor, int]] = {}
 
-    def __deepcopy__(self, memo: dict) -> Tempering:
+    def __deepcopy__(self, memo: dict) -> Self:
         return self  # vLLM copies sampling parameters; the collector is shared with the caller
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:

@@ -40,8 +40,6 @@ def sync_engine(
         read = engine.token_logprobs(given, temperature=config.rollout.temperature)
     packer = Packer(
         budget=max([config.optim.tokens_per_microbatch, *(len(p.prompt_ids) for p in prompts)]),
-        score_token_id=0,  # no row has this label
-        score_at="eos",
         temperature=config.rollout.temperature,
         device=world.device,
         agree=world.max,

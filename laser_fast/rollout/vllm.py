@@ -29,9 +29,9 @@ from laser_fast import needs_train
 
 with needs_train():
     import numpy as np
-    from pydantic import ValidationError
 
 from laser_fast.config import ConfigError, RolloutConfig
+from laser_fast.config_errors import first_line
 from laser_fast.records import Group, Prompt, Sampling, SpecialTokens
 from laser_fast.rollout.engine import CopyingEngine, completion_seed, draw_seed, groups_of
 from laser_fast.rollout.score_request import (
@@ -365,10 +365,3 @@ def keep_random_state() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def first_line(error: Exception) -> str:
-    """The sentence of an error, whatever pydantic has wrapped around it."""
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error).strip().partition("\n")[0] or type(error).__name__

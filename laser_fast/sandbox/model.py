@@ -98,15 +98,9 @@ def _train(
     model: Qwen2ForCausalLM, rows: Iterator[tuple[str, str]], *, steps: int, world: World | None
 ) -> None:
     """The steps of `laser-fast sft`, with a model so small that every rank has all of it."""
-    device, pad = torch.device("cpu"), TOKENS.index(PAD_TOKEN)
+    device = torch.device("cpu")
     share = World(0, 1, device) if world is None else world
-    packer = Packer(
-        budget=ROWS_PER_STEP * model.config.max_position_embeddings,
-        score_token_id=pad,  # of a rank without rows
-        score_at="eos",
-        temperature=1.0,
-        device=device,
-    )
+    packer = Packer(budget=ROWS_PER_STEP * model.config.max_position_embeddings, device=device)
     policy = Policy(model, compute_dtype=torch.float32).train()
     optimizer = build_optimizer(policy, OPTIM)
     optim = OPTIM.model_copy(update={"steps": steps})

@@ -17,11 +17,13 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -36,7 +38,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from laser_fast.config import Config, ConfigError, dump_config
-from laser_fast.config_errors import RunError
+from laser_fast.config_errors import RunError, first_line
+from laser_fast.files import partial_name
 from laser_fast.log.run_folder import AnyConfig, RunFolder, check_resume, open_run_folder, steps_in
 from laser_fast.model.distributed import World, check_shared, check_world
 from laser_fast.model.policy import Policy
@@ -57,15 +60,33 @@ _METADATA = {
 _OWN_KEYS = StateDictOptions(strict=False)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """What trainer.json holds; older checkpoints, and those of a supervised phase, hold less."""
+
+    step: int
+    ref_logprob: float | None = None
+    cap: dict[str, float | None] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    bad_steps: int = 0
+    must_evaluate: bool = False
+    curriculum: dict[str, list[Any]] | None = None
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return list(steps_in(run / "checkpoints").values())
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint, if there is one."""
+    return next(reversed(list_checkpoints(run)), None)
+
+
 def latest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint; a ConfigError says that there is none."""
-    if checkpoints := list_checkpoints(run):
-        return checkpoints[-1]
+    """The same; a ConfigError says that there is none."""
+    if found := newest_checkpoint(run):
+        return found
     raise ConfigError(f"{run / 'checkpoints'}: no complete checkpoint to resume from")
 
 
@@ -80,9 +101,9 @@ def check_run_folder(config: AnyConfig, world: World, *, resume: bool | Literal[
     def look() -> bool:
         resumes = RunFolder(folder).config.is_file() if resume == "auto" else resume
         open_run_folder(config, resume=resumes)
-        found = [latest_checkpoint(folder)] if resume is True else list_checkpoints(folder)[-1:]
-        for newest in found if resumes else ():
-            check_resume(newest / "config.toml", config)
+        found = latest_checkpoint(folder) if resume is True else newest_checkpoint(folder)
+        if resumes and found:
+            check_resume(found / "config.toml", config)
         return resumes
 
     resumes = world.on_main(look)
@@ -110,10 +131,11 @@ def save_checkpoint(
     final = Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
     if world.on_main(final.exists):  # the last step may already be saved by its own schedule
         return final
-    partial = _partial(final)
+    partial = partial_name(final)
 
     def prepare() -> None:
-        for left in final.parent.glob(_partial(Path("step-*")).name):  # by a run that was killed
+        # By a run that was killed.
+        for left in final.parent.glob(partial_name(Path("step-*")).name):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
@@ -127,7 +149,7 @@ def save_checkpoint(
         best = standing(config).step if isinstance(config, Config) else None
         for old, path in list(steps_in(final.parent).items())[: -config.checkpoint.keep]:
             if old != best:
-                shutil.rmtree(path.rename(_partial(path)))  # its name says: it is whole
+                shutil.rmtree(path.rename(partial_name(path)))  # its name says: it is whole
 
     def write(state: dict[str, Any], group: ProcessGroup | None) -> tuple[Metadata, list[str]]:
         metadata = dcp.save(state, checkpoint_id=partial, process_group=group)
@@ -162,10 +184,6 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path} cannot be written: {_reason(error)}; make room, resume") from error
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
 def _sums(files: Iterable[Path]) -> list[str]:
     """Lines of SHA256SUMS (1.4 GB/s on two CPU cores); what they tell of is on the disk then."""
     found = []
@@ -197,7 +215,7 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
         )
 
 
-def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, policy: Policy, optimizer: Optimizer) -> TrainerState:
     """Restore model and optimizer in place and return the trainer's state. Collective."""
     state = _state(policy, optimizer)
     own = copy.deepcopy(state["optimizer"]["param_groups"])  # fused or not, as it was made
@@ -222,11 +240,11 @@ def _trained(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in frozen}
 
 
-def trainer_state(path: Path) -> dict[str, Any]:
+def trainer_state(path: Path) -> TrainerState:
     """What `save_checkpoint` was given as such, and the step."""
     with _reading(path):
         _verify(path, slice(3))  # the small files, which come first
-        return json.loads((path / "trainer.json").read_text())
+        return TypeAdapter(TrainerState).validate_json((path / "trainer.json").read_text())
 
 
 def check_digests(checkpoint: Path, digests: dict[str, str]) -> None:
@@ -234,7 +252,7 @@ def check_digests(checkpoint: Path, digests: dict[str, str]) -> None:
 
     Older checkpoints do not say.
     """
-    saved = trainer_state(checkpoint).get("digests", {})
+    saved = trainer_state(checkpoint).digests
     if saved.get("model.path") != digests.get("model.path", saved.get("model.path")):
         raise ConfigError(
             f"{checkpoint} holds adapters alone, and the frozen weights in model.path have changed "
@@ -271,7 +289,7 @@ def _reason(error: BaseException) -> str:
     """What the first rank that failed says, without the tracebacks of all."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 class _Unpickler(pickle.Unpickler):

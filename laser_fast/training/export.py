@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import state_dict
 from laser_fast.config import Config, ConfigError, ModelConfig, ScoreConfig, load_config
 from laser_fast.config_errors import RunError
 from laser_fast.evaluation.settings import write_score_settings
+from laser_fast.files import replacing
 from laser_fast.log.console import evaluation_line
 from laser_fast.log.run_folder import RunFolder, moved_config, steps_in
 from laser_fast.model.distributed import World, open_world
@@ -55,22 +56,19 @@ def write_model(
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
 
     def write() -> None:
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        if adapter:
-            write_adapter(found, policy.hf, partial)
-        else:
-            dtype = load_model_config(config).dtype or torch.float32
-            weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
-            policy.hf.save_pretrained(partial, state_dict=weights)
-            stored = copy.deepcopy(policy.hf.config)  # transformers wrote the dtype of the masters
-            stored.dtype = dtype
-            stored.save_pretrained(partial)
-        load_tokenizer(config.path).save_pretrained(partial)
-        if score is not None and score.loss_coef > 0:
-            write_score_settings(partial, score)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        with replacing(out) as partial:
+            if adapter:
+                write_adapter(found, policy.hf, partial)
+            else:
+                dtype = load_model_config(config).dtype or torch.float32
+                weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
+                policy.hf.save_pretrained(partial, state_dict=weights)
+                stored = copy.deepcopy(policy.hf.config)  # transformers wrote that of the masters
+                stored.dtype = dtype
+                stored.save_pretrained(partial)
+            load_tokenizer(config.path).save_pretrained(partial)
+            if score is not None and score.loss_coef > 0:
+                write_score_settings(partial, score)
 
     world.on_main(write)
 
@@ -99,7 +97,9 @@ def export(
     if push:
         check_hub(push)
     load_tokenizer(model.path)  # a missing one is named before the model is loaded
-    score = config.score.model_copy(update={"ref_logprob": trainer_state(path)["ref_logprob"]})
+    score, known = config.score, {"ref_logprob": trainer_state(path).ref_logprob}
+    if score.loss_coef > 0:
+        score = ScoreConfig.parse(score.model_dump() | known, source=f"{path}/trainer.json")
     with open_world() as world:
         policy = build_policy(model, world)
         check_digests(path, base_digest(model, policy.hf.config))

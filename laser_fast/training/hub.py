@@ -4,10 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from laser_fast import needs_train
-
-with needs_train():
-    import huggingface_hub
+import huggingface_hub
 
 from laser_fast.config import ConfigError
 

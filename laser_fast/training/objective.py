@@ -12,13 +12,14 @@
 All weights already hold global denominators, so L is summed over microbatches and ranks.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from laser_fast.algorithm.loss import importance_weights, kl_penalty, policy_loss
+from laser_fast.algorithm.loss import cap_ratios, importance_weights, kl_penalty, policy_loss
 from laser_fast.algorithm.score import SelfScore, score_loss
 from laser_fast.config import LossConfig
 from laser_fast.model.families import LmHead
@@ -49,10 +50,17 @@ class HeadResult(NamedTuple):
     router_loss: Tensor  # scalar, its share of `loss`
 
 
-def sampling_weights(config: LossConfig, rows: PolicyRows, old: Tensor, *, cap: float) -> Tensor:
-    """`importance_weights` of policy rows, [N_p], for their old log-probs."""
-    kind, ids = config.importance, rows.sequence_ids
-    return importance_weights(old, rows.rollout_logprobs, cap=cap, kind=kind, sequence_ids=ids)
+def sampling_weights(config: LossConfig, rows: PolicyRows, old: Tensor) -> tuple[Tensor, Tensor]:
+    """Importance ratios and `importance_weights` of policy rows, both [N_p]."""
+    own, kind, ids = rows.rollout_logprobs, config.importance, rows.sequence_ids
+    ratios = importance_weights(old, own, cap=math.inf, kind=kind, sequence_ids=ids)
+    return ratios, cap_ratios(ratios, cap=config.tis_cap, kind=kind)
+
+
+def clipping(config: LossConfig, rows: PolicyRows) -> dict[str, Any]:
+    """How the ratios of policy rows are clipped, for `policy_loss` and `is_clipped`."""
+    how = {"kind": config.kind, "clip_low": config.clip_low, "clip_high": config.clip_high}
+    return how | {"sequence_ids": rows.sequence_ids}
 
 
 def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
@@ -108,18 +116,10 @@ def _row_losses(
     policy, score = batch.labelled(rows)
     policy_logprobs, score_logprobs = logprobs.split([len(policy), len(score)])
     old = policy_logprobs.detach() if policy.old_logprobs is None else policy.old_logprobs
-    terms = policy_loss(
-        policy_logprobs,
-        old,
-        policy.advantages,
-        kind=config.kind,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        clip_dual=config.clip_dual or None,
-        sequence_ids=policy.sequence_ids,
-    )
+    dual, how = config.clip_dual or None, clipping(config, policy)
+    terms = policy_loss(policy_logprobs, old, policy.advantages, clip_dual=dual, **how)
     if config.tis_cap > 0:
-        terms = terms * sampling_weights(config, policy, old, cap=config.tis_cap)
+        terms = terms * sampling_weights(config, policy, old)[1]
     if policy.ref_logprobs is not None:
         terms = terms + config.kl_coef * kl_penalty(policy_logprobs, policy.ref_logprobs)
     score_terms = score_loss(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.config import Config
@@ -23,10 +23,8 @@ from laser_fast.log.run_log import Log, RunLog
 from laser_fast.log.samples import SampleRecord, scored, to_records
 from laser_fast.log.timer import StageTimer
 from laser_fast.model.distributed import World, stop_at_sigterm
-from laser_fast.model.families import position_limit
 from laser_fast.model.packing import Packer
-from laser_fast.model.policy import Policy, build_policy, check_lengths, load_model_config
-from laser_fast.model.vocabulary import load_vocabulary
+from laser_fast.model.policy import Policy, build_policy, load_without_weights
 from laser_fast.model.weights import base_digest
 from laser_fast.records import Group, Prompt
 from laser_fast.rewards.grader import Grader
@@ -36,10 +34,11 @@ from laser_fast.stopping import StopRun
 from laser_fast.training.background import BackgroundWriter
 from laser_fast.training.best import metric_of, standing
 from laser_fast.training.checkpoint import (
+    TrainerState,
     check_digests,
     check_run_folder,
-    list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
     writing,
 )
@@ -85,7 +84,7 @@ def train(
     folder, checkpoint = Path(config.output_dir), None
     if resume:
         config = resumed_config(config)
-        checkpoint = world.on_main(lambda: next(reversed(list_checkpoints(folder)), None))
+        checkpoint = world.on_main(lambda: newest_checkpoint(folder))
     with writing(folder), ExitStack() as stack:
         sampler, reference, held_out = _build_sampler(config, world, stack, checkpoint)
         try:
@@ -144,11 +143,7 @@ def _build_sampler(
     """Check every input, then load the models; also this rank's held-out prompts."""
     grader = stack.enter_context(Grader(config.reward, trains_score=config.score.loss_coef > 0))
     with world.agreement():
-        model_config = load_model_config(config.model)
-        check_lengths(config, position_limit(model_config))
-        vocabulary = load_vocabulary(
-            config.model.path, score_token=config.score.token, model_config=model_config
-        )
+        model_config, vocabulary = load_without_weights(config, score_token=config.score.token)
         tokenizer, asked = vocabulary.tokenizer, grader.fields
         every = dict.fromkeys(n for g in (grader, *grader.extras.values()) for n in g.fields)
         prompts = train_prompts(config.data, tokenizer, seed=config.seed, asked=[*every])
@@ -204,24 +199,23 @@ def _build_trainer(
 ) -> tuple[Trainer, int, bool]:
     """The trainer as it was at the checkpoint, the next step, and whether to evaluate before it."""
     config = sampler.config
-    optimizer, state = build_optimizer(sampler.policy, config.optim), dict[str, Any]()
+    optimizer, state = build_optimizer(sampler.policy, config.optim), TrainerState(step=0)
     cap = GradientCap(loss_coef=config.score.loss_coef, max_ratio=config.score.max_grad_ratio)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy=sampler.policy, optimizer=optimizer)
-        cap.ratio = state["cap"]["ratio"]
-        if sampler.curriculum:
-            sampler.curriculum.state = state["curriculum"]
+        cap.ratio = state.cap.get("ratio")
+        if sampler.curriculum and state.curriculum:
+            sampler.curriculum.state = state.curriculum
         logger.info("resumed from %s", checkpoint)
     trainer = Trainer(
         sampler=sampler,
         reference=reference,
         optimizer=optimizer,
-        score=_settle_score(sampler, state.get("ref_logprob")),
+        score=_settle_score(sampler, state.ref_logprob),
         cap=cap,
     )
-    trainer.bad_steps.count = state.get("bad_steps", 0)
-    first_step = state.get("step", 0)
-    return trainer, first_step, first_step == 0 or state.get("must_evaluate", False)
+    trainer.bad_steps.count = state.bad_steps
+    return trainer, state.step, state.step == 0 or state.must_evaluate
 
 
 def _settle_score(sampler: Sampler, saved: float | None) -> SelfScore:

@@ -22,7 +22,7 @@ from laser_fast.model.policy import Policy
 from laser_fast.model.vocabulary import Vocabulary
 from laser_fast.records import Group, Prompt, Sampling
 from laser_fast.rewards.grader import Grader, grade_groups
-from laser_fast.rollout.engine import Engine, eval_sampling, make_sampling
+from laser_fast.rollout.engine import Engine, make_sampling
 from laser_fast.rollout.sync import sync_engine
 from laser_fast.stopping import poll_until_done
 from laser_fast.training.schedule import is_due
@@ -185,8 +185,7 @@ class Sampler:
     ) -> list[Group]:
         """Groups outside of training, with scores by engine or policy; call `sync` before."""
         is_off = self.config.rollout.score == "off"
-        how = eval_sampling if draw == "eval" else make_sampling
-        sampling = how(self.config, draw, group_size=group_size, needs_score=not is_off)
+        sampling = make_sampling(self.config, draw, group_size=group_size, needs_score=not is_off)
         with self.stage("rollout"):
             groups = self.engine.generate(prompts, sampling)
         self.engine.sleep()

@@ -13,14 +13,10 @@ hidden-state gradients, which are free, do not do: on the sandbox their ratio is
 the parameters at first and 5 times at step 60, so such a cap tightens where it should loosen.)
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from laser_fast.config import Config, UpdateConfig
+from laser_fast.config import Config, UpdateConfig
 
 # One step in eight runs its forward and backward twice: 12% of the loss stage.
 MEASURE_EVERY = 8

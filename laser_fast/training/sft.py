@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ from laser_fast.stopping import StopRun
 from laser_fast.training.checkpoint import (
     check_digests,
     check_run_folder,
-    latest_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
     writing,
 )
@@ -93,14 +94,8 @@ class SftTrainer:
         self._ends = find_eos_token_ids(config.model.path, self._tokenizer, model_config)
         self._eos = written_eos(self._tokenizer, self._ends)
         self.rows = self._open_rows(position_limit(model_config), model_config.vocab_size)
-        self.packer = Packer(
-            budget=config.optim.tokens_per_microbatch,
-            score_token_id=self._eos,  # no row has this label; a rank without rows computes it
-            score_at="eos",
-            temperature=1.0,
-            device=world.device,
-            agree=world.max,
-        )
+        budget = config.optim.tokens_per_microbatch
+        self.packer = Packer(budget=budget, device=world.device, agree=world.max)
         self.policy = build_policy(config.model, world)
         self.optimizer = build_optimizer(self.policy, config.optim)
         base = base_digest(config.model, self.policy.hf.config)
@@ -162,11 +157,9 @@ class SftTrainer:
             metrics = pack_metrics(self.policy, sequences, updates, self.world)
         losses = torch.zeros(2, device=self.world.device)
         with self.stage("loss"):
-            for index, batch in enumerate(batches):
-                self.policy.expect_backward(is_last=index == len(batches) - 1)
+            for batch in batches:
                 part, balance = supervised_loss(self.policy, batch)
-                # FSDP2 averages gradients over ranks, but the denominator is already global.
-                ((part + balance) * self.world.size).backward()
+                self.policy.backward(part + balance, self.world, is_last=batch is batches[-1])
                 losses += torch.stack([part, balance.to(part)]).detach()
         with self.stage.only("step"):
             metrics["step/lr"] = learning_rate(step, self.config.optim)
@@ -194,7 +187,7 @@ class SftTrainer:
         check_digests(checkpoint, self.digests)
         state = load_checkpoint(checkpoint, policy=self.policy, optimizer=self.optimizer)
         logger.info("resumed from %s", checkpoint)
-        return state["step"]
+        return state.step
 
     def save(self, completed: int) -> Path:
         """Write a checkpoint after so many steps."""
@@ -212,23 +205,23 @@ def sft(
     config: SftConfig,
     *,
     world: World,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     on_end: Callable[[Path], None] = lambda folder: None,
 ) -> bool:
     """Train as configured, or `resume`, and write OUTPUT_DIR/model. Collective; see `run.train`."""
     started = time.monotonic()
     folder, checkpoint = Path(config.output_dir), None
-    check_run_folder(config, world, resume=resume)
-    if resume:
+    resumes = check_run_folder(config, world, resume=resume)
+    if resumes:
         config = resumed_config(config)
-        checkpoint = world.on_main(lambda: latest_checkpoint(folder))
+        checkpoint = world.on_main(lambda: newest_checkpoint(folder))
     with writing(folder), ExitStack() as stack:
         check_stop = stack.enter_context(stop_at_sigterm(world))
         trainer = SftTrainer(config, world, StageTimer(world.device, after_stage=check_stop))
         completed = trainer.resume(checkpoint) if checkpoint else 0
         log = Log()
         if world.is_main:
-            log = RunLog(folder, config, resume_step=completed if resume else None)
+            log = RunLog(folder, config, resume_step=completed if resumes else None)
             stack.callback(on_end, folder)
         stack.enter_context(log)
         try:

@@ -16,7 +16,7 @@ from laser_fast.model.distributed import World
 from laser_fast.model.flops import peak_flops, training_flop
 from laser_fast.model.policy import Policy
 from laser_fast.records import Microbatch, TrainingSequence
-from laser_fast.training.objective import HeadResult, sampling_weights
+from laser_fast.training.objective import HeadResult, clipping, sampling_weights
 from laser_fast.training.tables import StepTables
 
 
@@ -98,15 +98,8 @@ class RowMetrics:
         policy = batch.policy
         logprobs, score_logprobs = result.logprobs.split([len(policy), len(batch.score)])
         old = logprobs if policy.old_logprobs is None else policy.old_logprobs
-        clipped = is_clipped(
-            logprobs,
-            old,
-            policy.advantages,
-            kind=self._config.kind,
-            clip_low=self._config.clip_low,
-            clip_high=self._config.clip_high,
-            sequence_ids=policy.sequence_ids,
-        )
+        how = clipping(self._config, policy)
+        clipped = is_clipped(logprobs, old, policy.advantages, **how)
         sums = self._sums
         sums["policy"] += result.policy_loss
         sums["score"] += result.score_loss
@@ -119,10 +112,8 @@ class RowMetrics:
         trains = policy.weights * policy.advantages != 0
         sums["clipped"] += (clipped & trains).sum()
         if (cap := self._config.tis_cap) > 0:
-            ratios, weights = (
-                sampling_weights(self._config, policy, old, cap=bound).where(trains, 0)
-                for bound in (math.inf, cap)
-            )
+            found = sampling_weights(self._config, policy, old)
+            ratios, weights = (each.where(trains, 0) for each in found)
             sums["trained"] += trains.sum()
             sums["weights"] += weights.sum()
             sums["squares"] += (weights * weights).sum()

@@ -163,11 +163,9 @@ class Trainer:
         self, objective: Objective, batches: Sequence[Microbatch], rows: RowMetrics | None
     ) -> None:
         """Accumulate the gradients of one update; `rows` takes its metrics."""
-        for index, batch in enumerate(batches):
-            self.policy.expect_backward(is_last=index == len(batches) - 1)
+        for batch in batches:
             result = self.policy(batch, joint_loss(objective, batch))
-            # FSDP2 averages gradients over ranks, but the denominators are already global.
-            (result.loss * self.world.size).backward()
+            self.policy.backward(result.loss, self.world, is_last=batch is batches[-1])
             if rows is not None:
                 rows.add(batch, result)
 

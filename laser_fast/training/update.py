@@ -1,10 +1,8 @@
 """The optimizer's update from accumulated gradients, the same in every kind of training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
-from laser_fast.config_errors import ConfigError
+from laser_fast.config import UpdateConfig
+from laser_fast.config_errors import needs_package
 from laser_fast.model.distributed import World
 from laser_fast.model.policy import Policy
-
-if TYPE_CHECKING:
-    from laser_fast.config import UpdateConfig
 
 # Earlier ones keep a DTensorSpec of every parameter and update (pytorch/pytorch#188174); with 2.13
 # no more are alive after 1,000 updates of 80 parameters than after 50.
@@ -41,12 +37,8 @@ def build_optimizer(policy: Policy, config: UpdateConfig) -> Optimizer:
 
 def import_adamw8bit() -> Callable[..., Optimizer]:
     """AdamW8bit of torchao; a ConfigError says what installs it."""
-    try:
+    with needs_package("torchao", "optim.state_bits = 8", extra="torchao"):
         from torchao.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "optim.state_bits = 8 needs torchao; pip install 'laser-fast[torchao]'"
-        ) from None
     return AdamW8bit
 
 

@@ -67,7 +67,7 @@ def test_broken_settings_are_named(folder):
 def test_a_finished_folder_is_left_alone(folder, make_record):
     folder.append("a", _records(make_record, ["p0"]))
     folder.report.write_text("{}")
-    with pytest.raises(ConfigError, match="finished evaluation; choose another --out"):
+    with pytest.raises(ConfigError, match="finished evaluation; choose another folder"):
         folder.prepare(SETTINGS, overwrite=False)
     (folder.path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds other files"):

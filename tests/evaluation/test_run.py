@@ -282,6 +282,13 @@ def test_lone_samples_need_both_numbers_or_keep_theirs(finished, tmp_path):
     with pytest.raises(ConfigError, match="give both --beta and --ref-logprob"):
         rescore_evaluation(path, tmp_path / "x", beta=0.3, report=FEW)
     lines = path.read_text().splitlines(keepends=True)
+    ended = next(i for i, line in enumerate(lines) if '"stop"' in line)
+    unscored = json.loads(lines[ended]) | {"score": None, "score_logprob": None}
+    others = [*lines[:ended], *lines[ended + 1 :]]
+    path.write_text("".join([*others, json.dumps(unscored) + "\n"]))
+    for field, numbers in (("score", {}), ("score_logprob", {"beta": 0.3, "ref_logprob": "auto"})):
+        with pytest.raises(ConfigError, match=f"lone/samples.jsonl: expected a {field} of all"):
+            rescore_evaluation(path, tmp_path / "x", report=FEW, **numbers)
     path.write_text("".join([*lines, lines[0]]))
     with pytest.raises(ConfigError, match="sample 0 of prompt sandbox-0 appears twice"):
         rescore_evaluation(path, tmp_path / "x", report=FEW)

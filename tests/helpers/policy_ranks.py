@@ -42,7 +42,7 @@ PROMPTS = [
 ]
 # On four ranks the last one gets two of these 14, the others four each.
 SEQUENCES = make_sequences(14, seed=5, group_size=3)  # groups that ranks and bins split
-LARGEST = max(sequence.num_tokens for sequence in SEQUENCES)
+LARGEST = max(len(s.prompt_ids + s.response_ids) for s in SEQUENCES)
 
 MODEL_CASES = {
     "qwen2-tied": ("qwen2", True),
@@ -230,7 +230,7 @@ def measure_checkpoint(config, world, run):
         "second": second,
         "loaded": loaded,
         "resumed": update(policy, world, optimizer),
-        "state": state,
+        "state": (state.step, state.ref_logprob),
     }
 
 

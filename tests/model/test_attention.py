@@ -9,6 +9,7 @@ from tiny_models import make_model
 
 from laser_fast.model.attention import (
     IMPLEMENTATIONS,
+    Form,
     PackedLayout,
     attention_kwargs,
     packed_flash,
@@ -62,7 +63,7 @@ def make_inputs(segments, key_value_heads):
 def check(kernel, segments, key_value_heads, **how):
     inputs = make_inputs(segments, key_value_heads)
     layout = PackedLayout(tuple(segments), CPU)
-    actual = kernel(*inputs, layout, 0.3, **how)
+    actual = kernel(*inputs, layout, Form(0.3, **how))
     expected = naive_attention(*inputs, segments, 0.3, **how)[None]
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn_like(expected)
@@ -87,7 +88,7 @@ def test_packed_attention_is_attention_within_sequences(lengths, key_value_heads
     check(packed_sdpa, [Segment(n) for n in lengths], key_value_heads)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 40])
+@pytest.mark.parametrize("window", [0, 1, 3, 6, 40])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", GROUPS)
 def test_completions_see_their_prompt_and_themselves(segments, softcap, window):
@@ -112,7 +113,7 @@ def fake_flash(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, wind
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", [*GROUPS, (Segment(4), Segment(2))])
 def test_flash_gets_the_keys_of_every_segment(segments, softcap, window, monkeypatch):
@@ -134,7 +135,7 @@ def test_varlen_gets_the_keys_of_every_segment(segments, monkeypatch):
 def test_what_a_kernel_cannot_do_is_refused():
     inputs, layout = make_inputs(GROUPS[0], 2), PackedLayout(GROUPS[0], CPU)
     with pytest.raises(ValueError, match='model.attention = "varlen" has no softcap'):
-        packed_varlen(*inputs, layout, softcap=2.0)
+        packed_varlen(*inputs, layout, Form(softcap=2.0))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.values())
@@ -148,11 +149,12 @@ def test_gradients_repeat_bit_for_bit_with_several_threads():
     segments = (Segment(264), *(Segment(60, 0, 204) for _ in range(7)))
     torch.manual_seed(0)
     inputs = [torch.randn(1, 4, 684, 64, requires_grad=True) for _ in range(3)]
+    layout = PackedLayout(segments, CPU)
     upstream = torch.randn(1, 684, 4, 64)
     torch.set_num_threads(2)
     try:
         runs = [
-            torch.autograd.grad(packed_sdpa(*inputs, PackedLayout(segments, CPU)), inputs, upstream)
+            torch.autograd.grad(packed_sdpa(*inputs, layout, Form()), inputs, upstream)
             for _ in range(12)
         ]
     finally:
@@ -169,7 +171,7 @@ def test_padding_stays_within_a_factor_of_two():
 
 def test_a_table_is_made_for_the_kernel_that_asks(monkeypatch):
     layout = PackedLayout(GROUPS[0], CPU)
-    packed_sdpa(*make_inputs(GROUPS[0], 2), layout)
+    packed_sdpa(*make_inputs(GROUPS[0], 2), layout, Form())
     assert "buckets" in vars(layout) and not {"keys", "varlen"} & vars(layout).keys()
     assert PackedLayout((Segment(3), Segment(2)), CPU).keys is None
 

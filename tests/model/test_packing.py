@@ -138,7 +138,7 @@ def test_rows_that_train_nothing_are_not_read():
     unread = replace(sequence, has_policy_rows=False)
     batch = make_packer().pack([unread, replace(unread, score_at=None)])
     assert len(batch.policy) == 0 and len(batch.score) == 1
-    assert batch.rows.tolist() == [sequence.num_tokens - 1]
+    assert batch.rows.tolist() == [len(sequence.prompt_ids + sequence.response_ids) - 1]
     assert not replace(unread, score_at=None).has_rows
 
 

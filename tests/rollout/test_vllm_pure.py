@@ -9,9 +9,10 @@ import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from laser_fast.config import ConfigError
+from laser_fast.config_errors import first_line
 from laser_fast.records import Sampling, SpecialTokens
 from laser_fast.rollout.score_request import Tempering, collect, parse_completion, score_request
-from laser_fast.rollout.vllm import account_for, check_version, checkpoint_names, first_line
+from laser_fast.rollout.vllm import account_for, check_version, checkpoint_names
 
 SCORE = 7
 TOKENS = SpecialTokens(score_token_id=SCORE, eos_token_ids=(2, 3), pad_token_id=2, vocab_size=10)

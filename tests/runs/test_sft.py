@@ -104,7 +104,7 @@ def test_a_resumed_phase_is_the_undisturbed_one_bit_for_bit(plain, tmp_path):
     shutil.copytree(plain, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:06d}")
     shutil.rmtree(copy / "model")
-    run(plain.parent / "sft.toml", f"output_dir={copy}", resume=True)
+    run(plain.parent / "sft.toml", f"output_dir={copy}", resume="auto")
     assert read_metrics(copy) == read_metrics(plain)
     assert all(torch.equal(load(copy / "model")[k], v) for k, v in load(plain / "model").items())
 
@@ -149,8 +149,9 @@ def test_a_phase_is_not_overwritten(plain, monkeypatch, capsys):
     path = plain.parent / "sft.toml"
     code, stderr = run_cli(monkeypatch, capsys, "sft", path)
     assert code == 2 and "is in use" in stderr
-    code, stderr = run_cli(monkeypatch, capsys, "sft", path, "--resume", "optim.lr=0.5")
-    assert code == 2 and "optim.lr was 0.003 and is now 0.5" in stderr
+    for option in ("--resume", "--resume=auto"):
+        code, stderr = run_cli(monkeypatch, capsys, "sft", path, option, "optim.lr=0.5")
+        assert code == 2 and "optim.lr was 0.003 and is now 0.5" in stderr
     assert len(read_lines(plain / "metrics.jsonl")) == STEPS
 
 

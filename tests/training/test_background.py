@@ -11,7 +11,12 @@ from laser_fast.config_errors import RunError
 from laser_fast.model.policy import build_policy
 from laser_fast.training import checkpoint
 from laser_fast.training.background import BackgroundWriter
-from laser_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from laser_fast.training.checkpoint import (
+    TrainerState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_it_holds_the_numbers_of_its_step_though_training_goes_on(
     policy = build_policy(ModelConfig(path=str(model_folders / "qwen2-tied")), world)
     optimizer = make_optimizer(policy)
     state = load_checkpoint(path, policy=policy, optimizer=optimizer)  # its sums are right, too
-    assert state == {"step": 1, "ref_logprob": -1.0}
+    assert state == TrainerState(step=1, ref_logprob=-1.0)
     loaded = full_parameters(policy)
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     found = [s["exp_avg"].full_tensor() for s in optimizer.state.values()]

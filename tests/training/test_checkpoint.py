@@ -20,6 +20,7 @@ from laser_fast.config_sft import SftConfig
 from laser_fast.model.policy import build_policy
 from laser_fast.training import checkpoint
 from laser_fast.training.checkpoint import (
+    TrainerState,
     check_digests,
     check_run_folder,
     latest_checkpoint,
@@ -59,7 +60,7 @@ def test_resumed_update_is_the_undisturbed_one(ranks, request):
     )
     assert_equal(found["loaded"], found["first"])
     assert_equal(found["resumed"], found["second"])
-    assert found["state"] == {"step": 1, "ref_logprob": -7.25}
+    assert found["state"] == (1, -7.25)
 
 
 def test_an_update_stays_fused_after_a_checkpoint_of_one_that_was_not(tmp_path, fresh, world):
@@ -85,7 +86,7 @@ def test_checkpoint_loads_on_another_world_size(
     found = request.getfixturevalue(ranks)["checkpoint"]
     policy, optimizer = fresh
     path = latest_checkpoint(ranks_folder / f"run-{saved_on}")
-    assert load_checkpoint(path, policy=policy, optimizer=optimizer)["step"] == 1
+    assert load_checkpoint(path, policy=policy, optimizer=optimizer).step == 1
     assert_equal(full_parameters(policy), found["first"])
     # AdamW's moments too: the next update is the same, up to the order of its sums.
     for name, got in update(policy, world, optimizer).items():
@@ -99,7 +100,7 @@ def test_a_checkpoint_is_whole_and_named_by_its_step(tmp_path, fresh, world):
     assert SftConfig.load(path / "config.toml").output_dir == str(tmp_path)
     state = {"step": 7, "ref_logprob": -11.5, "cap": {"policy_square": 0.25}}
     assert json.loads((path / "trainer.json").read_text()) == state
-    assert load_checkpoint(path, policy=fresh[0], optimizer=fresh[1]) == state
+    assert load_checkpoint(path, policy=fresh[0], optimizer=fresh[1]) == TrainerState(**state)
     assert [p.name for p in path.parent.iterdir()] == ["step-000007"]  # no temporary folder
 
 
@@ -245,6 +246,16 @@ def test_a_changed_state_is_found_before_it_is_read(tmp_path, fresh, world):
     for content in ("[]", "null", '{"step": 1, "digests": []}'):
         (path / "trainer.json").write_text(content)
         with pytest.raises(ConfigError, match="trainer.json is not as it was written"):
+            check_digests(path, {"data.train": "0"})
+    (path / "SHA256SUMS").unlink()  # as of an older version
+    for content, fault in (
+        ("[]", "Input should be"),
+        ("{}", "step: Field required"),
+        ('{"step": 1, "digests": []}', "digests: Input should be"),
+        ('{"step": 1, "cap": {"ratio": "x"}}', "cap: ratio: Input should be"),
+    ):
+        (path / "trainer.json").write_text(content)
+        with pytest.raises(ConfigError, match=f"step-000001 cannot be read: {fault}"):
             check_digests(path, {"data.train": "0"})
 
 

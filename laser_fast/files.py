@@ -1,0 +1,24 @@
+"""Files and folders that get their name when they are whole."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def partial_name(path: Path) -> Path:
+    """Where something lies, beside its place, until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file or a folder under, which then takes the place of `path`.
+
+    What fails within leaves there what was there.
+    """
+    partial = partial_name(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)  # a file stays until it is replaced
+    partial.replace(path)
