@@ -3,6 +3,7 @@
     python -m bench.sandbox_study --seeds 0 1 2 --json FILE [section.key=value ...]
     python -m bench.sandbox_study --config sandbox_hard --methods GRPO "LaSeR, last, floating" ...
     python -m bench.sandbox_study --tune 1e-4 2e-4 ...  with the learning rate of each method
+    python -m bench.sandbox_study --tune 1e-4 2e-4 --seeds           those trials alone
     python -m bench.sandbox_study --smoke               one step of everything
 
 Every run is `torchrun -m laser_fast train configs/quickstart.toml` with a seed of its own; the
@@ -247,6 +248,11 @@ def document(
     trials: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The study as Markdown; `trials` are what the learning rates were chosen from."""
+    title = f"# {facts.get('task', 'sandbox')} with "
+    head = [f"- {key}: {value}" for key, value in facts.items()]
+    if not records:
+        methods = dict.fromkeys(trial["method"] for trial in trials)
+        return "\n".join([title + "; ".join(methods), "", *head, *_tuning(trials)]) + "\n"
     summary = summarize(records)
     after = records[-1]["after"]
     seeds = sorted({record["seed"] for record in records})
@@ -254,11 +260,10 @@ def document(
         method: fmean(record["wall_seconds"] for record in records if record["method"] == method)
         for method in summary["after"]
     }
-    *others, last = seconds
     lines = [
-        f"# The sandbox task with {', '.join(others)} and {last}",
+        title + "; ".join(seconds),
         "",
-        *[f"- {key}: {value}" for key, value in facts.items()],
+        *head,
         f"- seeds: {', '.join(map(str, seeds))}",
         f"- seconds per run: {', '.join(f'{m} {value:.0f}' for m, value in seconds.items())}",
         "",
@@ -324,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="quickstart", help="file of configs/, without .toml")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT), choices=[*METHODS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--tune", type=float, nargs="+", metavar="RATE", default=[])
     parser.add_argument("--ranks", type=int, default=2, help="processes of one run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -344,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if BASELINE not in methods:
         parser.error(f"expected {BASELINE} among the methods, which the others are compared with")
     load_config(config, arguments.overrides)
-    facts = {"op": "sandbox_study"} | header(torch.device("cpu"))
+    facts = {"op": "sandbox_study", "task": load_config(config).model.path}
+    facts |= header(torch.device("cpu"))
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
             setting = Setting(Path(folder), config, SMOKE, num_ranks=1, warm_up_steps=1)

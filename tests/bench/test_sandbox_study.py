@@ -100,6 +100,9 @@ def test_rate_of_a_method_is_its_most_accurate_with_a_score(study):
     assert "| LaSeR | 0.0002 (chosen) | 0.920 | 0.750 | 0.500 | - |" in text
     assert "| LaSeR | 0.0003 | 0.950 | 0.740 | 0.500 | - |" in text
     assert "tried on seed" not in study.document({}, records)
+    alone = study.document({"task": "chains"}, [], trials)
+    assert alone.startswith("# chains with GRPO; LaSeR; LaSeR, last\n\n- task: chains\n")
+    assert alone.endswith(text[text.index("Learning rates, tried on") :])
 
 
 def test_every_method_is_tuned_and_runs_at_its_own_rate(study, tmp_path, monkeypatch, capsys):
