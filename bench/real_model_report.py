@@ -123,7 +123,11 @@ def samples_needed(stopping: Mapping[str, Mapping[str, Sequence[float]]]) -> dic
 
 
 def own_rows(study: Path, runs: Iterable[tuple[str, int]]) -> list[Row]:
-    """What finished runs measured themselves after training, and GRPO's before as the start's."""
+    """What finished runs measured themselves after training, and GRPO's before as the start's.
+
+    Without posterior votes, whose rule has changed since: a run keeps no held-out samples.
+    """
+    columns = [key for key in COLUMNS if not key.startswith("posterior")]
     rows = []
     for method, seed in runs:
         result = read_result(study / f"{method}_{seed}")
@@ -131,7 +135,8 @@ def own_rows(study: Path, runs: Iterable[tuple[str, int]]) -> list[Row]:
         if method == BASELINE:
             found[START] = result["before"]
         for name, report in found.items():
-            values = {key: report.get(key.removesuffix(f"@{K}")) for key in COLUMNS}
+            values = dict.fromkeys(COLUMNS)
+            values |= {key: report.get(key.removesuffix(f"@{K}")) for key in columns}
             rows.append(Row(name, seed, {key: number(value) for key, value in values.items()}))
     return rows
 
