@@ -120,7 +120,7 @@ def train_run(config: Config, *, resume: bool | Literal["auto"] = False) -> bool
 
 @app.command()
 def sft(
-    config: RunFile,
+    config: Annotated[Path, Argument(help="TOML file of the phase.")],
     overrides: Overrides = None,
     resume: Resume = False,
     print_config: PrintConfig = False,
