@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 ModelName = Annotated[str, Argument(help="Hugging Face id or folder.")]
-RunFile = Annotated[Path, Argument(help="TOML file of the run.")]
+RunFile = Annotated[Path, Argument(help="TOML file of the run; or a packaged one: quickstart.")]
 RunDir = Annotated[Path, Argument(help="Folder of a run.")]
 Overrides = Annotated[list[str] | None, Argument(help="section.key=value, over those of the file.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in output_dir.")]
@@ -44,7 +44,7 @@ PrintConfig = Annotated[bool, Option("--print-config", help="Only show it resolv
 Evaluations = Annotated[list[Path] | None, Option("--eval", help="Evaluation not below a run.")]
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
 Token = Annotated[str | None, Option(help="The score token.")]
-Beta = Annotated[float | None, Option(min=0, help="Scale of the score.")]
+Beta = Annotated[float | None, Option(min=1e-6, help="Scale of the score.")]
 RefLogprob = Annotated[str | None, Option(help="c_ref; auto: mean of this model's completions.")]
 EngineName = Annotated[str | None, Option("--engine", help="Sampler: hf (default) or vllm.")]
 Seed = Annotated[int | None, Option(min=0, help="Names every draw.")]
@@ -120,7 +120,7 @@ def train_run(config: Config, *, resume: bool | Literal["auto"] = False) -> bool
 
 @app.command()
 def sft(
-    config: RunFile,
+    config: Annotated[Path, Argument(help="TOML file of the phase.")],
     overrides: Overrides = None,
     resume: Resume = False,
     resume_auto: ResumeAuto = False,

@@ -75,6 +75,8 @@ class WordingConfig(Section):
     """Longer prompts are dropped and counted."""
 
     def _problems(self) -> Iterator[str]:
+        if self.template != "chat" and self.chat_template_kwargs:
+            yield 'data.chat_template_kwargs are read by data.template = "chat" only; remove them'
         if self.template != "chat" and "{prompt}" not in self.template:
             yield (
                 f"data.template = {self.template!r} has no place for the question; put {{prompt}} "
@@ -326,7 +328,7 @@ class Config(MeasureConfig):
     """One reproducible run."""
 
     output_dir: UserPath = Field(min_length=1)
-    """The run folder; must be new, or hold the run that `--resume` continues."""
+    """The run folder; must hold no run but the one that `--resume` continues."""
     data: DataConfig
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -371,10 +373,8 @@ class Config(MeasureConfig):
             yield "checkpoint.patience needs checkpoint.best and data.eval_every; set both"
         buffer, limit = reward.overlong_buffer, rollout.max_new_tokens
         if reward.overlong == "penalty" and not 0 < buffer <= limit:
-            yield (
-                'reward.overlong = "penalty" needs overlong_buffer from 1 to '
-                f"{rollout.max_new_tokens = }, got {buffer}"
-            )
+            needed = f"needs overlong_buffer from 1 to {rollout.max_new_tokens = }, got {buffer}"
+            yield f'reward.overlong = "penalty" {needed}'
         if optim.minibatches > data.prompts_per_step:
             yield f"{optim.minibatches = } exceeds {data.prompts_per_step = }; lower it"
 

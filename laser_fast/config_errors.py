@@ -135,7 +135,7 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     about = f" ({docs[path].split('. ')[0].rstrip('.')})"
     if is_missing:
         return f'"{path}" is missing; set it{about}'
-    expected = " or ".join(_expected(p) for p in problems if p["loc"][:depth] == location)
+    expected = " or ".join({_expected(p): p for p in problems if p["loc"][:depth] == location})
     return f'"{path}": expected {expected}, got {value!r:.60}{about}'
 
 
@@ -157,8 +157,8 @@ def _expected(problem: Mapping[str, Any]) -> str:
     """Pydantic's "Input should be ...", fit to follow the word expected."""
     if problem["type"] == "missing":
         return "one more value"
-    text = problem["msg"].removeprefix("Input should be ")
-    text = text.replace("a valid int", "an int").replace("valid ", "")
+    text = problem["msg"].removeprefix("Input should be ").removeprefix("String should have ")
+    text = text.replace("a valid int", "an int").replace("valid ", "").replace("tuple", "list")
     is_bound = problem["type"].startswith(("greater_than", "less_than"))
     return f"a number {text}" if is_bound else text[:1].lower() + text[1:]
 

@@ -85,7 +85,7 @@ def write_config(
     output.parent.mkdir(parents=True, exist_ok=True)  # fails before all that is measured
     is_gpu, num_ranks, memory_gb = devices
     draft = _Draft(typed)
-    draft.add("output_dir", f"runs/{output.stem}", "must be new when the run starts")
+    draft.add("output_dir", f"runs/{output.stem}", "must hold no run yet")
     path, _ = draft.add("model.path", model), draft.add("data.train", data)
     model_config = load_model_config(ModelConfig(path=path))
     token = draft.values["score"].get("token")

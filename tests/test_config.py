@@ -155,10 +155,12 @@ def test_missing_keys_and_sections():
             {"score__ref_logprob": "measure"},
             "\"score.ref_logprob\": expected a number or 'auto' or 'floating', got 'measure' (",
         ),
-        ({"optim__betas": 0.9}, '"optim.betas": expected a tuple, got 0.9 ('),
+        ({"optim__betas": 0.9}, '"optim.betas": expected a list, got 0.9 ('),
         ({"optim__betas": [0.9]}, '"optim.betas": expected one more value, got [0.9] ('),
         ({"optim__betas": [0.9, "x"]}, "\"optim.betas\": expected a number, got 'x' ("),
         ({"optim__betas": [0.9, 1.0]}, '"optim.betas": expected a number less than 1, got 1.0 ('),
+        ({"model__path": ""}, "\"model.path\": expected at least 1 character, got '' ("),
+        ({"data__train": {"a": "b"}}, '"data.train": expected a string or a number, got {'),
         ({"model": "m"}, "\"model\" is a section, got 'm'; set its keys instead, such as model.pa"),
         ({"score__token": ["x" * 90]}, '"score.token": expected a string, got [\'xxxxxxx'),
     ],
@@ -206,6 +208,10 @@ def test_every_section_is_strict():
         ),
         ({"data__eval_every": 5}, "data.eval_every = 5 has nothing to evaluate; name held-out"),
         ({"data__template": "Q:"}, "data.template = 'Q:' has no place for the question; put {pr"),
+        (
+            {"data__template": "Q: {prompt}", "data__chat_template_kwargs": {"thinking": False}},
+            'data.chat_template_kwargs are read by data.template = "chat" only; remove them',
+        ),
         (
             {"reward__overlong": "penalty"},
             'reward.overlong = "penalty" needs overlong_buffer from 1 to '

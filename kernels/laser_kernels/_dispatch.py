@@ -112,7 +112,7 @@ def _automatic(hidden_states: Tensor) -> str:
 def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
     interprets = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if not hidden_states.is_cuda and not interprets:
-        hint = ", or set TRITON_INTERPRET=1 before the first import to debug on a CPU"
+        hint = ", or set TRITON_INTERPRET=1 before the first import to debug float16 on a CPU"
         raise RuntimeError(
             f"{op}: impl={impl!r} needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "
             f"impl='chunked'{hint if impl == 'triton' else ''}"
@@ -122,6 +122,9 @@ def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
             f"{op}: impl={impl!r} expected hidden_states of dtype bfloat16 or float16, got "
             f"{hidden_states.dtype}; use impl='chunked', which takes float32"
         )
+    if not hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16:
+        fault = "Triton's interpreter multiplies bfloat16 wrongly (triton-lang/triton#11584)"
+        raise ValueError(f"{op}: {fault}; use float16 on a CPU, or impl='chunked'")
     if impl == "cuda":
         major, minor = torch.cuda.get_device_capability(hidden_states.device)
         if (major, minor) != (9, 0):
@@ -272,10 +275,9 @@ def _inverse_temperature(op: str, temperature: float | Tensor, hidden_states: Te
 
 def check_softcap(op: str, softcap: float | None) -> float:
     """Return the bound of the logits, 0.0 if there is none."""
-    if softcap is None:
-        return 0.0
-    _check_positive(op, "softcap", softcap)
-    return float(softcap)
+    if softcap is not None:
+        _check_positive(op, "softcap", softcap)
+    return float(softcap or 0)
 
 
 def check_temperature_values(inv_temperature: Tensor) -> None:
@@ -295,7 +297,7 @@ def check_score(op: str, token_id: int, weight: Tensor, beta: float, ref_logprob
             f"id that the tokenizer gives to the reserved token"
         )
     _check_positive(op, "beta", beta)
-    if not math.isfinite(ref_logprob):
+    if isinstance(ref_logprob, str) or not math.isfinite(ref_logprob):
         raise ValueError(f"{op}: expected a finite ref_logprob, got {ref_logprob}; measure it")
 
 
@@ -337,10 +339,8 @@ def _check_device(op: str, name: str, x: Tensor, hidden_states: Tensor) -> None:
 
 
 def _check_positive(op: str, name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(
-            f"{op}: expected {name} > 0 and finite, got {value}; use a positive number"
-        )
+    if isinstance(value, (str, type(None))) or not 0 < value < math.inf:
+        raise ValueError(f"{op}: expected {name} > 0 and finite, got {value!r}; use such a number")
 
 
 def _check_values(

@@ -211,8 +211,23 @@ def _loss_and_gradient(
         loss = _chunk_loss(leaf, rows, op, loss_fn)
     if not loss.requires_grad:
         return loss, torch.zeros_like(logprobs)
+    _refuse_other_gradients(op, loss, leaf)
     (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
     return loss.detach(), grad
+
+
+def _refuse_other_gradients(op: str, loss: Tensor, leaf: Tensor) -> None:
+    """Refuse a loss of other tensors that require a gradient: they would silently get none."""
+    nodes = [loss.grad_fn] if loss.grad_fn else []
+    seen = {*nodes}
+    while nodes:
+        node = nodes.pop()
+        if getattr(node, "variable", leaf) is not leaf:
+            fault = "expected a loss_fn of logprobs alone, got another tensor that needs a gradient"
+            raise ValueError(f"{op}: {fault}; detach it, or use linear_logprob")
+        found = {inner for inner, _ in node.next_functions if inner is not None} - seen
+        seen |= found
+        nodes += found
 
 
 def _chunk_loss(logprobs: Tensor, rows: slice, op: str, loss_fn: LossFn) -> Tensor:
@@ -275,7 +290,8 @@ def linear_logprob_loss(
         reduce_hidden_grad: as in `linear_logprob`.
 
     Raises:
-        ValueError: as in `linear_logprob`, or `loss_fn` does not return a scalar tensor.
+        ValueError: as in `linear_logprob`, or `loss_fn` returns no scalar tensor, or one that
+            depends on further tensors that require a gradient (not seen under torch.compile).
         RuntimeError: the named implementation cannot run here.
     """
     op = "linear_logprob_loss"

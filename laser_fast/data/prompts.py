@@ -328,7 +328,7 @@ def wording(config: WordingConfig, tokenizer: Tokenizer) -> Callable[[Question],
             if not isinstance(question, str):
                 raise ConfigError(
                     f"data.template = {config.template!r} words text, but {config.prompt_field} "
-                    'holds messages; set data.template = "chat"'
+                    'holds messages; set data.template = "chat", with a model that has a template'
                 )
             return config.template.replace("{prompt}", question + config.prompt_suffix)
 

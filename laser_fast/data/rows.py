@@ -80,8 +80,8 @@ def _open_files(name: str, paths: list[Path]) -> RowSource:
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[Row]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+        for number, line in enumerate(map(bytes.strip, file), start=1):
+            if not line:
                 continue
             place = f"{path}:{number}"
             with reading(f"{place}: not valid JSON"):

@@ -64,7 +64,7 @@ def score_pairs(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another file or --overwrite it")
     if not out.resolve().parent.is_dir():
-        raise ConfigError(f"{out}: no such folder")
+        raise ConfigError(f"{out.parent}: no such folder; make it, or name another file")
     ref_logprob = float(known_ref_logprob(config.score, may_measure=False))
     if source.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{source}: expected a .jsonl or .json file")

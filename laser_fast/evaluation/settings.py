@@ -148,7 +148,8 @@ def store_calibrated(
     """Add what benchmark `by` said of the scores that `score` made to a model's laser_fast.json."""
     known = read_score_settings(model)
     if not _is_same(known, score):
-        raise ConfigError(f"{model}: its {_SCORE_FILE} says {known}, these scores have {score}")
+        says = f"says {known}" if known else "is missing"
+        raise ConfigError(f"{model}: its {_SCORE_FILE} {says}, these scores have {score}")
     content = {"score": known, "calibrated": {**asdict(calibrated), "by": by}}
     replace_text(model / _SCORE_FILE, to_text(content))
 

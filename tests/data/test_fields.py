@@ -151,5 +151,5 @@ def test_what_is_no_question_is_named(tmp_path, tokenizer, row, message):
 
 
 def test_messages_need_a_chat_template(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match=r"prompt holds messages; set data\.template = \"chat\""):
+    with pytest.raises(ConfigError, match=r"prompt holds messages; set .*, with a model that has"):
         load(write(tmp_path / "rows.jsonl", [TRL]), tokenizer, template="{prompt}")

@@ -115,7 +115,11 @@ def test_the_identity_follows_the_content(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "a.jsonl:2: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"problem": "a", "answer": 1}\n{"problem"\n',
+            "a.jsonl:2: not valid JSON: .*line 1 column 11",
+        ),
         ("a.jsonl", '{"problem": "a", "answer": 1}\n[1]\n', "a.jsonl:2: expected an object"),
         (
             "a.jsonl",

@@ -270,6 +270,8 @@ def test_the_command_line_rescores_and_draws(finished, tmp_path, monkeypatch, ca
     for option in ("--rescore", "--reward"):
         code, shown = run("eval", "model", option, "x")
         assert code == 2 and f"No such option: {option}" in shown.err
+    code, shown = run("calibrate", "none", "--data", "none", "--beta", "0")
+    assert code == 2 and "Invalid value for '--beta'" in shown.err  # before anything is measured
     assert not (tmp_path / "x").exists()
 
 

@@ -165,5 +165,5 @@ def test_options_that_do_not_fit(build, sandbox_model, tmp_path):
         _score(build("data.template=chat"), tmp_path, [row])
     with pytest.raises(ConfigError, match="expected a .jsonl or .json file"):
         score_pairs(build(), tmp_path / "in.csv", tmp_path / "out.jsonl")
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="none: no such folder; make it"):
         score_pairs(build(), tmp_path / "in.jsonl", tmp_path / "none" / "out")

@@ -177,7 +177,7 @@ def test_how_a_score_is_read_stands_beside_it(tmp_path):
     found = Calibrated(threshold=0.6, base_rate=0.7, num_wrong=3.5)
     score = {"token": None, "position": "last", "beta": 0.15, "ref_logprob": -11.5}
     assert read_calibrated(tmp_path, score) is None
-    with pytest.raises(ConfigError, match="its laser_fast.json says {}, these scores have {'token"):
+    with pytest.raises(ConfigError, match="its laser_fast.json is missing, these scores have {'t"):
         store_calibrated(tmp_path, score, found, "train")
     own = ScoreConfig(token="<z>", position="last", beta=0.15, ref_logprob=-11.5)
     write_score_settings(tmp_path, own)

@@ -61,6 +61,8 @@ BAD_ROWS = {
     "negative softcap": (dict(softcap=-30), r"softcap > 0.* got -30"),
     "infinite softcap": (dict(softcap=float("inf")), r"softcap > 0 and finite, got inf"),
     "softcap that is no number": (dict(softcap=float("nan")), r"softcap > 0.* got nan"),
+    "softcap as text": (dict(softcap="30"), r"softcap > 0 and finite, got '30'"),
+    "temperature as text": (dict(temperature="1"), r"temperature > 0 and finite, got '1'"),
     "unknown impl": (dict(impl="fast"), r"impl to be one of .*'chunked'.* got 'fast'"),
 }
 
@@ -89,6 +91,7 @@ BAD_SCORES = {
     "token id tensor": (dict(token_id=torch.tensor(1)), r"token_id as an int"),
     "beta": (dict(beta=-0.1), r"beta > 0.* got -0.1"),
     "ref_logprob": (dict(ref_logprob=float("nan")), r"finite ref_logprob, got nan"),
+    "ref_logprob as text": (dict(ref_logprob="auto"), r"finite ref_logprob, got auto"),
     "softcap of a score": (dict(softcap=-1.0), r"softcap > 0.* got -1.0"),
     "number of rewards": (dict(rewards=torch.ones(N + 1)), r"rewards \[N\] with N=4"),
     "rewards as a list": (dict(rewards=[1.0] * N), r"rewards as a tensor \[N\], got list"),
@@ -113,6 +116,15 @@ def test_a_loss_must_be_a_scalar_tensor(result):
         linear_logprob_loss(**head, loss_fn=lambda logprobs, rows: result)
 
 
+def test_a_loss_may_not_train_what_gets_no_gradient_there():
+    head = {**HEAD, "hidden_states": HEAD["hidden_states"].clone().requires_grad_()}
+    own = torch.ones(N, requires_grad=True)
+    for tensor in (own, own * 2):
+        with pytest.raises(ValueError, match="a loss_fn of logprobs alone, got another tensor"):
+            linear_logprob_loss(**head, loss_fn=lambda p, rows, x=tensor: (p.exp() * x[rows]).sum())
+    linear_logprob_loss(**head, loss_fn=lambda p, rows: (p * p * own.detach()[rows]).sum())
+
+
 def test_reference_takes_float64():
     head = {**HEAD, "hidden_states": HEAD["hidden_states"].double()}
     head["weight"] = HEAD["weight"].double()
@@ -135,6 +147,13 @@ def test_triton_refuses_float32(device):
     head = {name: x.to(device) for name, x in HEAD.items()}
     with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch.float32; .*chunked"):
         linear_logprob(**head, impl="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
+def test_the_interpreter_refuses_bfloat16():
+    head = {**HEAD, "hidden_states": HEAD["hidden_states"].bfloat16()}
+    with pytest.raises(ValueError, match=r"triton#11584\); use float16 on a CPU, or impl='chunk"):
+        linear_logprob(**head | {"weight": HEAD["weight"].bfloat16()}, impl="triton")
 
 
 def test_triton_without_a_gpu_says_so():
