@@ -41,20 +41,21 @@ from laser_fast.log.run_folder import RunFolder
 from laser_fast.sandbox.model import STEPS, make_sandbox_model
 
 CONFIGS = ROOT / "configs"
-_FLOATING, _LAST = ("score.ref_logprob=floating",), ("score.position=last",)
+_EOS, _LAST = ("score.position=eos",), ("score.position=last",)
+_CONSTANT, _FLOATING = ("score.ref_logprob=auto",), ("score.ref_logprob=floating",)
 METHODS = {
-    "LaSeR": (),
-    "LaSeR without mixing": ("advantage.score_coef=0.0",),
-    "LaSeR, floating": _FLOATING,
-    "LaSeR, last": _LAST,
-    "LaSeR, last, floating": (*_LAST, *_FLOATING),
-    "LaSeR, half": (*_FLOATING, "score.max_grad_ratio=0.5"),
+    "LaSeR": (*_EOS, *_CONSTANT),  # as in the paper
+    "LaSeR without mixing": (*_EOS, *_CONSTANT, "advantage.score_coef=0.0"),
+    "LaSeR, floating": (*_EOS, *_FLOATING),
+    "LaSeR, last": (*_LAST, *_CONSTANT),
+    "LaSeR, last, floating": (*_LAST, *_FLOATING),  # as in the configurations
+    "LaSeR, half": (*_EOS, *_FLOATING, "score.max_grad_ratio=0.5"),
     "LaSeR, late": (*_LAST, *_FLOATING, "score.warmup_steps=40"),
     "LaSeR, policy-moment": (*_LAST, *_FLOATING),
     "LaSeR, two-moment": (*_LAST, *_FLOATING),
     "LaSeR, projected": (*_LAST, *_FLOATING),
     "LaSeR, centred": (*_LAST, *_FLOATING),
-    "GRPO": ("score.loss_coef=0.0", "advantage.score_coef=0.0"),
+    "GRPO": (*_EOS, *_CONSTANT, "score.loss_coef=0.0", "advantage.score_coef=0.0"),
 }
 BASELINE = "GRPO"
 DEFAULT = ("LaSeR", "LaSeR without mixing", BASELINE)

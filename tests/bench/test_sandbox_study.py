@@ -46,7 +46,8 @@ def _records(study, accuracies):
 def test_methods_are_valid_configurations(study):
     file = study.CONFIGS / "quickstart.toml"
     configs = {method: load_config(file, overrides) for method, overrides in study.METHODS.items()}
-    assert configs["LaSeR"] == load_config(file)
+    assert configs["LaSeR, last, floating"] == load_config(file)
+    assert (configs["LaSeR"].score.position, configs["LaSeR"].score.ref_logprob) == ("eos", "auto")
     assert configs["LaSeR without mixing"].score.loss_coef > 0
     assert configs["LaSeR without mixing"].advantage.score_coef == 0
     grpo = configs["GRPO"]
