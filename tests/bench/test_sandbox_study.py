@@ -147,7 +147,8 @@ def test_finished_run_is_not_repeated(study, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run was started again")
 
-    file, overrides = study.CONFIGS / "quickstart.toml", [f"output_dir={tmp_path}", "seed=3"]
+    file = study.CONFIGS / "quickstart.toml"
+    overrides = [*study.METHODS["LaSeR"], f"output_dir={tmp_path}", "seed=3"]
     made = [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "eval")]  # by the run
     (tmp_path / "config.toml").write_text(dump_config(load_config(file, [*overrides, *made])))
     (tmp_path / "summary.json").write_text('{"wall_seconds": 5.0}')
