@@ -156,6 +156,8 @@ def train_all(setting: Setting, trials: Sequence[Trial]) -> list[dict[str, Any]]
         ), flush=True)  # fmt: skip
         return result
 
+    if setting.num_jobs == 1:
+        return [record(trial) for trial in trials]
     with ThreadPoolExecutor(setting.num_jobs) as jobs:
         return list(jobs.map(record, trials))
 

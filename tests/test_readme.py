@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 # strictly, refuses broken models and data, and survives faults took 1,300 lines; LoRA, the families
 # of models, messages and nested fields took 650; mixes of data sets and rewards, exports, saving in
 # the background, the curriculum, what saves memory, and `init` take 1,250.
-CORE_LINES, BESIDE_LINES, KERNEL_LINES = 13_980, 2_550, 2_800
+CORE_LINES, BESIDE_LINES, KERNEL_LINES = 14_000, 2_550, 2_800
 BESIDE = ("report", "plan", "sandbox", "integrations", "minimal")
 SUFFIXES = {"csrc": (".cu", ".cuh")}
 MOST_FILES_OF_A_STEP = 26

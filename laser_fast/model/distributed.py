@@ -1,5 +1,7 @@
 """The process group of a run: one rank per device under torchrun, or a single process."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket
@@ -13,16 +15,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laser_fast.config import ConfigError, MeasureConfig
-from laser_fast.config_errors import REPORTED, RunError, first_line, reading
-from laser_fast.config_sft import SftConfig
+from laser_fast.config_errors import REPORTED, ConfigError, RunError, first_line, reading
 from laser_fast.stopping import POLL_S, StopRun, listening
+
+if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+    from laser_fast.config import MeasureConfig
+    from laser_fast.config_sft import SftConfig
 
 Item = TypeVar("Item")
 

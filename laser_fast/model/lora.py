@@ -6,18 +6,22 @@ W is kept in the compute dtype, or in 4 bits; A and B are float32 masters. Whoev
 engine or a Hugging Face folder, is given W + alpha / r B A under W's own name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laser_fast.config import ConfigError, ModelConfig
-from laser_fast.config_errors import needs_package
+from laser_fast.config_errors import ConfigError, needs_package
 from laser_fast.model.distributed import World
 from laser_fast.model.nf4 import Nf4Linear, quantize_blocks
+
+if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+    from laser_fast.config import ModelConfig
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
 

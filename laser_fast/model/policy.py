@@ -5,10 +5,12 @@ unsharded `lm_head.weight` to a head function, all inside the FSDP2 root group: 
 need no special case, and [tokens, vocabulary] logits never exist.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from laser_fast.config import ConfigError, MeasureConfig, ModelConfig
-from laser_fast.config_errors import needs_package, reading
+from laser_fast.config_errors import ConfigError, needs_package, reading
 from laser_fast.model.attention import IMPLEMENTATIONS, attention_kwargs
 from laser_fast.model.distributed import World
 from laser_fast.model.families import (
@@ -45,6 +46,9 @@ from laser_fast.model.vocabulary import Vocabulary, load_vocabulary
 from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_kernels import linear_logprob
+
+if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+    from laser_fast.config import MeasureConfig, ModelConfig
 
 Output = TypeVar("Output")
 Head = Callable[[Tensor, LmHead], Output]  # (hidden_states [N, D], its head) -> outputs

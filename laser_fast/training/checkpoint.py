@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import TypeAdapter
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from laser_fast import needs_train
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_errors import RunError, first_line
 from laser_fast.files import partial_name
@@ -45,6 +45,9 @@ from laser_fast.model.distributed import World, check_shared, check_world
 from laser_fast.model.policy import Policy
 from laser_fast.training.background import BackgroundWriter
 from laser_fast.training.best import standing
+
+with needs_train():
+    from pydantic import TypeAdapter
 
 # Everything that a `.metadata` of torch 2.11 to 2.13 is made of, dtypes apart.
 _METADATA = {

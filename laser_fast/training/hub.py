@@ -4,7 +4,10 @@ import logging
 import re
 from pathlib import Path
 
-import huggingface_hub
+from laser_fast import needs_train
+
+with needs_train():
+    import huggingface_hub
 
 from laser_fast.config import ConfigError
 

@@ -55,7 +55,9 @@ def dtype(request, monkeypatch):
     if request.param == torch.float64:  # which only the specification of the kernels takes
         for name in ("linear_logprob", "linear_logprob_entropy", "linear_logprob_loss"):
             monkeypatch.setattr(objective, name, getattr(reference, name))
-        monkeypatch.setattr("laser_fast.model.logprobs.linear_logprob", reference.linear_logprob)
+        for module in ("logprobs", "policy"):
+            name = f"laser_fast.model.{module}.linear_logprob"
+            monkeypatch.setattr(name, reference.linear_logprob)
     return request.param
 
 
