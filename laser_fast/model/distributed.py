@@ -24,7 +24,7 @@ from torch import Tensor
 from laser_fast.config_errors import REPORTED, ConfigError, RunError, first_line, reading
 from laser_fast.stopping import POLL_S, StopRun, listening
 
-if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+if TYPE_CHECKING:  # ranks are made where pydantic is not installed
     from laser_fast.config import MeasureConfig
     from laser_fast.config_sft import SftConfig
 

@@ -20,7 +20,7 @@ from laser_fast.config_errors import ConfigError, needs_package
 from laser_fast.model.distributed import World
 from laser_fast.model.nf4 import Nf4Linear, quantize_blocks
 
-if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+if TYPE_CHECKING:  # of the policy, which needs no pydantic
     from laser_fast.config import ModelConfig
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"

@@ -47,7 +47,7 @@ from laser_fast.model.weights import load_weights
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_kernels import linear_logprob
 
-if TYPE_CHECKING:  # the step is measured where pydantic is not installed
+if TYPE_CHECKING:  # it trains where pydantic is not installed
     from laser_fast.config import MeasureConfig, ModelConfig
 
 Output = TypeVar("Output")

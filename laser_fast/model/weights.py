@@ -4,18 +4,22 @@ transformers logs what a checkpoint lacks, fills it with random numbers and goes
 it does not know, such as the scales of quantized weights.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from laser_fast.config import ConfigError, ModelConfig
-from laser_fast.config_errors import reading
+from laser_fast.config_errors import ConfigError, reading
+
+if TYPE_CHECKING:  # models are read where pydantic is not installed
+    from laser_fast.config import ModelConfig
 
 _POINTER = b"version https://git-lfs"
 # As safetensors and torch name them; the loader casts any other, such as int8, without its scale.

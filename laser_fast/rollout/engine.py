@@ -5,18 +5,22 @@ the device memory back to training). Engines take token ids and return token ids
 passes through them.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from laser_fast.config import MeasureConfig
 from laser_fast.config_errors import RunError
 from laser_fast.model.policy import Policy
 from laser_fast.records import Completion, Group, Prompt, Sampling, SpecialTokens
+
+if TYPE_CHECKING:  # models are sampled where pydantic is not installed
+    from laser_fast.config import MeasureConfig
 
 Logprobs = Sequence[Sequence[float]]  # by completion, then by token
 
