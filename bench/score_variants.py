@@ -39,16 +39,16 @@ CENTRED_SHARE = 0.5
 
 
 class SplitAdamW(AdamW):
-    """AdamW whose second moment follows `second_moment_grads`, set before each step."""
+    """AdamW whose second moment follows the first of `grads_apart`, pairs set before each step."""
 
-    second_moment_grads: Sequence[Tensor | None]
+    grads_apart: Sequence[tuple[Tensor, Tensor]]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One update of all parameters that have a gradient."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
-        for parameter, grad in zip(group["params"], self.second_moment_grads, strict=True):
+        for parameter, (grad, _) in zip(group["params"], self.grads_apart, strict=True):
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros(())
@@ -134,21 +134,11 @@ class ApartTrainer(Trainer):
         """Leave the joint gradient in the parameters, which hold the score term's."""
 
 
-class PolicyMoment(ApartTrainer):
-    """Adam divides by the size of the policy term's gradient."""
+class Summed(ApartTrainer):
+    """The optimizer is given both gradients, and scales them as it likes."""
 
     def join(self, parameters: Sequence[Tensor], policy_grads: Sequence[Tensor]) -> None:
-        """Add both, and give the optimizer the policy term's for its second moment."""
-        self.optimizer.second_moment_grads = policy_grads
-        for parameter, grad in zip(parameters, policy_grads, strict=True):
-            parameter.grad.add_(grad)
-
-
-class TwoMoment(ApartTrainer):
-    """Each term is scaled by the size of its own gradient."""
-
-    def join(self, parameters: Sequence[Tensor], policy_grads: Sequence[Tensor]) -> None:
-        """Give the optimizer both; the sum is what norms are measured of."""
+        """Leave the sum, which norms are measured of."""
         self.optimizer.grads_apart = [
             (policy, parameter.grad.clone())
             for parameter, policy in zip(parameters, policy_grads, strict=True)
@@ -204,8 +194,8 @@ def _number(value: Tensor) -> float:
 
 
 VARIANTS = {
-    "policy-moment": PolicyMoment,
-    "two-moment": TwoMoment,
+    "policy-moment": Summed,
+    "two-moment": Summed,
     "projected": Projected,
     "centred": Centred,
 }
