@@ -89,7 +89,7 @@ class Trainer:
             loss=config.loss, score=score, score_coef=self.cap.coef() if score_step >= 0 else 0.0
         )
         measures = objective.score_coef > 0 and self.cap.is_due(score_step)
-        measures = measures and bool(tables.is_graded.any())
+        measures = measures and bool(tables.has_score_target.any())
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         rows = RowMetrics(config.loss, self.world.device)
