@@ -110,11 +110,7 @@ class Trainer:
             with self.stage.only("step"):
                 if tables.is_graded[number % per_pass :: per_pass].any():
                     grad_norms[number] = apply_gradients(
-                        self.policy,
-                        self.optimizer,
-                        self.world,
-                        lr=lr,
-                        max_norm=config.optim.max_grad_norm,
+                        self.policy, self.optimizer, self.world, config.optim, lr=lr
                     )
                 else:  # not even weight decay or momentum moves
                     self.optimizer.zero_grad(set_to_none=True)
