@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# What samplers take and this does not, each with the reason.
+# What is known elsewhere and not here, each with the reason.
 _WHOLE = "training samples the whole distribution, whose log-probs its ratios are made of"
 _REFUSED = {
     **{f"rollout.{key}": f"{_WHOLE}; rollout.eval_{key} is for evaluations"
@@ -24,6 +24,8 @@ _REFUSED = {
     **dict.fromkeys(("rollout.repetition_penalty", "rollout.frequency_penalty"), _WHOLE),
     **dict.fromkeys(("rollout.stop", "rollout.stop_strings"),
                     "a completion ends with an EOS id of the model, where its score is read"),
+    **dict.fromkeys(("data.rows_per_step", "data.max_response_tokens"),
+                    "it is of a supervised phase, which is what `laser-fast sft` runs"),
 }  # fmt: skip
 
 REPORTED = "reported by its rank"  # a note on an error that needs no further words
@@ -121,7 +123,7 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     location, value = first["loc"][:depth], first["input"]
     path = ".".join(map(str, location))
     is_missing = first["type"] == "missing" and first["loc"] == location
-    if reason := _REFUSED.get(path):
+    if path not in docs and (reason := _REFUSED.get(path)):
         return f'"{path}" is refused: {reason}; remove it'
     if first["type"] == "extra_forbidden":
         return _unknown(path, value, docs)

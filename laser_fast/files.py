@@ -15,10 +15,14 @@ def partial_name(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write a file or a folder under, which then takes the place of `path`.
 
-    What fails within leaves there what was there.
+    What fails within leaves there what was there. A crash between the two renamings of a folder
+    leaves both whole, the old one as `.NAME.old`.
     """
-    partial = partial_name(path)
+    partial, old = partial_name(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     yield partial
-    shutil.rmtree(path, ignore_errors=True)  # a file stays until it is replaced
+    if path.is_dir():  # a file is replaced at once
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
     partial.replace(path)
+    shutil.rmtree(old, ignore_errors=True)

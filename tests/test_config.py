@@ -95,6 +95,11 @@ def test_frozen():
             {"rollout__top_p": 0.9},
             '"rollout.top_p" is refused: training samples the whole distribution, whose log-probs',
         ),
+        (
+            {"data__rows_per_step": 16},
+            '"data.rows_per_step" is refused: it is of a supervised phase, which is what '
+            "`laser-fast sft` runs; remove it",
+        ),
         # No name is near: those that there are.
         (
             {"checkpoint__qqq": 1},

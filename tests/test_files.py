@@ -28,3 +28,22 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
             (partial / name).touch()
     assert [p.name for p in path.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_crash_between_two_folders_loses_neither(tmp_path, monkeypatch):
+    path, old = tmp_path / "model", tmp_path / ".model.old"
+    for folder in (path, old):
+        folder.mkdir()
+        (folder / folder.name).touch()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), replacing(path) as new:
+        new.mkdir()
+        patch.setattr(type(path), "replace", crash)
+    assert new.is_dir() and [p.name for p in old.iterdir()] == ["model"]
+    with replacing(path) as new:
+        new.mkdir()
+        assert old.is_dir()  # all that there is
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and not [*path.iterdir()]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from laser_fast.algorithm.score import is_correct
 from laser_fast.config import DataConfig
@@ -18,12 +19,19 @@ from laser_fast.data.prompts import PromptSource
 from laser_fast.records import Group, Prompt
 
 
+class Progress(TypedDict):
+    """What a checkpoint holds."""
+
+    places: tuple[int, int]
+    outside: list[str]
+
+
 class Curriculum:
     """Takes the prompts of each step from a source; `state` is JSON and changes with `commit`."""
 
     def __init__(self, source: PromptSource | PromptMix, config: DataConfig) -> None:
         self._source, self._size, self._range = source, config.prompts_per_step, config.pass_rate
-        self.state: dict[str, Any] = {"places": [0, 0], "outside": []}
+        self.state: Progress = {"places": (0, 0), "outside": []}
 
     def take(self, attempt: int) -> list[Prompt]:
         """The prompts of a step, over all ranks, or of a round of its resampling."""
@@ -52,7 +60,8 @@ class Curriculum:
 
     def commit(self) -> None:
         """End a step."""
-        self.state = {"places": self._places, "outside": sorted(self._outside)}
+        first, spare = self._places
+        self.state = {"places": (first, spare), "outside": sorted(self._outside)}
 
 
 def _row(prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,14 @@ def load_vocabulary(
 
     Without a `score_token` the first of `reserved_tokens` stands in, for those who sample before
     they choose one. A ConfigError says that there is no tokenizer or EOS, or that the score token
-    cannot serve.
+    cannot serve; of an ordinary token, which is never sampled then, it warns.
     """
     tokenizer = load_tokenizer(path)
     vocab_size = _vocab_size(tokenizer, model_config)
     eos_token_ids = find_eos_token_ids(path, tokenizer, model_config)
+    reserved = reserved_tokens(tokenizer, eos_token_ids, num_rows=model_config.vocab_size)
+    suggestion = f", such as {' '.join([*reserved][:4])}" if reserved else ""
     if score_token is None:
-        reserved = reserved_tokens(tokenizer, eos_token_ids, num_rows=model_config.vocab_size)
         if not reserved:
             raise ConfigError(
                 f'score.token: the tokenizer of "{path}" has no reserved token; name one that '
@@ -61,10 +63,7 @@ def load_vocabulary(
         score_token = next(iter(reserved))
     score_token_id, problem = tokenizer.get_vocab().get(score_token), ""
     if score_token_id is None:
-        problem = (
-            f'is not in the tokenizer of "{path}"; choose a special token that ordinary text '
-            "never contains"
-        )
+        problem = f'is not in the tokenizer of "{path}"; choose a special token of it'
     elif score_token_id in eos_token_ids:
         problem = f'ends completions of "{path}"; choose another special token'
     elif score_token_id >= model_config.vocab_size:
@@ -73,9 +72,14 @@ def load_vocabulary(
             "head; resize the embeddings or choose another token"
         )
     if score_token_id is None or problem:
-        free = list(reserved_tokens(tokenizer, eos_token_ids, num_rows=len(tokenizer)))[:4]
-        suggestion = f", such as {' '.join(free)}" if free else ""
         raise ConfigError(f'score.token: "{score_token}" {problem}{suggestion}')
+    added = tokenizer.added_tokens_decoder.get(score_token_id)
+    if not (added and added.special) and not _UNUSED.search(score_token):
+        warnings.warn(
+            f'score.token: "{score_token}" is an ordinary token, and no completion can contain it '
+            f"now; unless no text needs it, choose a special one{suggestion}",
+            stacklevel=2,
+        )
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= model_config.vocab_size:
         raise ConfigError(

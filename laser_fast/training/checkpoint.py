@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from laser_fast import needs_train
 from laser_fast.config import Config, ConfigError, dump_config
 from laser_fast.config_errors import RunError, first_line
+from laser_fast.data.curriculum import Progress
 from laser_fast.files import partial_name
 from laser_fast.log.run_folder import AnyConfig, RunFolder, check_resume, open_run_folder, steps_in
 from laser_fast.model.distributed import World, check_shared, check_world
@@ -73,7 +74,7 @@ class TrainerState:
     digests: dict[str, str] = field(default_factory=dict)
     bad_steps: int = 0
     must_evaluate: bool = False
-    curriculum: dict[str, list[Any]] | None = None
+    curriculum: Progress | None = None
 
 
 def list_checkpoints(run: Path) -> list[Path]:

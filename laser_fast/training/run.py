@@ -94,8 +94,7 @@ def train(
             return False
         log = Log()
         if world.is_main:
-            resume_step = first_step if resume else None
-            log = RunLog(folder, config, resume_step=resume_step)
+            log = RunLog(folder, config, resume_step=first_step if resume else None)
             stack.callback(on_end, folder)
         stack.enter_context(log)
         completed, checkpoints, exports = first_step, config.checkpoint, Exports()
@@ -207,12 +206,9 @@ def _build_trainer(
         if sampler.curriculum and state.curriculum:
             sampler.curriculum.state = state.curriculum
         logger.info("resumed from %s", checkpoint)
+    score = _settle_score(sampler, state.ref_logprob)
     trainer = Trainer(
-        sampler=sampler,
-        reference=reference,
-        optimizer=optimizer,
-        score=_settle_score(sampler, state.ref_logprob),
-        cap=cap,
+        sampler=sampler, reference=reference, optimizer=optimizer, score=score, cap=cap
     )
     trainer.bad_steps.count = state.bad_steps
     return trainer, state.step, state.step == 0 or state.must_evaluate

@@ -210,16 +210,12 @@ class Sampler:
         return mean_ref_logprob(self.world.gather(logprobs))
 
     def _prompts(self, step: int, attempt: int = 0) -> list[Prompt]:
+        world, rounds = self.world, self.config.rollout.resample_rounds
         if self.curriculum:
-            share = self.config.data.prompts_per_step // self.world.size
-            return self.curriculum.take(attempt)[self.world.rank * share :][:share]
-        return self.prompts.prompts(
-            step,
-            attempt=attempt,
-            rounds=self.config.rollout.resample_rounds,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
+            share = self.config.data.prompts_per_step // world.size
+            return self.curriculum.take(attempt)[world.rank * share :][:share]
+        own = {"rank": world.rank, "world_size": world.size}
+        return self.prompts.prompts(step, attempt=attempt, rounds=rounds, **own)
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
         config = self.config

@@ -7,10 +7,10 @@ seven times the policy gradient, at the cost of accuracy, and ends at about twic
 
     alpha_t = alpha * min(1, max_ratio * |g_policy| / |g_score|)
 
-with the norms over all parameters and g_score at the full alpha. Every MEASURE_EVERY steps the two
-gradients are formed apart, in two backward passes; in between the last ratio holds. (Norms of the
-hidden-state gradients, which are free, do not do: on the sandbox their ratio is 0.7 times that of
-the parameters at first and 5 times at step 60, so such a cap tightens where it should loosen.)
+with the norms over all parameters and g_score at the full alpha. Every MEASURE_EVERY steps, and in
+each until there is a ratio, the two gradients are formed apart, in two backward passes; in between
+the last ratio holds. (Norms of the hidden-state gradients, which are free, do not do: on the
+sandbox their ratio is 0.7 times that of the parameters at first and 5 times at step 60.)
 """
 
 import math
@@ -56,15 +56,16 @@ class GradientCap:
 
     def is_due(self, score_step: int) -> bool:
         """Whether to measure in this step, counted from the first one with a score term."""
-        return self.max_ratio > 0 and self.loss_coef > 0 and score_step % MEASURE_EVERY == 0
+        is_time = self.ratio is None or score_step % MEASURE_EVERY == 0
+        return self.max_ratio > 0 and self.loss_coef > 0 and is_time
 
     def measure(self, *, policy_norm: float, score_norm: float) -> None:
         """Take a measurement; `score_norm` is at the full alpha.
 
-        Without any policy gradient, or a finite one, there is nothing to compare with, and the last
+        Where either gradient is 0, or no finite number, there is nothing to compare, and the last
         ratio stays.
         """
-        if policy_norm == 0 or not math.isfinite(policy_norm + score_norm):
+        if 0 in (policy_norm, score_norm) or not math.isfinite(policy_norm + score_norm):
             return
         ratio = score_norm / policy_norm
         self.ratio = ratio if self.ratio is None else DECAY * self.ratio + (1 - DECAY) * ratio

@@ -162,13 +162,9 @@ class SftTrainer:
                 self.policy.backward(part + balance, self.world, is_last=batch is batches[-1])
                 losses += torch.stack([part, balance.to(part)]).detach()
         with self.stage.only("step"):
-            metrics["step/lr"] = learning_rate(step, self.config.optim)
+            metrics["step/lr"] = lr = learning_rate(step, self.config.optim)
             norm = apply_gradients(
-                self.policy,
-                self.optimizer,
-                self.world,
-                lr=metrics["step/lr"],
-                max_norm=self.config.optim.max_grad_norm,
+                self.policy, self.optimizer, self.world, self.config.optim, lr=lr
             )
         if math.isnan(norm):
             raise RunError(

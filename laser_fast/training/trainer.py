@@ -89,7 +89,7 @@ class Trainer:
             loss=config.loss, score=score, score_coef=self.cap.coef() if score_step >= 0 else 0.0
         )
         measures = objective.score_coef > 0 and self.cap.is_due(score_step)
-        measures = measures and bool(tables.is_graded.any())
+        measures = measures and bool(tables.has_score_target.any())
         norms: dict[str, float] = {}
         lr = learning_rate(step, config.optim)
         rows = RowMetrics(config.loss, self.world.device)
@@ -110,11 +110,7 @@ class Trainer:
             with self.stage.only("step"):
                 if tables.is_graded[number % per_pass :: per_pass].any():
                     grad_norms[number] = apply_gradients(
-                        self.policy,
-                        self.optimizer,
-                        self.world,
-                        lr=lr,
-                        max_norm=config.optim.max_grad_norm,
+                        self.policy, self.optimizer, self.world, config.optim, lr=lr
                     )
                 else:  # not even weight decay or momentum moves
                     self.optimizer.zero_grad(set_to_none=True)

@@ -50,7 +50,7 @@ def gradient_norm(policy: Policy) -> float:
 
 
 def apply_gradients(
-    policy: Policy, optimizer: Optimizer, world: World, *, lr: float, max_norm: float
+    policy: Policy, optimizer: Optimizer, world: World, config: UpdateConfig, *, lr: float
 ) -> float:
     """Clip the accumulated gradients, apply and clear them; returns their norm before clipping.
 
@@ -60,7 +60,7 @@ def apply_gradients(
     if world.max(int(not math.isfinite(norm))):
         norm = math.nan
     else:
-        clip_grads_with_norm_(policy.parameters(), max_norm, torch.tensor(norm))
+        clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, torch.tensor(norm))
         for parameters in optimizer.param_groups:
             if isinstance(parameters["lr"], Tensor):  # of torchao, whose update is compiled
                 parameters["lr"].fill_(lr)

@@ -58,7 +58,7 @@ def step(curriculum, rates, *attempts):
 def test_a_prompt_outside_is_left_out_of_its_next_epoch_only():
     curriculum, rates = make(), {"1": 1.0, "3": 0.0, "0": 0.25, "2": 0.75}
     assert step(curriculum, rates) == ["0@0", "1@0", "2@0"]
-    assert curriculum.state == {"places": [3, 0], "outside": ["train-1"]}
+    assert curriculum.state == {"places": (3, 0), "outside": ["train-1"]}
     assert step(curriculum, rates) == ["3@0", "4@0", "2@1"]  # 1@1 is passed over
     assert step(curriculum, rates) == ["4@1", "0@1", "2@2"]  # and 3@1
     assert step(curriculum, rates) == ["3@2", "4@2", "0@2"]
@@ -84,7 +84,7 @@ def test_resampled_prompts_have_a_stream_of_their_own_with_the_same_rows():
         "3@spare0"
     ]
     assert step(curriculum, {}, 1, 2)[:3] == ["3@0", "4@0", "1@1"]
-    assert curriculum.state == {"places": [6, 10], "outside": []}
+    assert curriculum.state == {"places": (6, 10), "outside": []}
 
 
 def test_what_an_interrupted_step_took_comes_again_and_a_state_goes_on_exactly():

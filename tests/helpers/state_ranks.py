@@ -41,7 +41,7 @@ def run(model, run_folder, out):
 
         def update(policy, optimizer, lr):
             backward(policy, world, SEQUENCES)
-            apply_gradients(policy, optimizer, world, lr=lr, max_norm=1.0)
+            apply_gradients(policy, optimizer, world, UpdateConfig(steps=9), lr=lr)
             return full_parameters(policy)
 
         found = {"32 bits": update(*build(32), 0.01)}

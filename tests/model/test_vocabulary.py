@@ -54,6 +54,15 @@ def test_ids(folder):
     assert vocabulary.decode((3, 4, END)) == "3 4"
 
 
+def test_an_ordinary_token_carries_the_score_under_protest(folder, recwarn):
+    path = folder()
+    load(path)
+    assert not [warning for warning in recwarn if "score.token" in str(warning.message)]
+    message = 'score.token: "7" is an ordinary token.* special one, such as <stop> <spare_0>'
+    with pytest.warns(UserWarning, match=message):
+        assert load(path, score_token="7").special.score_token_id == 7
+
+
 def test_several_eos_ids(folder):
     # The model's own defaults and the tokenizer name different ends; both end a completion.
     vocabulary = load(folder(generation_eos=[STOP, 9], model_eos=[STOP, 9]))
@@ -117,7 +126,8 @@ def test_an_end_cannot_carry_the_score(folder, score_token):
 def test_score_token_beyond_the_rows_of_the_head(folder, tmp_path, config):
     path = folder()
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "vocab_size": 12}))
-    with pytest.raises(ConfigError, match="has id 13, beyond the 12 rows of the model's head"):
+    message = "has id 13, beyond the 12 rows of the model's head; .* another token$"
+    with pytest.raises(ConfigError, match=message):  # <stop>, at 12, is beyond as well
         load(path)
 
 

@@ -253,6 +253,8 @@ def test_a_changed_state_is_found_before_it_is_read(tmp_path, fresh, world):
         ("{}", "step: Field required"),
         ('{"step": 1, "digests": []}', "digests: Input should be"),
         ('{"step": 1, "cap": {"ratio": "x"}}', "cap: ratio: Input should be"),
+        ('{"step": 1, "curriculum": {"places": [0, 0]}}', "curriculum: outside: Field required"),
+        ('{"step": 1, "curriculum": {"places": [0], "outside": []}}', "curriculum: places: 1: "),
     ):
         (path / "trainer.json").write_text(content)
         with pytest.raises(ConfigError, match=f"step-000001 cannot be read: {fault}"):

@@ -13,6 +13,8 @@ def test_no_cap_never_measures():
 
 def test_measures_at_once_and_then_now_and_again():
     cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
+    assert all(cap.is_due(step) for step in range(3))  # as long as there is nothing to go by
+    cap.measure(policy_norm=1.0, score_norm=1.0)
     due = [step for step in range(2 * MEASURE_EVERY + 1) if cap.is_due(step)]
     assert due == [0, MEASURE_EVERY, 2 * MEASURE_EVERY]
     assert not GradientCap(loss_coef=0.0, max_ratio=1.0).is_due(0)
@@ -41,13 +43,14 @@ def test_a_small_score_gradient_is_not_amplified():
     assert cap.coef() == 0.5
 
 
-def test_without_policy_gradient_the_last_ratio_stays():
+@pytest.mark.parametrize(("policy_norm", "score_norm"), [(0.0, 1.0), (1.0, 0.0)])
+def test_without_one_of_the_gradients_the_last_ratio_stays(policy_norm, score_norm):
     cap = GradientCap(loss_coef=0.5, max_ratio=1.0)
-    cap.measure(policy_norm=0.0, score_norm=1.0)
-    assert cap.coef() == 0.5
+    cap.measure(policy_norm=policy_norm, score_norm=score_norm)
+    assert cap.coef() == 0.5 and cap.is_due(1)
     cap.measure(policy_norm=1.0, score_norm=4.0)
-    cap.measure(policy_norm=0.0, score_norm=1.0)
-    assert cap.coef() == pytest.approx(0.125)
+    cap.measure(policy_norm=policy_norm, score_norm=score_norm)
+    assert cap.coef() == pytest.approx(0.125) and not cap.is_due(1)
 
 
 def test_state_survives_a_resume():

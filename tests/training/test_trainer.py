@@ -99,6 +99,21 @@ def test_a_step_without_any_grade_updates_nothing(world, model_folders, caplog):
         step([failed, half], max_failed=0.7)
 
 
+def test_the_cap_waits_for_a_step_in_which_something_has_finished(world, model_folders):
+    trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=0.05)
+    trainer.stage, trainer.config = StageTimer(world.device), make_config()
+    found = []
+    for number, is_finished in enumerate((False, True, True)):
+        members = [(3, is_finished, -9.0 if is_finished else None), (4, False, None)]
+        groups = [make_group("a", members, [1.0, 0.0])]
+        trainer.sampler = SimpleNamespace(
+            sample=lambda step, groups=groups: groups, staleness=1, sync_disagreement=0.0
+        )
+        metrics, _ = trainer.step(number)
+        found.append(("score/grad_norm" in metrics, metrics["score/coef"] < 0.8))
+    assert found == [(False, False), (True, True), (False, True)]
+
+
 FLOATING = {"ref_logprob": "floating", "beta": 0.2}
 
 
