@@ -86,20 +86,13 @@ def test_frozen():
             'unknown key "advantage.warmup_steps": rename it to "advantage.score_warmup_steps" or '
             "remove it",
         ),
-        (
-            {"group_size": 4},
-            'unknown key "group_size": rename it to "rollout.group_size" or remove it',
-        ),
+        ({"group_size": 4}, 'unknown key "group_size": rename it to "rollout.group_size" or'),
         ({"sed": 4}, 'unknown key "sed": rename it to "seed" or remove it'),
         (
             {"rollout__top_p": 0.9},
             '"rollout.top_p" is refused: training samples the whole distribution, whose log-probs',
         ),
-        (
-            {"data__rows_per_step": 16},
-            '"data.rows_per_step" is refused: it is of a supervised phase, which is what '
-            "`laser-fast sft` runs; remove it",
-        ),
+        ({"data__rows_per_step": 16}, '"data.rows_per_step" is refused: it is of a supervised'),
         # No name is near: those that there are.
         (
             {"checkpoint__qqq": 1},

@@ -348,7 +348,7 @@ def exported(module):
     assert path.is_file(), f"no module {module}"
     names = {inner.stem for inner in folder.glob("*.py")}
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
