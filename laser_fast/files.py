@@ -16,8 +16,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write a file or a folder under, which then takes the place of `path`.
 
     What fails within leaves there what was there. A crash between the two renamings of a folder
-    leaves both whole, the old one as `.NAME.old`.
+    leaves both whole, as `.NAME.old` and `.NAME.partial`. A symbolic link stays one.
     """
+    path = path.resolve()
     partial, old = partial_name(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     yield partial

@@ -30,6 +30,18 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    path = tmp_path / "model"
+    (tmp_path / "real").mkdir()
+    path.symlink_to(tmp_path / "real")
+    for name in ("first", "second"):
+        with replacing(path) as partial:
+            partial.mkdir()
+            (partial / name).touch()
+    assert path.is_symlink() and [p.name for p in (tmp_path / "real").iterdir()] == ["second"]
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "real"}
+
+
 def test_a_crash_between_two_folders_loses_neither(tmp_path, monkeypatch):
     path, old = tmp_path / "model", tmp_path / ".model.old"
     for folder in (path, old):

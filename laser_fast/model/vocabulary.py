@@ -63,7 +63,7 @@ def load_vocabulary(
         score_token = next(iter(reserved))
     score_token_id, problem = tokenizer.get_vocab().get(score_token), ""
     if score_token_id is None:
-        problem = f'is not in the tokenizer of "{path}"; choose a special token of it'
+        problem = f'is not in the tokenizer of "{path}"; choose one of its special tokens'
     elif score_token_id in eos_token_ids:
         problem = f'ends completions of "{path}"; choose another special token'
     elif score_token_id >= model_config.vocab_size:
@@ -76,8 +76,8 @@ def load_vocabulary(
     added = tokenizer.added_tokens_decoder.get(score_token_id)
     if not (added and added.special) and not _UNUSED.search(score_token):
         warnings.warn(
-            f'score.token: "{score_token}" is an ordinary token, and no completion can contain it '
-            f"now; unless no text needs it, choose a special one{suggestion}",
+            f'score.token: "{score_token}" is an ordinary token, which completions can no longer '
+            f"contain; if answers may need it, choose a special one{suggestion}",
             stacklevel=2,
         )
     pad = tokenizer.pad_token_id

@@ -44,7 +44,7 @@ def score_request(score_token_id: int, position: ScorePosition = "eos") -> dict[
 
         "eos"    the last log-prob; the server needs the logits processor, and one more token than
                  the answer may have
-        "last"   on any server, for no token, beside the EOS:
+        "last"   on a plain server, for no token, beside the EOS:
                  `choice.logprobs.content[-1].top_logprobs[-1].logprob` in chat,
                  `choice.logprobs.top_logprobs[-1][f"token_id:{score_token_id}"]` in completions
 

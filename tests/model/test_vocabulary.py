@@ -56,7 +56,11 @@ def test_ids(folder):
 
 def test_an_ordinary_token_carries_the_score_under_protest(folder, recwarn):
     path = folder()
-    load(path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.add_tokens([AddedToken("<unused0>", special=False)])  # as Gemma's are
+    tokenizer.save_pretrained(path)
+    for reserved in ("<spare_0>", "<unused0>"):
+        load(path, score_token=reserved)
     assert not [warning for warning in recwarn if "score.token" in str(warning.message)]
     message = 'score.token: "7" is an ordinary token.* special one, such as <stop> <spare_0>'
     with pytest.warns(UserWarning, match=message):

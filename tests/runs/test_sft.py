@@ -128,6 +128,7 @@ def test_long_responses_are_dropped_and_counted(tmp_path, write_sft, caplog):
         ("", ["optim.warmup_steps=9"], r"exceeds optim\.steps = 4"),
         ("", ["optim.minibatches=2"], r'unknown key "optim\.minibatches"'),
         ("", ["data.response_field=x"], r'unknown key "data\.response_field"'),
+        ("", ["data.rows_per_step=0"], r"expected a number greater than or equal to 1"),
         ("", ["model.replicas=2"], r"model\.replicas = 2 does not divide the 1 ranks"),
     ],
 )
