@@ -86,13 +86,15 @@ def test_frozen():
             'unknown key "advantage.warmup_steps": rename it to "advantage.score_warmup_steps" or '
             "remove it",
         ),
-        ({"group_size": 4}, 'unknown key "group_size": rename it to "rollout.group_size" or'),
+        (
+            {"group_size": 4},
+            'unknown key "group_size": rename it to "rollout.group_size" or remove it',
+        ),
         ({"sed": 4}, 'unknown key "sed": rename it to "seed" or remove it'),
         (
             {"rollout__top_p": 0.9},
             '"rollout.top_p" is refused: training samples the whole distribution, whose log-probs',
         ),
-        ({"data__rows_per_step": 16}, '"data.rows_per_step" is refused: it is of a supervised'),
         # No name is near: those that there are.
         (
             {"checkpoint__qqq": 1},

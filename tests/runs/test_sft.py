@@ -146,6 +146,12 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+def test_train_says_of_such_a_file_whose_it_is(tmp_path, write_sft, monkeypatch, capsys):
+    code, stderr = run_cli(monkeypatch, capsys, "train", write_sft(tmp_path))
+    reason = "it is of a supervised phase, which is what `laser-fast sft` runs; remove it"
+    assert code == 2 and re.search(rf'"data\.\w+" is refused: {reason}', stderr)
+
+
 def test_a_phase_is_not_overwritten(plain, monkeypatch, capsys):
     path = plain.parent / "sft.toml"
     code, stderr = run_cli(monkeypatch, capsys, "sft", path)
