@@ -10,13 +10,12 @@ improbable and generation is not disturbed.
 
 z_c may also be read one row earlier, where the EOS is predicted: then it costs no token at all.
 
-c_ref is a constant, or floats (not in the paper): refitted every step such that the balanced mean
-of r_s - r_v is 0,
+c_ref is a constant, or floats (not in the paper): every step moves it by a share of
 
-    c   = sum_finished w (log pi(z_c | x, y) - r_v / beta) / sum_finished w
+    d   = 1 / (N_c + N_i) * sum_finished w (log pi(z_c | x, y) - c_ref - r_v / beta),
 
-so that the MSE only has to tell right from wrong. With a constant all scores first rise together
-by half of 1/beta, for 10 to 20 steps of the sandbox.
+which is 0 where L pulls no longer on all scores together, but only tells right from wrong. With a
+constant they first rise together by half of 1/beta, for 10 to 20 steps of the sandbox.
 """
 
 import math
@@ -31,7 +30,7 @@ from torch import Tensor
 # the target is at most -3, and the closed form of eq. 8 stops making sense when it nears 0.
 MAX_TARGET = -1.0
 WARN_TARGET = -3.0
-# Share of a step's own c in the floating reference, an average over about five steps.
+# Share of d by which the floating reference moves, an average over about five steps.
 FLOAT_RATE = 0.2
 DRIFT = 0.1
 
@@ -90,20 +89,19 @@ def refit_reference(
     score: SelfScore,
     logprobs: Tensor,  # [P, G]
     rewards: Tensor,  # [P, G]
-    has_target: Tensor,  # [P, G] bool
+    weights: Tensor,  # [P, G]
 ) -> SelfScore:
     """The score with its floating c_ref moved towards that of a step's completions.
 
-    A step with one class says nothing about the balance and moves nothing, as one with a log-prob
-    that is no finite number. The target of a correct answer stays at or below `WARN_TARGET`.
+    `weights` are those of the MSE, clips and denominator included, and 0 without a target: with
+    others, as balanced ones where a clip acts, c_ref and all log-probs drift away together. A
+    log-prob that is no finite number moves nothing. The target of a correct answer stays at or
+    below `WARN_TARGET`.
     """
-    weights = class_weights(rewards, has_target)
-    if len(is_correct(rewards)[has_target].unique()) < 2:
+    residual = logprobs - score.ref_logprob - rewards / score.beta
+    moved = score.ref_logprob + FLOAT_RATE * float((weights * residual).sum())
+    if not math.isfinite(moved):
         return score
-    own = float((weights * (logprobs - rewards / score.beta)).sum() / weights.sum())
-    if not math.isfinite(own):
-        return score
-    moved = score.ref_logprob + FLOAT_RATE * (own - score.ref_logprob)
     return replace(score, ref_logprob=min(moved, WARN_TARGET - 1 / score.beta))
 
 

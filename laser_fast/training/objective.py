@@ -14,6 +14,7 @@ All weights already hold global denominators, so L is summed over microbatches a
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +75,12 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
     couples_rows = config.kind == "gspo" or config.importance.startswith("sequence")
 
     def read(hidden_states: Tensor, head: LmHead) -> HeadResult:
+        zeros = partial(hidden_states.new_zeros, dtype=torch.float32)
         measured = HeadResult(
-            loss=hidden_states.new_zeros((), dtype=torch.float32),
-            logprobs=hidden_states.new_zeros(len(batch.labels), dtype=torch.float32),
-            policy_loss=hidden_states.new_zeros((), dtype=torch.float32),
-            score_loss=hidden_states.new_zeros((), dtype=torch.float32),
+            loss=zeros(()),
+            logprobs=zeros(len(batch.labels)),
+            policy_loss=zeros(()),
+            score_loss=zeros(()),
             router_loss=head.router_loss.detach(),
         )
 
@@ -96,8 +98,7 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
             weighted = (batch.policy.weights * entropy[: len(batch.policy)]).sum()
             loss = loss_fn(logprobs, everything) - config.entropy_coef * weighted
         elif couples_rows:
-            logprobs = linear_logprob(*arguments, **options)
-            loss = loss_fn(logprobs, everything)
+            loss = loss_fn(linear_logprob(*arguments, **options), everything)
         else:
             loss = linear_logprob_loss(*arguments, loss_fn, **options)
         return measured._replace(loss=loss + head.router_loss)
@@ -106,12 +107,9 @@ def joint_loss(objective: Objective, batch: Microbatch) -> Head[HeadResult]:
 
 
 def _row_losses(
-    objective: Objective,
-    batch: Microbatch,
-    logprobs: Tensor,  # [n]
-    rows: slice,
+    objective: Objective, batch: Microbatch, logprobs: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """Policy and score terms of the head rows `rows`, whose log-probs are given."""
+    """Policy and score terms of the head rows `rows`, whose log-probs [n] are given."""
     config = objective.loss
     policy, score = batch.labelled(rows)
     policy_logprobs, score_logprobs = logprobs.split([len(policy), len(score)])

@@ -218,12 +218,9 @@ class Sampler:
         return self.prompts.prompts(step, attempt=attempt, rounds=rounds, **own)
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
-        config = self.config
-        needs_score = config.score.loss_coef > 0 and config.rollout.score != "off"
-        group_size = config.rollout.group_size
-        return make_sampling(
-            config, "train", step, attempt, group_size=group_size, needs_score=needs_score
-        )
+        config, size = self.config, self.config.rollout.group_size
+        scores = config.score.loss_coef > 0 and config.rollout.score != "off"
+        return make_sampling(config, "train", step, attempt, group_size=size, needs_score=scores)
 
 
 def _has_spread(group: Group) -> bool:

@@ -98,8 +98,7 @@ class RowMetrics:
         policy = batch.policy
         logprobs, score_logprobs = result.logprobs.split([len(policy), len(batch.score)])
         old = logprobs if policy.old_logprobs is None else policy.old_logprobs
-        how = clipping(self._config, policy)
-        clipped = is_clipped(logprobs, old, policy.advantages, **how)
+        clipped = is_clipped(logprobs, old, policy.advantages, **clipping(self._config, policy))
         sums = self._sums
         sums["policy"] += result.policy_loss
         sums["score"] += result.score_loss

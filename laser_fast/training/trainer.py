@@ -29,7 +29,12 @@ from laser_fast.training.objective import Objective, joint_loss
 from laser_fast.training.sampler import Sampler
 from laser_fast.training.schedule import GradientCap, learning_rate, mixes_scores
 from laser_fast.training.step_metrics import RowMetrics, pack_metrics, table_metrics
-from laser_fast.training.tables import gather_tables, step_advantages, training_sequences
+from laser_fast.training.tables import (
+    gather_tables,
+    step_advantages,
+    step_weights,
+    training_sequences,
+)
 from laser_fast.training.update import apply_gradients, gradient_norm
 
 logger = logging.getLogger(__name__)
@@ -70,9 +75,8 @@ class Trainer:
                 check_reference(self.score, tables.score_logprobs, tables.is_finished)
             score = self.score
             if floats:
-                score = refit_reference(
-                    score, tables.score_logprobs, tables.rewards, tables.has_score_target
-                )
+                weights = step_weights(tables, config)[1] / config.optim.minibatches
+                score = refit_reference(score, tables.score_logprobs, tables.rewards, weights)
             advantages = step_advantages(tables, config, score if mixes else None)
         with self.stage("pack"):
             sequences = training_sequences(groups, self.world, tables, advantages, config)
@@ -122,10 +126,8 @@ class Trainer:
         metrics |= rows.finish(self.world, num_tokens=metrics["rollout/tokens"], epochs=epochs)
         if trains_score:
             metrics["score/ref_logprob"] = score.ref_logprob
-        metrics |= norms
-        metrics["score/coef"] = objective.score_coef
+        metrics |= norms | {"score/coef": objective.score_coef, "step/lr": lr}
         metrics["step/grad_norm"] = fmean(grad_norms.values()) if grad_norms else math.nan
-        metrics["step/lr"] = lr
         metrics["rollout/sync_disagreement"] = self.sampler.sync_disagreement
         metrics["rollout/staleness"] = self.sampler.staleness
         return metrics, groups

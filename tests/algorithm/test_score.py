@@ -52,38 +52,64 @@ def test_a_self_score_is_the_scale_of_its_model():
     assert math.isnan(replace(score, ref_logprob=math.nan).of(-18.0))
 
 
-@pytest.mark.parametrize("share", [0.3, 0.05])  # of right ones, whose weight may exceed any clip
-def test_a_floating_reference_balances_the_mean_score(share):
+@pytest.mark.parametrize("share", [0.3, 0.05, 0.0])  # of right ones, whose weight is clipped at 5
+def test_a_floating_reference_ends_where_the_loss_moves_all_scores_nowhere(share):
     torch.manual_seed(0)
     score = SelfScore(token_id=7, beta=0.2, ref_logprob=-30.0)
     rewards = (torch.rand(6, 8) < share).double()
     logprobs = -20 + torch.randn(6, 8, dtype=torch.float64) + 2 * rewards
     has_target = torch.rand(6, 8) < 0.8
-    for _ in range(100):
-        score = refit_reference(score, logprobs, rewards, has_target)
-    right, wrong = (has_target & (rewards == value) for value in (1, 0))
-    assert (class_weights(rewards, has_target).max() > 5) == (share == 0.05)
-    scores = score.of(logprobs)
-    assert float(scores[right].mean() + scores[wrong].mean()) == pytest.approx(1.0, abs=1e-6)
-    weights = class_weights(rewards, has_target)
-    assert float((weights * (scores - rewards)).mean()) == pytest.approx(0.0, abs=1e-6)
+    weights = class_weights(rewards, has_target, max_weight=5.0) / has_target.sum()
+    clipped = weights.max() * has_target.sum() == pytest.approx(5.0)
+    assert clipped == (share == 0.05)
+    for _ in range(200):
+        score = refit_reference(score, logprobs, rewards, weights)
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    scale = {"beta": score.beta, "ref_logprob": score.ref_logprob}
+    score_loss(logprobs + shift, rewards, weights, **scale).sum().backward()
+    assert float(shift.grad) == pytest.approx(0.0, abs=1e-6)
+    if share == 0.3:
+        right, wrong = (has_target & (rewards == value) for value in (1, 0))
+        scores = score.of(logprobs)
+        assert float(scores[right].mean() + scores[wrong].mean()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_floating_reference_moves_by_a_fifth_and_not_for_one_class():
+@pytest.mark.parametrize("accuracy", [0.05, 0.5, 0.92])
+def test_a_floating_reference_and_what_it_follows_stay_where_they_are(accuracy):
+    # A score that can tell little, trained as the loss says, as long as a run is.
+    generator = torch.Generator().manual_seed(0)
+    score = SelfScore(token_id=7, beta=0.1, ref_logprob=-28.0)
+    level = torch.tensor(-23.0, requires_grad=True)
+    slope = torch.tensor(0.0, requires_grad=True)
+    optimizer = torch.optim.Adam([level, slope], lr=0.05)
+    for _ in range(400):
+        rewards = (torch.rand(8, 8, generator=generator) < accuracy).float()
+        logprobs = level + slope * (torch.randn(8, 8, generator=generator) + rewards)
+        weights = class_weights(rewards, torch.ones(8, 8, dtype=torch.bool), max_weight=5.0) / 64
+        score = refit_reference(score, logprobs.detach(), rewards, weights)
+        scale = {"beta": score.beta, "ref_logprob": score.ref_logprob}
+        optimizer.zero_grad()
+        score_loss(logprobs, rewards, weights, **scale).sum().backward()
+        optimizer.step()
+    # With weights that are balanced, not clipped, -43.8, -27.8 and -15.6.
+    assert -29.5 < score.ref_logprob < -26
+
+
+def test_a_floating_reference_moves_by_a_fifth():
     score = SelfScore(token_id=7, beta=0.2, ref_logprob=-30.0)
-    logprobs, everything = torch.tensor([[-20.0, -20.0]]), torch.tensor([[T, T]])
-    moved = refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), everything)
+    logprobs, weights = torch.tensor([[-20.0, -20.0]]), torch.tensor([[0.5, 0.5]])
+    moved = refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), weights)
     assert moved.ref_logprob == pytest.approx(-30 + 0.2 * 7.5)  # its own is -20 - 0.5 / 0.2
-    for rewards in ([[1.0, 1.0]], [[0.0, 0.0]]):
-        assert refit_reference(score, logprobs, torch.tensor(rewards), everything) == score
-    nothing = torch.tensor([[F, F]])
-    assert refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), nothing) == score
+    # One class has half the weight.
+    moved = refit_reference(score, logprobs, torch.tensor([[1.0, 1.0]]), weights / 2)
+    assert moved.ref_logprob == pytest.approx(-30 + 0.2 * 0.5 * 5)
+    assert refit_reference(score, logprobs, torch.tensor([[1.0, 0.0]]), 0 * weights) == score
 
 
 def test_a_floating_reference_keeps_the_token_improbable():
     score = SelfScore(token_id=7, beta=0.2, ref_logprob=-8.1)
     logprobs, rewards = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
-    moved = refit_reference(score, logprobs, rewards, torch.tensor([[T, T]]))
+    moved = refit_reference(score, logprobs, rewards, torch.tensor([[0.5, 0.5]]))
     assert moved.ref_logprob + 1 / score.beta == -3.0
 
 
@@ -227,10 +253,10 @@ def test_beta_and_reference_must_make_a_scale(beta, ref_logprob):
 
 def test_a_logprob_that_is_no_number_moves_no_reference():
     score = SelfScore(token_id=1, beta=0.2, ref_logprob=-9.0)
-    rewards, targets = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    rewards, weights = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
     for value in (float("nan"), float("-inf")):
         logprobs = torch.tensor([[value, -8.0]])
-        assert refit_reference(score, logprobs, rewards, targets) == score
+        assert refit_reference(score, logprobs, rewards, weights) == score
 
 
 @pytest.mark.parametrize(("ref_logprob", "is_said"), [(-9.0, False), (-9.4, False), (-12.0, True)])

@@ -114,20 +114,22 @@ def test_the_cap_waits_for_a_step_in_which_something_has_finished(world, model_f
     assert found == [(False, False), (True, True), (False, True)]
 
 
-FLOATING = {"ref_logprob": "floating", "beta": 0.2}
+FLOATING = {"ref_logprob": "floating", "beta": 0.2, "max_class_weight": 1.0}
 
 
 def test_a_floating_reference_moves_in_the_step_that_it_reads(world, model_folders):
     trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=0.0)
     members = [(3, True, -10.0), (4, True, -14.0), (2, True, -30.0), (4, False, None)]
-    groups = [make_group("a", members, [1.0, 0.0, None, 0.0])]
+    groups = [make_group("a", [*members, (3, True, -15.0)], [1.0, 0.0, None, 0.0, 0.0])]
     trainer.stage, trainer.config = StageTimer(world.device), make_config(score=FLOATING)
     trainer.sampler = SimpleNamespace(
         sample=lambda step: groups, staleness=1, sync_disagreement=0.0
     )
     metrics, _ = trainer.step(0)
-    # Of each class one is finished and graded: (-10 - 1 / .2 - 14) / 2, and a fifth of the way.
-    assert trainer.score.ref_logprob == pytest.approx(-7.5 + 0.2 * (-14.5 + 7.5))
+    # One right and two wrong are finished and graded, whose weights in the MSE are 1, clipped, and
+    # 3/4; a fifth of the way.
+    right, wrong = -10 - 1 / 0.2 + 7.5, (-14 - 15 + 2 * 7.5) * 3 / 4
+    assert trainer.score.ref_logprob == pytest.approx(-7.5 + 0.2 * (right + wrong) / 3)
     assert metrics["score/ref_logprob"] == trainer.score.ref_logprob
 
 
