@@ -20,7 +20,7 @@ class SftDataConfig(WordingConfig):
     train_split: str = "train"
     """Split of a hub data set."""
     answer_field: str = "response"
-    """Field that holds the response, the text to learn; a missing EOS is added."""
+    """Field of the response, the text to learn: to its first EOS; a missing one is added."""
     max_response_tokens: int = Field(1024, ge=1)
     """Rows with longer responses, EOS included, are dropped and counted."""
     rows_per_step: int = Field(128, ge=1)

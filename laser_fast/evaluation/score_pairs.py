@@ -2,7 +2,8 @@
 
 A line of the input has `prompt` (text, worded by data.template) or `prompt_ids`, and `response`
 (text) or `completion_ids`. Ids are taken as they are and are exact. Text is tokenized, which may
-give other ids than those that were sampled, and gets the EOS of the chat template if it has none.
+give other ids than those that were sampled, and ends with its first EOS or gets that of the chat
+template.
 
 A line of the output is the input's with `score_logprob`, `score` and `reason`. Where nothing can be
 read, both numbers are null and `reason` says why; else it is null:
@@ -33,7 +34,7 @@ from laser_fast.model.families import position_limit
 from laser_fast.model.logprobs import last_token_logprobs
 from laser_fast.model.packing import Ids
 from laser_fast.model.policy import build_policy, load_model_config
-from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, written_eos
+from laser_fast.model.vocabulary import Vocabulary, load_vocabulary, until_eos, written_eos
 
 # Pairs that a rank packs together: enough for full microbatches, few enough to stream large files.
 _CHUNK = 512
@@ -135,8 +136,7 @@ def _read(row: Row, data: PromptConfig, vocabulary: Vocabulary, limits: tuple[in
             )
         with reading(f'{place}: field "response"'):  # which may be no Unicode
             response = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not {*response[-1:]} & {*eos_token_ids}:
-            response += (written_eos(tokenizer, eos_token_ids),)
+        response = until_eos(response, eos_token_ids, written_eos(tokenizer, eos_token_ids))
     if {*response} <= {*eos_token_ids}:
         return _Pair(reason="empty")
     if response[-1] not in eos_token_ids or fields.get("finish_reason") == "length":

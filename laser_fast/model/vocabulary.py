@@ -150,6 +150,12 @@ def written_eos(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ..
     return next((i for i in ends if str(name(i)) in template), ends[0])
 
 
+def until_eos(ids: Sequence[int], ends: tuple[int, ...], written: int) -> tuple[int, ...]:
+    """A response up to its first EOS, behind which a rendered chat goes on, or with `written`."""
+    found = [ids.index(end) for end in ends if end in ids]
+    return (*ids[: min(found) + 1],) if found else (*ids, written)
+
+
 def _generation_defaults(path: str) -> dict[str, Any]:
     """What generation_config.json says; the file is optional."""
     with reading(f'model.path: cannot read the {GENERATION_CONFIG_NAME} of "{path}"'):

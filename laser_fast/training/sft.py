@@ -29,7 +29,7 @@ from laser_fast.model.distributed import World, stop_at_sigterm
 from laser_fast.model.families import LmHead, position_limit
 from laser_fast.model.packing import Ids, Packer, plan_shares, with_router_weights
 from laser_fast.model.policy import Policy, build_policy, load_model_config
-from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer, written_eos
+from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer, until_eos, written_eos
 from laser_fast.model.weights import base_digest
 from laser_fast.records import Microbatch, TrainingSequence
 from laser_fast.stopping import StopRun
@@ -142,7 +142,7 @@ class SftTrainer:
     def _encode(self, responses: list[str]) -> list[Ids]:
         """Ids of responses with their EOS, which the texts of some data sets have already."""
         found = self._tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
-        return [(*ids,) if {*ids[-1:]} & {*self._ends} else (*ids, self._eos) for ids in found]
+        return [until_eos(ids, self._ends, self._eos) for ids in found]
 
     def step(self, step: int) -> dict[str, float]:
         """Run step 0, 1, ... and return its metrics over all ranks."""

@@ -94,9 +94,13 @@ def test_what_cannot_be_read_gets_a_reason(build, tmp_path):
 def test_text_ends_with_an_id_that_ends_completions(build, sandbox_model):
     tokenizer = AutoTokenizer.from_pretrained(sandbox_model)
     special = SpecialTokens(score_token_id=SCORE, eos_token_ids=(5,), pad_token_id=0, vocab_size=33)
-    row = "in.jsonl:1", {"prompt": "1a+1=", "response": "2"}
-    pair = _read(row, build().data, Vocabulary(tokenizer, special), (33, 128))
-    assert tokenizer.eos_token_id == EOS and pair.reason is None and pair.ids[1][-1] == 5
+    end, vocabulary = tokenizer.convert_ids_to_tokens(5), Vocabulary(tokenizer, special)
+    assert tokenizer.eos_token_id == EOS
+    for response in ("2", f"2{end}", f"2{end}2{end}"):  # as cut out of a chat
+        row = "in.jsonl:1", {"prompt": "1a+1=", "response": response}
+        pair = _read(row, build().data, vocabulary, (33, 128))
+        assert pair.reason is None
+        assert pair.ids[1] == (*tokenizer("2", add_special_tokens=False)["input_ids"], 5)
 
 
 def test_nothing_readable_still_gives_every_line(build, tmp_path):

@@ -78,9 +78,9 @@ def test_more_ranks_than_rows_leave_some_without():
 
 
 def test_a_response_ends_once():
-    ids = [[5], [5, 1], [5, 3], [1, 5], []]
+    ids = [[5], [5, 1], [5, 3], [6, 3, 5, 1, 2], []]
     trainer = SimpleNamespace(
         _tokenizer=lambda texts, **_: {"input_ids": ids}, _eos=1, _ends=(1, 3)
     )
-    expected = [(5, 1), (5, 1), (5, 3), (1, 5, 1), (1,)]
+    expected = [(5, 1), (5, 1), (5, 3), (6, 3), (1,)]
     assert SftTrainer._encode(trainer, ["of these ids"]) == expected
