@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from math import comb, exp, log
+from math import comb, exp, isnan, log
 from random import Random
 from typing import Generic, TypeVar
 
@@ -93,7 +93,7 @@ class PosteriorVote(Generic[Answer]):
 
     def add(self, answer: Answer | None, score: float | None) -> None:
         """Count a sample; without answer or score, as of an unfinished one, it says nothing."""
-        if answer is None or score is None:
+        if answer is None or score is None or isnan(score):
             return
         if answer not in self.votes and self.equal is not None:
             answer = next((known for known in self.votes if self.equal(known, answer)), answer)

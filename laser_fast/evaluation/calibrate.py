@@ -216,7 +216,7 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
 def propose_beta(ref_logprob: float) -> float:
     """Smallest beta of the rule, in two digits, at least `MIN_BETA`; -11.7 gives 0.12."""
     margin = WARN_TARGET - ref_logprob
-    if margin <= 0:
+    if not 0 < margin < math.inf:
         return math.inf
     exponent = math.floor(math.log10(1 / margin)) - 1
     # Rounding would turn an exact 0.25 into 0.26 by the last bit of a float.

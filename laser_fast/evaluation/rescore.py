@@ -107,8 +107,8 @@ def rescore_evaluation(
         "golds": begun.get("golds", {}) if reward is None else {},
         "score": score,
     }
-    if store is not None or beta is not None or ref_logprob is not None:
-        settings["calibrated"] = None  # to be measured, or of other scores
+    if (store, beta, ref_logprob, reward) != (None,) * 4:
+        settings["calibrated"] = None  # to be measured, or of other scores or rewards
     folder.prepare(settings, overwrite=overwrite)
     rewards = RewardConfig(kind=reward or "math")
     with Graders(rewards) as graders:

@@ -108,7 +108,7 @@ def build_report(
     pooled = np.array([correct, ~finished, [r.num_tokens for r in graded]], np.float64)  # [3, N]
     scores = np.array([record.score for record in graded], np.float64)  # nan where not scored
     std = float(scores[finished].clip(0.0, 1.0).std()) if finished.any() else np.nan
-    has_scores = any(record.is_finished and record.score is not None for record in records)
+    has_scores = bool(finished.any() and np.isfinite(scores[finished]).all())
     uses_scores = has_scores and std > MIN_SCORE_STD
     classes = [answer_classes([record.answer for record in b], same_answer) for b in ballots]
     readers = _readers(ballots, classes, options)

@@ -286,6 +286,13 @@ def test_more_answers_than_there_should_be_leave_none_unseen():
     assert vote.confidence == pytest.approx(1 / 3)
 
 
+def test_what_has_no_answer_or_score_says_nothing():
+    vote = PosteriorVote()
+    for answer, score in ((None, 0.9), ("a", None), ("a", math.nan)):
+        vote.add(answer, score)
+    assert vote.winner is None and vote.confidence == 0.0
+
+
 def test_equal_answers_vote_together_and_many_votes_do_not_overflow():
     vote = PosteriorVote(equal=lambda first, second: float(first) == float(second))
     for answer in ("0.5", "0.50", "2"):

@@ -28,6 +28,8 @@ from laser_fast.evaluation.settings import build_config
         (-23.1, 0.1),  # the rule allows .0498; the paper's value stands
         (-3.0, math.inf),
         (-1.0, math.inf),
+        (-math.inf, math.inf),  # a token whose logit is masked
+        (math.nan, math.inf),
     ],
 )
 def test_beta_of_the_rule(ref_logprob, beta):

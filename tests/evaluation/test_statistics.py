@@ -134,6 +134,15 @@ def test_without_scores_only_accuracy_and_plain_votes(random_records):
     json.dumps(report, allow_nan=False)
 
 
+def test_one_score_that_is_no_number_leaves_none(random_records):
+    records = random_records(10, 4)
+    place = next(i for i, record in enumerate(records) if record.is_finished)
+    records[place] = replace(records[place], score=None, score_logprob=-math.inf)
+    report, _ = build_report(records, options=FEW)
+    assert _value(report, "weighted_majority@4") is None and report["uses_scores"] is False
+    assert "f1" not in report["metrics"] and report["calibrated"] is None
+
+
 def test_all_grades_failed_gives_an_empty_report(make_record):
     report, draws = build_report([make_record("a", 0, reward=None)], options=FEW)
     assert report["metrics"] == {} and draws == {} and report["num_failed_grades"] == 1

@@ -56,5 +56,7 @@ def test_a_stored_threshold_reads_other_problems_only(
     assert _readers(evaluate("moved", other, ref_logprob=-9.0)) == {"other": BY_HALF}
     again = rescore_evaluation(both.path, tmp_path / "beta", FEW, beta=0.3)
     assert _readers(again)["other"] == BY_HALF
+    again = rescore_evaluation(both.path, tmp_path / "reward", FEW, reward="gsm8k")
+    assert _readers(again)["other"] == BY_HALF
     with pytest.raises(ConfigError, match="name the samples.jsonl of one benchmark"):
         rescore_evaluation(both.path, tmp_path / "x", FEW, store=model)
