@@ -103,7 +103,7 @@ def choose_impl(op: str, impl: str, hidden_states: Tensor) -> str:
 
 def _automatic(hidden_states: Tensor) -> str:
     """Triton where its large tiles and TMA are made for the device, else chunked."""
-    if not hidden_states.is_cuda or hidden_states.dtype == torch.float32:
+    if not hidden_states.is_cuda or torch.version.hip or hidden_states.dtype == torch.float32:
         return "chunked"
     major, _ = torch.cuda.get_device_capability(hidden_states.device)
     return "triton" if major in (9, 10) else "chunked"

@@ -15,10 +15,10 @@ A kept x is an int16 in steps of 2^-9: p is then good to 4e-4, four times finer 
 of the dlogits that replace it in the same two bytes. Below -64 it saturates. Above 64 it wraps
 around, which is no loss: then S >= 2^60, and the row is done again.
 
-Every tile has the same shape and order of summation whatever N is, so a row alone gives the same
-bits as in a batch. There are no locks, and no atomics but one idempotent flag. FLATTEN makes one
-loop of those over tiles and along D, so that the first loads of the next tile are under way during
-the epilogue. Triton can do that only where no `if` lies between, hence in the first pass.
+Every tile has the same shape and order of summation whatever N is, but up to 64 rows in last_token,
+so a row alone gives the same bits as in a batch. There are no locks, and no atomics but one
+idempotent flag. FLATTEN makes one loop of those over tiles and along D, so that the first loads of
+the next tile are under way during the epilogue, in the first pass: no `if` may lie between.
 
 H and W are contiguous; rows of kept logits are padded to 16 bytes. impl="cuda" has
 statistics_kernel and dlogits_kernel in csrc/ and shares the others; the functions that come first

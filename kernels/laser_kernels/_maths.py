@@ -173,8 +173,8 @@ def add_weight_gradient(
 ) -> None:
     """Add (dZ^T H) * scale to `out`; the first chunk overwrites it and saves a fill and a read."""
     is_rounded = out.dtype != torch.float32
-    if is_rounded and scale is None and _is_cublas_16_bit(dlogits):
-        torch.mm(dlogits.T, hidden_states, out=out)  # the GEMM itself rounds its accumulator
+    if is_rounded and scale is None and _is_cublas_16_bit(dlogits) and len(out) > BLOCK_V:
+        torch.mm(dlogits.T, hidden_states, out=out)  # of fewer, it could add split sums in 16 bits
     elif is_rounded or scale is not None:
         for start in range(0, len(out), BLOCK_V):
             columns = slice(start, start + BLOCK_V)
