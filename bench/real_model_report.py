@@ -197,6 +197,8 @@ def write(
             f"report: expected evaluations of one size, got problems x samples {sorted(sizes)}; "
             f"remove those of another size from {study / 'evaluations'} and evaluate again"
         )
+    for problems, samples in sizes:
+        facts["evaluated with"] = f"--problems {problems} --samples {samples}"
     have = {one.row[:2] for one in measured}
     missing = {
         "not trained": [run for run in wanted if run not in trained],

@@ -133,11 +133,15 @@ class Setting(NamedTuple):
     num_jobs: int = 1
     warm_up_steps: int = STEPS
 
+    def base(self, seed: int) -> Path:
+        """The model that all runs of a seed start from; it knows the task of the configuration."""
+        return self.folder / f"base_{load_config(self.config).model.path}_{seed}"
+
 
 def train_all(setting: Setting, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Make every run; one record per trial, finished ones read again."""
     for seed in dict.fromkeys(trial.seed for trial in trials):
-        base = setting.folder / f"base_{seed}"
+        base = setting.base(seed)
         if not (base / "model.safetensors").exists():
             print(f"seed {seed}: warm-starting the base model", flush=True)
             task = load_config(setting.config).model.path
@@ -146,7 +150,7 @@ def train_all(setting: Setting, trials: Sequence[Trial]) -> list[dict[str, Any]]
     def record(trial: Trial) -> dict[str, Any]:
         run = setting.folder / trial.name
         changes = [f"seed={trial.seed}", f"output_dir={run}"]
-        changes += [f"model.path={setting.folder / f'base_{trial.seed}'}", *setting.overrides]
+        changes += [f"model.path={setting.base(trial.seed)}", *setting.overrides]
         if trial.rate is not None:
             changes.append(f"optim.lr={trial.rate}")
         train(run, setting.config, trial.method, changes, num_ranks=setting.num_ranks)

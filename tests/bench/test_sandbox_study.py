@@ -137,7 +137,7 @@ def test_every_method_is_tuned_and_runs_at_its_own_rate(study, tmp_path, monkeyp
         ("LaSeR", 3e-4, "laser_100_lr0.0003"),
     }
     assert {(method, rate) for method, rate, _ in started[4:]} == {("GRPO", 1e-4), ("LaSeR", 3e-4)}
-    assert len(started) == 8 and (tmp_path / "base_100").exists()
+    assert len(started) == 8 and (tmp_path / "base_sandbox_100").exists()
     assert "- seeds: 0, 1\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         study.main(["--seeds", "100", "--runs", str(tmp_path)])
