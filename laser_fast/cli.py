@@ -45,7 +45,7 @@ Evaluations = Annotated[list[Path] | None, Option("--eval", help="Evaluation not
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML, such as a run's config.toml.")]
 Token = Annotated[str | None, Option(help="The score token.")]
 Beta = Annotated[float | None, Option(min=1e-6, help="Scale of the score.")]
-RefLogprob = Annotated[str | None, Option(help="c_ref; auto: mean of this model's completions.")]
+RefLogprob = Annotated[str | None, Option(help="c_ref; auto: of this model's own completions.")]
 EngineName = Annotated[str | None, Option("--engine", help="Sampler: hf (default) or vllm.")]
 Seed = Annotated[int | None, Option(min=0, help="Names every draw.")]
 DataDir = Annotated[Path | None, Option(help="Folder of NAME.jsonl files, instead of the hub.")]
@@ -305,11 +305,12 @@ def score(
 ) -> None:
     """Write the self-scores of given (prompt, response) pairs."""
     from laser_fast.evaluation.score_pairs import score_pairs
-    from laser_fast.evaluation.settings import build_config
+    from laser_fast.evaluation.settings import NOT_SCORED, build_config
     from laser_fast.evaluation.terminal import print_totals, progress_bar
 
     scores = {"score__token": token, "score__beta": beta, "score__ref_logprob": ref_logprob}
-    measured = build_config(model, config=config, overrides=_as_overrides(overrides, **scores))
+    given = _as_overrides(overrides, **scores)
+    measured = build_config(model, config=config, overrides=given, unread=NOT_SCORED)
     with progress_bar(is_shown=_is_main()) as on_progress:
         totals = score_pairs(measured, source, out, overwrite=overwrite, on_progress=on_progress)
     if totals is not None:

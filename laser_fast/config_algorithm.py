@@ -1,7 +1,7 @@
 """What is learned: the keys of the score, the advantages and the policy loss."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from laser_fast.algorithm.loss import Aggregation, Importance, check_gspo
 from laser_fast.algorithm.score import check_score_target
@@ -19,7 +19,7 @@ class ScoreConfig(Section):
     """Scale of the score: r_s = beta (log pi(z_c | x, y) - ref_logprob)."""
     position: ScorePosition = "eos"
     """Row that the score is read from: the EOS's, or the "last" before it, at no extra token."""
-    ref_logprob: float | Literal["auto", "floating"] = "auto"
+    ref_logprob: Annotated[float, Field(le=0)] | Literal["auto", "floating"] = "auto"
     """c_ref; "auto": the untrained model's log pi(z_c | x, y); "floating": refitted each step."""
     loss_coef: float = Field(0.1, ge=0)
     """alpha, weight of the score's MSE; 0 trains plain GRPO."""

@@ -32,11 +32,11 @@ def find_fields(source: RowSource, question: str, answer: str) -> tuple[str, str
     wanted = (question, QUESTIONS, "data.prompt_field"), (answer, ANSWERS, "data.answer_field")
     found = []
     for given, names, key in wanted:
-        name = next((n for n in names if _has(row, n)), None) if given == AUTO else given
+        name = next((n for n in names if _has(place, row, n)), None) if given == AUTO else given
         if name is None:
             raise ConfigError(
                 f"{place}: no field among {', '.join(names)}; set {key}, the fields are "
-                f"{', '.join(row) if isinstance(row, dict) else 'none'}"
+                f"{', '.join(row)}"
             )
         found.append(name)
     return found[0], found[1]
@@ -136,9 +136,11 @@ def _get(place: str, row: Any, field: str, key: str) -> Any:
     return value
 
 
-def _has(row: Any, field: str) -> bool:
+def _has(place: str, row: Any, field: str) -> bool:
     try:
-        _get("", row, field, "")
+        _get(place, row, field, "")
     except ConfigError:
+        if not isinstance(row, dict):
+            raise
         return False
     return True

@@ -184,10 +184,10 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
     `tokens` are the candidates with their ids, in the order of the rows' log-probs.
     """
     finished = [row for row in rows if row.logprobs is not None]
-    if not finished:
+    if len({row.prompt_id for row in finished}) < 2:  # whose spread is the noise of the score
         raise ConfigError(
-            f"none of {len(rows)} completions ended with an EOS token, which c_ref needs; raise "
-            "rollout.max_new_tokens, or check the template"
+            f"{len(finished)} of {len(rows)} completions ended with an EOS token, and c_ref needs "
+            "those of two prompts; raise rollout.max_new_tokens, or check the template"
         )
     groups: dict[str, list[int]] = {"all": list(range(len(finished)))}
     for i, row in enumerate(finished):

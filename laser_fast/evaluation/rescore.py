@@ -14,7 +14,7 @@ from laser_fast.config import RewardConfig, ScoreConfig
 from laser_fast.config_errors import ConfigError, apply_override
 from laser_fast.evaluation.benchmarks import Graders, answer_of
 from laser_fast.evaluation.folder import EvalFolder
-from laser_fast.evaluation.settings import store_calibrated
+from laser_fast.evaluation.settings import known_ref_logprob, read_score_settings, store_calibrated
 from laser_fast.evaluation.statistics import ReportOptions, average, build_report
 from laser_fast.log.jsonl import replace_text, to_text
 from laser_fast.log.samples import (
@@ -87,6 +87,8 @@ def rescore_evaluation(
     root = paths[0].resolve().parent.parent
     if store is not None and len(paths) != 1:
         raise ConfigError(f"--store: name the samples.jsonl of one benchmark of {source}")
+    if store is not None and not read_score_settings(store):
+        raise ConfigError(f"--store {store}: expected the exported model that gave the samples")
     if out.resolve() == root:
         raise ConfigError(f"{out} is where the samples come from; name a new folder")
     begun = EvalFolder(root).read_settings()
@@ -157,7 +159,9 @@ def _choose_score(
         return None
     if not {"beta", "ref_logprob"} <= values.keys():
         raise ConfigError("these samples come without settings; give both --beta and --ref-logprob")
-    return ScoreConfig.parse(values, source="options").model_dump(include=set(values))
+    chosen = ScoreConfig.parse(values, source="options")
+    known_ref_logprob(chosen)  # is none that floats
+    return chosen.model_dump(include=set(values))
 
 
 def _regrade(records: Sequence[SampleRecord], kind: str, grader: Grader) -> list[SampleRecord]:

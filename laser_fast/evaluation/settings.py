@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laser_fast.algorithm.vote import Calibrated
-from laser_fast.config import Config, MeasureConfig, ScoreConfig, all_keys
+from laser_fast.config import Config, MeasureConfig, RewardConfig, ScoreConfig, all_keys
 from laser_fast.config_errors import ConfigError, apply_override, read_toml, reading
 from laser_fast.evaluation.benchmarks import Benchmark
 from laser_fast.log.jsonl import read_json, replace_text, to_text
@@ -51,11 +51,17 @@ _NOT_CALIBRATED = {
     "score.token": "say --token",
     "score.beta": "say --beta",
     "score.ref_logprob": "it is what calibrate measures",
+    **{f"reward.{key}": "calibrate grades nothing" for key in RewardConfig.model_fields},
     "data.prompts_per_step": "say --limit",
     **{
         f"rollout.eval_{key}": "c_ref is measured as training samples, see the keys without eval_"
         for key in ("temperature", "max_new_tokens", "top_p", "top_k", "min_p")
     },
+}
+NOT_SCORED = {
+    key: "given answers are neither sampled nor graded"
+    for key in all_keys(MeasureConfig)
+    if key.startswith(("rollout.", "reward.", "data.eval_")) and key != "rollout.timeout_s"
 }
 
 
@@ -65,11 +71,13 @@ def build_config(
     *,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    unread: Mapping[str, str] = {},
     is_calibration: bool = False,
 ) -> MeasureConfig:
     """The configuration of one benchmark's measurement, sampled by the hf engine by default.
 
     A calibration reads the fields of the file's training set, others those of its evaluation set.
+    An override of a key that is `unread` is refused with what is said of it.
     """
     folder = Path(model)
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
@@ -81,7 +89,7 @@ def build_config(
     for override in overrides:
         apply_override(typed, override)
     options = dotted_keys(typed)
-    advice = _NOT_MEASURED | (_NOT_CALIBRATED if is_calibration else {})
+    advice = {**_NOT_MEASURED, **(_NOT_CALIBRATED if is_calibration else unread)}
     for key, value in options.items():
         for given in advice.keys() & {key, f"{key}={value}"}:
             raise ConfigError(f"{given} has no effect here; {advice[given]}")
@@ -109,14 +117,15 @@ def known_ref_logprob(score: ScoreConfig, *, may_measure: bool = True) -> float 
     if "ref_logprob" not in score.model_fields_set:
         measure = ", or --ref-logprob auto if this model never trained a score"
         raise ConfigError(
-            "a score needs c_ref, the log-prob that the untrained model gave its token: pass "
-            "--ref-logprob (`laser-fast calibrate` measures it on the base model)"
+            "a score needs c_ref, the log-prob that the untrained model gave its token, and no "
+            f"{_SCORE_FILE} beside the model says it: pass --ref-logprob (`laser-fast calibrate` "
+            "measures it on the base model)"
             f"{measure if may_measure else ''}"
         )
     if score.ref_logprob == "floating":  # refused as an option, left out of a file
         raise ConfigError("score.ref_logprob = floating: only training moves c_ref; give a number")
     if score.ref_logprob == "auto" and not may_measure:
-        raise ConfigError("--ref-logprob auto: pairs of unknown origin cannot measure c_ref")
+        raise ConfigError("--ref-logprob auto: given answers cannot measure c_ref; give a number")
     return score.ref_logprob
 
 
@@ -148,8 +157,10 @@ def store_calibrated(
     """Add what benchmark `by` said of the scores that `score` made to a model's laser_fast.json."""
     known = read_score_settings(model)
     if not _is_same(known, score):
-        says = f"says {known}" if known else "is missing"
-        raise ConfigError(f"{model}: its {_SCORE_FILE} {says}, these scores have {score}")
+        raise ConfigError(
+            f"{model}: its {_SCORE_FILE} says {known or 'nothing'}, these scores have {score}; "
+            "name the model that gave them"
+        )
     content = {"score": known, "calibrated": {**asdict(calibrated), "by": by}}
     replace_text(model / _SCORE_FILE, to_text(content))
 

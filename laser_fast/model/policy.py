@@ -161,7 +161,7 @@ def label_head(batch: Microbatch) -> Head[Tensor]:
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, refused early when the policy cannot train it."""
-    with reading(f'model.path: cannot load "{config.path}"'):
+    with reading(f'model.path: cannot load "{config.path}", as a folder or hub id'):
         model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     check_family(config.path, model_config)
     dtype = model_config.dtype
@@ -191,7 +191,7 @@ def check_lengths(config: MeasureConfig, available: int) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.{'eval_' * is_eval}max_new_tokens{score} = "
             f"{config.max_sequence_tokens} exceeds the {available} positions of the model; lower "
-            "one of them"
+            "them"
         )
 
 

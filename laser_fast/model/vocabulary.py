@@ -37,6 +37,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with reading(f'model.path: "{path}" has no usable tokenizer'):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("")  # what is wrong with its settings may show only now
+        if len(tokenizer) < 2:  # what transformers makes of nothing
+            raise ValueError("its files are missing; save the tokenizer there, too")
         return tokenizer
 
 

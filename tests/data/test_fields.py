@@ -133,6 +133,7 @@ def test_held_out_rows_have_fields_of_their_own(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ([1, 2], "rows.jsonl:1: expected an object with fields, got list"),
         ({"text": "1", "answer": "1"}, "no field among problem, prompt, .*; set data.prompt_field"),
         ({"problem": "1", "gold": "1"}, "no field among answer, .*the fields are problem, gold"),
         (

@@ -75,7 +75,7 @@ def test_spreads_by_template_and_eos():
     rows = [
         _row([-20.0]),
         _row([-21.0], eos="<end>"),
-        _row([-24.0], template="{prompt}"),
+        _row([-24.0], template="{prompt}", prompt="p1"),
         _row(None, eos=None),
     ]
     found = rank_candidates(rows, {"z": 40})
@@ -91,15 +91,17 @@ def test_spreads_by_template_and_eos():
 
 
 def test_tokens_that_the_model_writes_cannot_serve():
-    rows = [_row([-20.0, -19.0], ids=(40, 1))]
+    rows = [_row([-20.0, -19.0], ids=(40, 1)), _row([-20.0, -19.0], prompt="p1")]
     assert [c.token for c in rank_candidates(rows, {"z": 40, "y": 41}).candidates] == ["y"]
     with pytest.raises(ConfigError, match="every reserved token occurs"):
         rank_candidates(rows, {"z": 40})
 
 
-def test_nothing_finished_is_an_error():
-    with pytest.raises(ConfigError, match="none of 2 completions ended"):
+def test_a_spread_is_that_of_two_prompts():
+    with pytest.raises(ConfigError, match="0 of 2 completions ended"):
         rank_candidates([_row(None, eos=None)] * 2, {"z": 40})
+    with pytest.raises(ConfigError, match="2 of 2 completions ended.* those of two prompts"):
+        rank_candidates([_row([-20.0])] * 2, {"z": 40})
 
 
 def test_calibration_reads_every_prompt_once(sandbox_model, tmp_path):

@@ -161,7 +161,7 @@ def test_broken_input_names_the_place(build, tmp_path, content, message):
 
 def test_options_that_do_not_fit(build, sandbox_model, tmp_path):
     row = {"prompt": "1a+1=", "response": "2"}
-    with pytest.raises(ConfigError, match="--ref-logprob auto: pairs of unknown origin"):
+    with pytest.raises(ConfigError, match="--ref-logprob auto: given answers cannot measure"):
         _score(build("score.ref_logprob=auto"), tmp_path, [row])
     with pytest.raises(ConfigError, match=r"measures it on the base model\)$"):
         _score(build_config(str(sandbox_model)), tmp_path, [row])

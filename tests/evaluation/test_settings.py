@@ -9,6 +9,7 @@ from laser_fast.config import ConfigError, ScoreConfig
 from laser_fast.evaluation import calibrate, evaluate, score_pairs
 from laser_fast.evaluation.benchmarks import PROMPT_SUFFIX, find_benchmark
 from laser_fast.evaluation.settings import (
+    NOT_SCORED,
     build_config,
     known_ref_logprob,
     read_calibrated,
@@ -148,6 +149,13 @@ def test_a_model_of_an_older_version_was_read_at_the_eos(tmp_path):
     assert build(model=str(tmp_path)).score.position == "eos"
 
 
+@pytest.mark.parametrize("key", ["rollout.temperature=0.3", "reward.kind=math"])
+def test_given_answers_are_neither_sampled_nor_graded(key):
+    with pytest.raises(ConfigError, match="has no effect here; given answers are neither"):
+        build_config("m", overrides=[key], unread=NOT_SCORED)
+    build_config("m", overrides=["rollout.timeout_s=60"], unread=NOT_SCORED)
+
+
 def test_only_training_moves_c_ref():
     score = build(None, "score.ref_logprob=floating").score
     with pytest.raises(ConfigError, match="only training moves c_ref"):
@@ -164,6 +172,8 @@ def test_c_ref_must_be_known_or_asked_for():
     assert known_ref_logprob(build(None, "score.ref_logprob=-23.1").score) == -23.1
     with pytest.raises(ConfigError, match="expected a number or 'auto' or 'floating', got 'x'"):
         build(None, "score.ref_logprob=x")
+    with pytest.raises(ConfigError, match="expected a number less than or equal to 0 or 'auto'"):
+        build(None, "score.ref_logprob=23")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"score": {"token": "<z>"}}', '{"score": 3}'])
@@ -177,7 +187,9 @@ def test_how_a_score_is_read_stands_beside_it(tmp_path):
     found = Calibrated(threshold=0.6, base_rate=0.7, num_wrong=3.5)
     score = {"token": None, "position": "last", "beta": 0.15, "ref_logprob": -11.5}
     assert read_calibrated(tmp_path, score) is None
-    with pytest.raises(ConfigError, match="its laser_fast.json is missing, these scores have {'t"):
+    with pytest.raises(
+        ConfigError, match="its laser_fast.json says nothing, these scores have {'t"
+    ):
         store_calibrated(tmp_path, score, found, "train")
     own = ScoreConfig(token="<z>", position="last", beta=0.15, ref_logprob=-11.5)
     write_score_settings(tmp_path, own)

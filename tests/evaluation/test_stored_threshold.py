@@ -58,5 +58,10 @@ def test_a_stored_threshold_reads_other_problems_only(
     assert _readers(again)["other"] == BY_HALF
     again = rescore_evaluation(both.path, tmp_path / "reward", FEW, reward="gsm8k")
     assert _readers(again)["other"] == BY_HALF
+    with pytest.raises(ConfigError, match="only training moves c_ref"):
+        rescore_evaluation(both.path, tmp_path / "x", FEW, ref_logprob="floating")
+    with pytest.raises(ConfigError, match="expected the exported model that gave the samples"):
+        rescore_evaluation(tmp_path / "first", tmp_path / "x", FEW, store=tmp_path / "nowhere")
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match="name the samples.jsonl of one benchmark"):
         rescore_evaluation(both.path, tmp_path / "x", FEW, store=model)
