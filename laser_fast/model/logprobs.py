@@ -121,18 +121,15 @@ def last_token_logprobs(
         agree=world.max,
     )
 
-    def head_of(batch: Microbatch) -> Head[Tensor]:
-        def read(hidden_states: Tensor, head: LmHead) -> Tensor:
-            labels = torch.full((len(hidden_states),), token_ids[0], device=hidden_states.device)
-            first = linear_logprob(hidden_states, head.weight, labels, **head.at(1.0))
-            logits = head.logits(hidden_states, list(token_ids))
-            return first[:, None] + logits - logits[:, :1]
-
-        return read
+    def read(hidden_states: Tensor, head: LmHead) -> Tensor:
+        labels = torch.full((len(hidden_states),), token_ids[0], device=hidden_states.device)
+        first = linear_logprob(hidden_states, head.weight, labels, **head.at(1.0))
+        logits = head.logits(hidden_states, list(token_ids))
+        return first[:, None] + logits - logits[:, :1]
 
     bins = packer.bins(rows)
     batches = (packer.pack([rows[index] for index in members]) for members in bins)
-    for members, found in zip(bins, _read(policy, batches, head_of), strict=True):
+    for members, found in zip(bins, _read(policy, batches, lambda batch: read), strict=True):
         result[members] = found.cpu()
     return result
 
