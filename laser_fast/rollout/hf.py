@@ -119,12 +119,8 @@ class HfEngine(Engine):
                 row, choice, has_ended = row[kept], choice[kept], has_ended[kept]
                 context.select(kept)
             context.read(choice[:, None], has_ended.new_ones(len(row), 1))
-        return [
-            parse_completion(ids, values, row_scores, self.tokens, sampling)
-            for ids, values, row_scores in zip(
-                completion_ids.tolist(), logprobs.tolist(), scores.tolist(), strict=True
-            )
-        ]
+        drawn = zip(completion_ids.tolist(), logprobs.tolist(), scores.tolist(), strict=True)
+        return [parse_completion(*columns, self.tokens, sampling) for columns in drawn]
 
     def _read_prompts(self, prompts: Sequence[Prompt]) -> _Context:
         """Every distinct prompt read once, then one row for each entry of `prompts`."""
