@@ -197,19 +197,16 @@ class Packer:
         input (7, 8, 5, 2, 6), rows (1, 2, 1, 4, 3), labels (5, 2, 6, 4, 9).
         """
         tokens = _Tokens()
-        places = [tokens.add(sequence) for sequence in sequences]
+        laid = [(sequence, tokens.add(sequence)) for sequence in sequences]
         if not sequences:
             tokens.add_segment((self.score_token_id,))
         read = [sequence for sequence in sequences if sequence.has_policy_rows]
         labels = [token for s in read for token in s.completion_ids]
         policy_rows = [
-            row
-            for s, place in zip(sequences, places, strict=True)
-            if s.has_policy_rows
-            for row in place[: len(s.completion_ids)]
+            row for s, rows in laid if s.has_policy_rows for row in rows[: len(s.completion_ids)]
         ]
         scored = [sequence for sequence in sequences if sequence.score_at]
-        score_rows = [p[-1] for s, p in zip(sequences, places, strict=True) if s.score_at]
+        score_rows = [rows[-1] for s, rows in laid if s.score_at]
         labels += [self.score_token_id] * len(score_rows)
         temperature = [self.temperature] * len(policy_rows) + [1.0] * len(score_rows)
         return Microbatch(
