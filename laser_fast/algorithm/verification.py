@@ -70,7 +70,7 @@ def verify(
             f"tpr{suffix}": tpr,
             f"tnr{suffix}": tnr,
             f"f1{suffix}": harmonic_mean(tpr, tnr),
-            f"verification_accuracy{suffix}": _mean((p > THRESHOLD) == correct),
+            f"verification_accuracy{suffix}": ((p > THRESHOLD) == correct).double().mean().item(),
             f"ece{suffix}": calibration_error(p, correct),
             f"brier{suffix}": brier_score(p, correct),
         }
@@ -167,7 +167,7 @@ def calibration_error(probabilities: Array, is_correct: Array, *, num_bins: int 
 def brier_score(probabilities: Array, is_correct: Array) -> float:
     """Mean squared distance between probability and outcome; nan without completions."""
     p, correct = _check("brier_score", probabilities, is_correct)
-    return _mean((p - correct.double()).square())
+    return (p - correct.double()).square().mean().item()
 
 
 def correct_class_prior(scores: Array, base_rate: float) -> Tensor:
@@ -199,8 +199,6 @@ def _check(name: str, scores: Array, is_correct: Array) -> tuple[Tensor, Tensor]
     return r_s, correct
 
 
-def _mean(values: Tensor, members: Tensor | None = None) -> float:
-    """Mean in float64, only of the members if given; nan without any."""
-    if members is None:
-        return values.double().mean().item()
+def _mean(values: Tensor, members: Tensor) -> float:
+    """Mean of the members in float64; nan without any."""
     return ((values.double() * members).sum() / members.sum()).item()
