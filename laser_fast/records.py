@@ -171,6 +171,10 @@ class _Rows:
 
     __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
     def __getitem__(self, rows: slice) -> Self:
         columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -193,9 +197,6 @@ class PolicyRows(_Rows):
     old_logprobs: Tensor | None = None  # [N_p] float32
     ref_logprobs: Tensor | None = None  # [N_p] float32
 
-    def __len__(self) -> int:
-        return len(self.advantages)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRows(_Rows):
@@ -203,9 +204,6 @@ class ScoreRows(_Rows):
 
     rewards: Tensor  # [N_s] float32
     weights: Tensor  # [N_s] float32
-
-    def __len__(self) -> int:
-        return len(self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
