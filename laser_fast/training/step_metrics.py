@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.algorithm.loss import is_clipped, kl_penalty
 from laser_fast.algorithm.score import SelfScore, is_correct
 from laser_fast.algorithm.verification import verify
@@ -24,6 +25,7 @@ def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
     """Metrics of the [P, G] tables."""
     num_graded, correct = tables.is_graded.sum(), is_correct(tables.rewards)
     lengths, incorrect = tables.lengths.float(), tables.is_graded & ~correct
+    can_teach = has_reward_spread(tables.totals, tables.is_graded)
     apart: dict[str, float] = {}
     for name in sorted({source for source, _ in tables.apart} - {""}):
         own = torch.tensor([source == name for source, _ in tables.apart])
@@ -45,7 +47,7 @@ def table_metrics(tables: StepTables, advantages: Tensor) -> dict[str, float]:
         "loss/entropy": -float(tables.logprobs.sum() / tables.lengths.sum()),
         "reward/mean": float(tables.rewards.sum() / num_graded),  # nan, logged as null, of none
         "reward/failed": float((~tables.is_graded).sum()),
-        "advantage/zero_std_groups": float((~tables.has_spread).float().mean()),
+        "advantage/zero_std_groups": float((~can_teach).float().mean()),
         "advantage/mean_abs": float(advantages.abs().mean()),
     }
 

@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from laser_fast.algorithm.advantage import (
-    group_advantages,
-    has_reward_spread,
-    mix_advantages,
-    overlong_penalty,
-)
+from laser_fast.algorithm.advantage import group_advantages, mix_advantages, overlong_penalty
 from laser_fast.algorithm.loss import token_weights
 from laser_fast.algorithm.score import SelfScore, class_weights
 from laser_fast.config import Config
@@ -46,11 +41,6 @@ class StepTables:
     def has_score_target(self) -> Tensor:
         """Completions that enter the score's MSE: finished and graded, [P, G] bool."""
         return self.is_finished & self.is_graded
-
-    @property
-    def has_spread(self) -> Tensor:
-        """Groups whose total rewards differ, [P] bool."""
-        return has_reward_spread(self.totals, self.is_graded)
 
 
 def gather_tables(groups: Sequence[Group], world: World) -> StepTables:

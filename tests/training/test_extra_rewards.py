@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import make_config, make_group
 
+from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.model.distributed import World
 from laser_fast.training.sampler import _has_spread
 from laser_fast.training.step_metrics import table_metrics
@@ -60,7 +61,7 @@ def test_advantages_and_spread_are_of_the_total(tables):
     expected = torch.tensor([[0.0] * 3, [third, -2 * third, third], [third, third, -2 * third]])
     advantages = step_advantages(tables, make_config(), None)
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
-    assert tables.has_spread.tolist() == [False, True, True]
+    assert has_reward_spread(tables.totals, tables.is_graded).tolist() == [False, True, True]
     # Dynamic sampling replaces the first group, and keeps the second, which the verifier would not.
     assert [_has_spread(group) for group in GROUPS] == [False, True, True]
     assert [_has_spread(group) for group in PLAIN] == [True, False, True]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import make_config, make_group
 
+from laser_fast.algorithm.advantage import has_reward_spread
 from laser_fast.algorithm.score import SelfScore
 from laser_fast.model.distributed import World
 from laser_fast.training.tables import (
@@ -56,7 +57,7 @@ def test_gathered_tables(tables):
         [True] * 3,
         [True] * 3,
     ]
-    assert tables.has_spread.tolist() == [True, True, False, True]
+    assert has_reward_spread(tables.totals, tables.is_graded).tolist() == [True, True, False, True]
 
 
 def test_reward_advantages_leave_failed_grades_out(tables):
