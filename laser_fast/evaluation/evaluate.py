@@ -87,9 +87,8 @@ def run_evaluation(
             _, vocabulary = load_without_weights(longest, score_token=token)
             part = _Part(world, vocabulary, graders, folder, needs_score, on_progress)
             tasks = [part.prepare(benchmark, config, limit) for benchmark, config in measured]
-            if world.is_main:
-                folder.prepare(_settings(tasks, vocabulary, needs_score), overwrite=overwrite)
-            world.barrier()
+            settings = _settings(tasks, vocabulary, needs_score)
+            world.on_main(lambda: folder.prepare(settings, overwrite=overwrite))
             starts = [(task, part.count_done(task)) for task in tasks]
             pending = [(task, done) for task, done in starts if done < len(task.prompts)]
             if pending:
@@ -153,11 +152,10 @@ class _Part:
 
     def count_done(self, task: _Task) -> int:
         """Problems whose samples the folder holds; the rest of a chunk is dropped. Collective."""
-        done, ids = 0, [prompt.prompt_id for prompt in task.prompts]
-        if self.world.is_main:
-            size = task.sampling.group_size
-            done = self.folder.keep_chunks(task.name, ids, size=size, chunk=task.chunk)
-        return self.world.max(done)
+        ids, size = [prompt.prompt_id for prompt in task.prompts], task.sampling.group_size
+        return self.world.on_main(
+            lambda: self.folder.keep_chunks(task.name, ids, size=size, chunk=task.chunk)
+        )
 
     def sample(self, task: _Task, done: int, engine: Engine) -> None:
         """Sample, grade and append the problems from `done` on. Collective."""
