@@ -232,9 +232,7 @@ def _is_close(first: Any, second: Any) -> bool:
         if isinstance(first, kinds[:2]) or isinstance(second, kinds[:2]):
             return all(any(_is_close(a, b) for b in second.args) for a in first.args)
         return all(map(_is_close, first.args, second.args))
-    if not (isinstance(first, Expr) and isinstance(second, Expr)):
-        return True
-    if first.free_symbols or second.free_symbols:
+    if not all(isinstance(value, Expr) and not value.free_symbols for value in (first, second)):
         return True
     a, b = N(first, 40), N(second, 40)
     return bool(abs(a - b) <= abs(a) * Rational(1, 10**30))
