@@ -3,8 +3,8 @@
 Importing this package imports neither torch, transformers nor vLLM.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 __version__ = "0.1.0"
 
@@ -19,28 +19,23 @@ class MissingExtraError(ModuleNotFoundError):
     """A package of an extra that is not installed; the message is one sentence for the user."""
 
 
-@contextmanager
-def needs_train() -> Iterator[None]:
+def needs_train() -> AbstractContextManager[None]:
     """Say which extra brings a package of the trainer, where the import of one fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in TRAIN_PACKAGES:
-            raise
-        raise MissingExtraError(
-            f"laser-fast needs {error.name} for this, which comes with the trainer's packages; "
-            "pip install 'laser-fast[train]'",
-            name=error.name,
-        ) from None
+    advice = ", which comes with the trainer's packages; pip install 'laser-fast[train]'"
+    return _needs(TRAIN_PACKAGES, advice)
+
+
+def needs_host(package: str, install: str) -> AbstractContextManager[None]:
+    """Say how to install the trainer of an integration, where its import fails."""
+    return _needs((package,), f"; {install}")
 
 
 @contextmanager
-def needs_host(package: str, install: str) -> Iterator[None]:
-    """Say how to install the trainer of an integration, where its import fails."""
+def _needs(packages: Collection[str], advice: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != package:
+        if error.name not in packages:
             raise
-        message = f"laser-fast needs {package} for this; {install}"
-        raise MissingExtraError(message, name=package) from None
+        message = f"laser-fast needs {error.name} for this{advice}"
+        raise MissingExtraError(message, name=error.name) from None
