@@ -137,13 +137,11 @@ class _Part:
         golds: dict[str, list[str]] = {}
         if self.world.is_main:
             golds = check_golds(prompts, kind=reward.kind, grader=self.graders.of(reward))
-            repeated = len(prompts) - len({prompt.text for prompt in prompts})
-            for count, fault in (
-                (source.num_dropped, "over-long problems are left out"),
-                (repeated, "problems repeat an earlier one and count again"),
-            ):
-                if count:
-                    logger.warning("%s: %d %s", name, count, fault)
+            if source.num_dropped:
+                logger.warning("%s: %d over-long problems are left out", name, source.num_dropped)
+            if repeated := len(prompts) - len({prompt.text for prompt in prompts}):
+                fault = "problems repeat an earlier one and count again"
+                logger.warning("%s: %d %s", name, repeated, fault)
             for key, ids in golds.items():
                 if ids:
                     logger.warning(_DOUBTS[key], name, len(ids), ", ".join(ids[:5]))
