@@ -75,9 +75,8 @@ def check_family(path: str, config: PreTrainedConfig) -> None:
         )
 
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    if window is not None and config.model_type not in _WINDOWED:
+    has_windows = window is not None and getattr(config, "use_sliding_window", True) is not False
+    if has_windows and config.model_type not in _WINDOWED:
         raise ConfigError(
             f'model.path: "{path}" is a {config.model_type} model with windows of {window} tokens, '
             f"which are known of {', '.join(sorted(_WINDOWED))} only; set it to full attention"
