@@ -43,12 +43,9 @@ def plan_bins(
     Raises:
         ValueError: a sequence is longer than the budget.
     """
-    parts: list[list[int]] = []
-    sizes: list[int] = []
-    for prompt, members in _by_prompt(prompts).items():
-        for part in _parts(len(prompt), members, lengths, budget):
-            parts.append(part)
-            sizes.append(len(prompt) + sum(lengths[i] for i in part))
+    groups = _by_prompt(prompts).items()
+    parts = [part for prompt, own in groups for part in _parts(len(prompt), own, lengths, budget)]
+    sizes = [len(prompts[part[0]]) + sum(lengths[i] for i in part) for part in parts]
     places = _first_fit(sizes, budget)
     bins = [[index for place in members for index in parts[place]] for members in places]
     _split_fullest(bins, agree(max(len(bins), 1)))
