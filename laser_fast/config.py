@@ -95,7 +95,7 @@ class DataConfig(PromptConfig):
     """Where a run's prompts come from."""
 
     train: UserPath | dict[UserPath, Annotated[float, Field(gt=0)]]
-    """Hub id, jsonl, json, parquet or csv file, "sandbox", "sandbox-hard"; or table of weights."""
+    """Hub id, jsonl, json, parquet or csv file, "sandbox", "sandbox-hard"; or {"FILE" = weight}."""
     train_split: str = "train"
     """Split of a hub data set."""
     where: dict[str, list[bool | str | int | float]] = {}

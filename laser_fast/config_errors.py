@@ -137,7 +137,12 @@ def explain(error: ValidationError, docs: Mapping[str, str]) -> str:
     about = f" ({docs[path].split('. ')[0].rstrip('.')})"
     if is_missing:
         return f'"{path}" is missing; set it{about}'
-    expected = " or ".join({_expected(p): p for p in problems if p["loc"][:depth] == location})
+    own = [problem for problem in problems if problem["loc"][:depth] == location]
+    for problem in own:  # in a table, where another kind of value could stand as well
+        if any(str(part).startswith("dict[") for part in problem["loc"][:-1]):
+            what = f"{_expected(problem)} for {problem['loc'][-1]!r}"
+            return f'"{path}": expected {what}, got {problem["input"]!r:.60}{about}'
+    expected = " or ".join(dict.fromkeys(map(_expected, own)))
     return f'"{path}": expected {expected}, got {value!r:.60}{about}'
 
 

@@ -160,7 +160,7 @@ def test_missing_keys_and_sections():
         ({"optim__betas": [0.9, "x"]}, "\"optim.betas\": expected a number, got 'x' ("),
         ({"optim__betas": [0.9, 1.0]}, '"optim.betas": expected a number less than 1, got 1.0 ('),
         ({"model__path": ""}, "\"model.path\": expected at least 1 character, got '' ("),
-        ({"data__train": {"a": "b"}}, '"data.train": expected a string or a number, got {'),
+        ({"data__train": {"a": "b"}}, "\"data.train\": expected a number for 'a', got 'b'"),
         ({"model": "m"}, "\"model\" is a section, got 'm'; set its keys instead, such as model.pa"),
         ({"score__token": ["x" * 90]}, '"score.token": expected a string, got [\'xxxxxxx'),
     ],

@@ -214,8 +214,9 @@ class Sampler:
         if self.curriculum:
             share = self.config.data.prompts_per_step // world.size
             return self.curriculum.take(attempt)[world.rank * share :][:share]
-        own = {"rank": world.rank, "world_size": world.size}
-        return self.prompts.prompts(step, attempt=attempt, rounds=rounds, **own)
+        return self.prompts.prompts(
+            step, attempt=attempt, rounds=rounds, rank=world.rank, world_size=world.size
+        )
 
     def _train_sampling(self, step: int, attempt: int = 0) -> Sampling:
         config, size = self.config, self.config.rollout.group_size
