@@ -111,7 +111,7 @@ def _automatic(hidden_states: Tensor) -> str:
 
 def _require_gpu(op: str, impl: str, hidden_states: Tensor) -> None:
     interprets = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not hidden_states.is_cuda and not interprets:
+    if (not hidden_states.is_cuda or torch.version.hip) and not interprets:
         hint = ", or set TRITON_INTERPRET=1 before the first import to debug float16 on a CPU"
         raise RuntimeError(
             f"{op}: impl={impl!r} needs tensors on an NVIDIA GPU, got {hidden_states.device}; use "

@@ -68,7 +68,7 @@ class Candidate:
 
     def score(self, beta: float) -> dict[str, Any]:
         """What belongs into a configuration; a ConfigError if this beta cannot be trained."""
-        if not math.isfinite(beta):
+        if math.isfinite(self.ref_logprob) and not math.isfinite(beta):
             raise ConfigError(
                 f"no beta keeps the target c_ref + 1/beta below {WARN_TARGET:g}: even {self.token} "
                 f"has c_ref = {self.ref_logprob:.2f}; the score needs a token that the model never "
@@ -114,7 +114,7 @@ def calibrate(
     """Sample the model on the prompts of `data`; see `laser-fast calibrate --help`.
 
     With 0 `prompts`, on all. All ranks but the first return None. A ConfigError names what does not
-    fit, or says that no completion ended.
+    fit, or says that too few completions ended.
     """
     wordings = [
         PromptConfig.parse(config.data.model_dump() | {"template": text}, source="--template")
@@ -187,7 +187,7 @@ def rank_candidates(rows: Sequence[Reading], tokens: Mapping[str, int]) -> Calib
     if len({row.prompt_id for row in finished}) < 2:  # whose spread is the noise of the score
         raise ConfigError(
             f"{len(finished)} of {len(rows)} completions ended with an EOS token, and c_ref needs "
-            "those of two prompts; raise rollout.max_new_tokens, or check the template"
+            "those of two prompts; take more, raise rollout.max_new_tokens or check the template"
         )
     groups: dict[str, list[int]] = {"all": list(range(len(finished)))}
     for i, row in enumerate(finished):

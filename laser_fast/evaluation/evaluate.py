@@ -117,8 +117,7 @@ class _Part:
         """Load the problems and look at their golds, before the model is loaded."""
         name, samples = benchmark.name, benchmark.samples
         rollout, reward = config.rollout, config.reward
-        needs_score = self.needs_score
-        sampling = make_sampling(config, "eval", group_size=samples, needs_score=needs_score)
+        sampling = make_sampling(config, "eval", group_size=samples, needs_score=self.needs_score)
         rows = open_rows(benchmark.source, split=config.data.eval_split)
         tokenizer, asked = self.vocabulary.tokenizer, self.graders.of(reward).fields
         source = PromptSource(config.data, tokenizer, rows, name=name, limit=limit, asked=asked)

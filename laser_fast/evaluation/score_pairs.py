@@ -11,8 +11,10 @@ read, both numbers are null and `reason` says why; else it is null:
     empty      no token before the EOS
     truncated  `completion_ids` without an EOS at the end, or `finish_reason` "length"
     too long   more tokens than the model has positions
+    no number  the token has no finite log-prob, as one whose logit is masked
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -97,14 +99,18 @@ def score_pairs(
                 policy, sequences, [token_id], world, score_at=config.score.position, budget=budget
             )
             logprobs = dict(world.gather(list(zip(own, found[:, 0].tolist(), strict=True))))
+            reasons = [
+                pair.reason or (None if math.isfinite(logprobs[i]) else "no number")
+                for i, pair in enumerate(pairs)
+            ]
             if world.is_main:
                 with open(unfinished, "a" if done else "w", encoding="utf-8") as file:
-                    for i, ((_, row), pair) in enumerate(zip(chunk, pairs, strict=True)):
-                        logprob = logprobs.get(i)
+                    for i, ((_, row), reason) in enumerate(zip(chunk, reasons, strict=True)):
+                        logprob = None if reason else logprobs[i]
                         value = None if logprob is None else score.of(logprob)
-                        line = {"score_logprob": logprob, "score": value, "reason": pair.reason}
+                        line = {"score_logprob": logprob, "score": value, "reason": reason}
                         file.write(to_line({**row, **line}))
-            counts.update(pair.reason or "scored" for pair in pairs)
+            counts.update(reason or "scored" for reason in reasons)
             on_progress(source.name, counts.total(), num_pairs)
     if not world.is_main:
         return None

@@ -58,10 +58,11 @@ _NOT_CALIBRATED = {
         for key in ("temperature", "max_new_tokens", "top_p", "top_k", "min_p")
     },
 }
+_SCORED = "data.template data.prompt_suffix data.chat_template_kwargs rollout.timeout_s".split()
 NOT_SCORED = {
     key: "given answers are neither sampled nor graded"
-    for key in all_keys(MeasureConfig)
-    if key.startswith(("rollout.", "reward.", "data.eval_")) and key != "rollout.timeout_s"
+    for key in all_keys(Config)
+    if key.startswith(("data.", "rollout.", "reward.")) and key not in _SCORED
 }
 
 
@@ -91,8 +92,9 @@ def build_config(
     options = dotted_keys(typed)
     advice = {**_NOT_MEASURED, **(_NOT_CALIBRATED if is_calibration else unread)}
     for key, value in options.items():
-        for given in advice.keys() & {key, f"{key}={value}"}:
-            raise ConfigError(f"{given} has no effect here; {advice[given]}")
+        for given in (key, f"{key}={value}"):
+            if given in advice:
+                raise ConfigError(f"{given} has no effect here; {advice[given]}")
     fields = {} if benchmark is None else asdict(benchmark)
     values = {key: fields[key.partition(".")[2]] for key in _PROTOCOL if fields}
     values |= {f"score.{key}": value for key, value in read_score_settings(model).items()}
@@ -102,8 +104,9 @@ def build_config(
     for key in ("temperature", "max_new_tokens"):  # what is typed wins against the file's
         if f"rollout.{key}" in options and f"rollout.eval_{key}" not in options:
             values.pop(f"rollout.eval_{key}", None)
-    if values.get("rollout.engine", "hf") == "hf" and "rollout.tensor_parallel" not in options:
-        values.pop("rollout.tensor_parallel", None)
+    if values.get("rollout.engine", "hf") == "hf":  # while the file's run had another
+        for key in {"rollout.tensor_parallel", "rollout.seeded"} - options.keys():
+            values.pop(key, None)
     layers: dict[str, Any] = {}
     # Whole sections last: a value in place of one must reach the validation, which names it.
     for key, value in sorted(values.items(), key=lambda item: "." not in item[0]):

@@ -88,11 +88,11 @@ def build_report(
     Completions whose grading failed are counted and left out; a problem with fewer than k graded
     ones enters the k column with those it has. When the clipped scores of all finished completions
     spread by no more than `MIN_SCORE_STD`, they say nothing yet: `uses_scores` is False, and the
-    weighted and the posterior majority are the plain one. Equal strings are one answer, others if
-    `same_answer` says so. Without `options.num_resamples` no votes are replayed that stop. `name`
-    names the resamples, so that benchmarks of one size are drawn independently and their mean has
-    its own interval. Records that do not fit together, or a k above the samples of a problem, raise
-    ValueError.
+    weighted and the posterior majority are the plain one; where one is no number, none counts.
+    Equal strings are one answer, others if `same_answer` says so. Without `options.num_resamples`
+    no votes are replayed that stop. `name` names the resamples, so that benchmarks of one size are
+    drawn independently and their mean has its own interval. Records that do not fit together, or a
+    k above the samples of a problem, raise ValueError.
     """
     problems = group_by_prompt(records)
     num_samples = len(problems[0])

@@ -107,8 +107,7 @@ class Trainer:
                     self._backward(objective, batches, rows)
             # With staleness an update lies between, which TIS corrects. A later pass has the same.
             if self.sampler.staleness == 0 and number < per_pass:
-                found = rows.disagreement(self.world)
-                self._check_rollout(step, found, tables.logprobs)
+                self._check_rollout(step, rows.disagreement(self.world), tables.logprobs)
             if trains_score and number == per_pass - 1:  # later, the score knows these completions
                 metrics |= rows.score_metrics(self.world, tables, score)
             with self.stage.only("step"):

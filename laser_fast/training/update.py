@@ -44,8 +44,7 @@ def import_adamw8bit() -> Callable[..., Optimizer]:
 
 def gradient_norm(policy: Policy) -> float:
     """Norm of the accumulated gradients over all parameters. Collective."""
-    grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = get_total_norm(grads)
+    norm = get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

@@ -91,6 +91,16 @@ def test_what_cannot_be_read_gets_a_reason(build, tmp_path):
     assert totals == {"scored": 1, "truncated": 2, "empty": 3, "too long": 1}
 
 
+def test_a_log_prob_that_is_no_number_is_no_score(build, tmp_path, monkeypatch):
+    rows = [{"prompt_ids": [9], "completion_ids": [9, EOS]}] * 2
+    found = torch.tensor([[-8.0], [-torch.inf]])
+    monkeypatch.setattr(f"{score_pairs.__module__}.last_token_logprobs", lambda *_, **__: found)
+    totals, lines = _score(build(), tmp_path, rows)
+    assert totals == {"scored": 1, "no number": 1}
+    assert [line["score_logprob"] for line in lines] == [-8.0, None]
+    assert [line["reason"] for line in lines] == [None, "no number"]
+
+
 def test_text_ends_with_an_id_that_ends_completions(build, sandbox_model):
     tokenizer = AutoTokenizer.from_pretrained(sandbox_model)
     special = SpecialTokens(score_token_id=SCORE, eos_token_ids=(5,), pad_token_id=0, vocab_size=33)

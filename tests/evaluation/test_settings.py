@@ -149,11 +149,21 @@ def test_a_model_of_an_older_version_was_read_at_the_eos(tmp_path):
     assert build(model=str(tmp_path)).score.position == "eos"
 
 
-@pytest.mark.parametrize("key", ["rollout.temperature=0.3", "reward.kind=math"])
+@pytest.mark.parametrize(
+    "key", ["rollout.temperature=0.3", "reward.kind=math", "rollout.score=off", "data.eval_split=x"]
+)
 def test_given_answers_are_neither_sampled_nor_graded(key):
     with pytest.raises(ConfigError, match="has no effect here; given answers are neither"):
         build_config("m", overrides=[key], unread=NOT_SCORED)
     build_config("m", overrides=["rollout.timeout_s=60"], unread=NOT_SCORED)
+
+
+def test_a_file_of_another_engine_scores_given_answers(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[rollout]\nengine = "vllm"\nseeded = false\ntensor_parallel = 2\n')
+    assert build_config("m", config=file, unread=NOT_SCORED).rollout.seeded
+    with pytest.raises(ConfigError, match="rollout.seeded = False is for vLLM"):
+        build_config("m", overrides=["rollout.seeded=false"])
 
 
 def test_only_training_moves_c_ref():

@@ -120,8 +120,9 @@ FLOATING = {"ref_logprob": "floating", "beta": 0.2, "max_class_weight": 1.0}
 def test_a_floating_reference_moves_in_the_step_that_it_reads(world, model_folders):
     trainer = make_trainer(model_folders / "qwen2-tied", world, max_ratio=0.0)
     members = [(3, True, -10.0), (4, True, -14.0), (2, True, -30.0), (4, False, None)]
-    groups = [make_group("a", [*members, (3, True, -15.0)], [1.0, 0.0, None, 0.0, 0.0])]
-    trainer.stage, trainer.config = StageTimer(world.device), make_config(score=FLOATING)
+    groups = [make_group(n, [*members, (3, True, -15.0)], [1.0, 0.0, None, 0.0, 0.0]) for n in "ab"]
+    trainer.stage = StageTimer(world.device)
+    trainer.config = make_config(score=FLOATING, optim={"minibatches": 2})
     trainer.sampler = SimpleNamespace(
         sample=lambda step: groups, staleness=1, sync_disagreement=0.0
     )
