@@ -130,11 +130,11 @@ class RolloutConfig(Section):
     """Sampler: transformers in process, vLLM in process, or a vLLM server on other GPUs."""
     group_size: int = Field(8, ge=2)
     """Completions per prompt (G)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=2)
     """Sampling temperature; policy log-probs are of the same tempered distribution."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest completion, EOS included."""
-    eval_temperature: float | None = Field(None, gt=0)
+    eval_temperature: float | None = Field(None, gt=0, le=2)
     """Sampling temperature of evaluations; left out: that of training."""
     eval_max_new_tokens: int | None = Field(None, ge=1)
     """Longest completion of evaluations; left out: that of training."""

@@ -178,8 +178,7 @@ def sequence_sum(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
 
 def sequence_mean(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Mean of the values of a token's own sequence, given back to each of its tokens, [T]."""
-    counts = sequence_sum(torch.ones_like(values), sequence_ids)
-    return sequence_sum(values, sequence_ids) / counts
+    return sequence_sum(values, sequence_ids) / sequence_sum(torch.ones_like(values), sequence_ids)
 
 
 def _ratio(

@@ -222,8 +222,7 @@ def _winner(
     """The class with most votes of the members, the first seen of a tie; None without answers."""
     votes: dict[int, float] = {}
     for i in members:
-        number = classes[i]
-        if number is not None:
+        if (number := classes[i]) is not None:
             votes[number] = votes.get(number, 0.0) + weights[i]
     return max(votes, key=votes.__getitem__, default=None)
 

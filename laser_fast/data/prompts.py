@@ -221,8 +221,7 @@ def held_out_prompts(
     answer = config.eval_answer_field or config.answer_field
     own = config.model_copy(update={"prompt_field": question, "answer_field": answer})
     rows = open_rows(config.eval, split=config.eval_split)
-    limit = config.eval_limit
-    return PromptSource(own, tokenizer, rows, name="eval", limit=limit, asked=asked)
+    return PromptSource(own, tokenizer, rows, name="eval", limit=config.eval_limit, asked=asked)
 
 
 def _load(

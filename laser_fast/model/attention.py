@@ -180,8 +180,7 @@ def packed_varlen(
         )
     q, k, v = _gathered(query, key, value, layout)
     # torch 2.11 has no grouped-query option here, so key and value heads are repeated.
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (tensor.repeat_interleave(repeats, dim=1) for tensor in (k, v))
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     output = varlen_attn(
         q, k, v, *layout.varlen, scale=form.scaling, window_size=(form.window - 1, 0)
     )

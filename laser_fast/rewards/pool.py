@@ -224,8 +224,7 @@ def serve(file_descriptor: int, first_function: str, memory_limit: int | None) -
         while True:
             function, arguments, deadline_s = connection.recv()
             # A C thread without the GIL: it ends even a process stuck in a big power.
-            end = deadline_s + _ORPHAN_GRACE_S
-            faulthandler.dump_traceback_later(end, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(deadline_s + _ORPHAN_GRACE_S, exit=True, file=nowhere)
             connection.send(_answer(function, arguments))
             faulthandler.cancel_dump_traceback_later()
 

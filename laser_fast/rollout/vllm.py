@@ -116,9 +116,11 @@ class VllmEngine(CopyingEngine):
         rows = [(prompt, g) for prompt in prompts for g in range(sampling.group_size)]
         params = [self._sampling_params(prompt, g, sampling) for prompt, g in rows]
         with keep_random_state():
-            # Without seeds of their own, which cost a launch per row and token, rows draw from this
-            # generator: other noise for every engine and draw, the same on the ranks of an engine.
-            torch.manual_seed(draw_seed(sampling.seed, self._number))
+            # Without seeds of their own, which cost a launch per row and token, rows draw from one
+            # of these: other noise for every engine and draw, the same on the ranks of an engine.
+            seed = draw_seed(sampling.seed, self._number, *(p.prompt_id for p in prompts[:1]))
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # that of vLLM's second runner, the default on a GPU
             outputs = self._run([prompt.prompt_ids for prompt, _ in rows], params)
         completions = []
         for output, asked in zip(outputs, params, strict=True):
@@ -138,10 +140,10 @@ class VllmEngine(CopyingEngine):
         """Log-probs of given ids; vLLM reads them without its prefix cache."""
         from vllm import SamplingParams
 
-        # One greedy token that nobody reads: the log-probs of the given ones are the result.
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0, flat_logprobs=True
-        )
+        # One greedy token that nobody reads: the log-probs of the given ones are the result. With a
+        # seed, or vLLM draws one from NumPy.
+        greedy = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "detokenize": False}
+        params = SamplingParams(**greedy, prompt_logprobs=0, flat_logprobs=True)
         ours = [(g.prompt.prompt_ids, c.completion_ids) for g in groups for c in g.completions]
         given, own = self._join(ours)
         (layer,) = self._llm.apply_model(lambda model: model.logits_processor)

@@ -87,7 +87,7 @@ class VllmServerEngine(CopyingEngine):
             assert self._transfer is not None, "the engine was closed"
             self._transfer.send(weights)
             self._http.post("/update_weight_version", {"new_version": version[0]})
-            answer = self._http.post("/reset_prefix_cache")
+            answer = self._http.post("/reset_prefix_cache?reset_external=true")  # offloaded, too
             if answer is not None and not answer["success"]:  # older versions say nothing
                 raise ServerError(
                     f"the server at {self._url} kept prefixes of the old weights cached: others "

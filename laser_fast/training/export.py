@@ -20,7 +20,7 @@ from laser_fast.log.run_folder import RunFolder, moved_config, steps_in
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
 from laser_fast.model.policy import Policy, build_policy, load_model_config
-from laser_fast.model.vocabulary import load_tokenizer
+from laser_fast.model.vocabulary import find_eos_token_ids, load_tokenizer
 from laser_fast.model.weights import base_digest
 from laser_fast.stopping import is_asked
 from laser_fast.training.best import standing
@@ -56,17 +56,21 @@ def write_model(
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
 
     def write() -> None:
+        tokenizer = load_tokenizer(config.path)
         with replacing(out) as partial:
             if adapter:
                 write_adapter(found, policy.hf, partial)
             else:
                 dtype = load_model_config(config).dtype or torch.float32
                 weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
+                # What ended completions in training does so wherever the model is served.
+                ends = find_eos_token_ids(config.path, tokenizer, policy.hf.config)
+                policy.hf.generation_config.eos_token_id = list(ends)
                 policy.hf.save_pretrained(partial, state_dict=weights)
                 stored = copy.deepcopy(policy.hf.config)  # transformers wrote that of the masters
                 stored.dtype = dtype
                 stored.save_pretrained(partial)
-            load_tokenizer(config.path).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
             if score is not None and score.loss_coef > 0:
                 write_score_settings(partial, score)
 

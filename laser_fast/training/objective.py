@@ -120,11 +120,8 @@ def _row_losses(
         terms = terms * sampling_weights(config, policy, old)[1]
     if policy.ref_logprobs is not None:
         terms = terms + config.kl_coef * kl_penalty(policy_logprobs, policy.ref_logprobs)
+    scale = objective.score
     score_terms = score_loss(
-        score_logprobs,
-        score.rewards,
-        score.weights,
-        beta=objective.score.beta,
-        ref_logprob=objective.score.ref_logprob,
+        score_logprobs, score.rewards, score.weights, beta=scale.beta, ref_logprob=scale.ref_logprob
     )
     return (policy.weights * terms).sum(), score_terms.sum()

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -228,8 +229,6 @@ def test_heads_that_do_not_divide_are_refused_by_name(tmp_path, tiny, monkeypatc
 
 
 def test_building_an_engine_leaves_the_random_state_alone(tiny):
-    import numpy as np
-
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     expected = torch.rand(3).tolist(), random.random(), np.random.rand()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
@@ -237,16 +236,25 @@ def test_building_an_engine_leaves_the_random_state_alone(tiny):
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
 
 
-def test_an_unseeded_draw_is_its_own_and_leaves_the_random_state_alone(engine, tiny):
-    def draw(seed):
-        groups = engine.generate(make_prompts(), make_sampling(seed=seed))
+def test_an_unseeded_draw_is_its_own_and_leaves_the_random_state_alone(engine, monkeypatch):
+    seeds, run = [], engine._run
+
+    def seen_run(*given):
+        seeds.append(np.random.randint(2**31))  # as the runner of a GPU does for every row
+        return run(*given)
+
+    def draw(seed, turn=1):
+        groups = engine.generate(make_prompts()[::turn], make_sampling(seed=seed))
         return [c.completion_ids for _, c in pairs(groups)]
 
+    monkeypatch.setattr(engine, "_run", seen_run)
     engine._is_seeded = False
     try:
-        state = torch.get_rng_state()
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
         first, again, other = draw(1), draw(1), draw(2)
+        draw(1, turn=-1)  # another chunk of an evaluation
         assert torch.equal(torch.get_rng_state(), state)
+        assert np.random.get_state()[1].tolist() == numpy_state
         engine._number = 1  # another engine of the run
         elsewhere = draw(1)
     finally:
@@ -254,6 +262,7 @@ def test_an_unseeded_draw_is_its_own_and_leaves_the_random_state_alone(engine, t
     assert first == again != other
     assert first != elsewhere != other
     assert len(set(first)) > len(first) / 2
+    assert seeds[0] == seeds[1] and len({*seeds}) == 4
 
 
 def test_generation_is_left_where_a_run_is_asked_to_stop(engine):

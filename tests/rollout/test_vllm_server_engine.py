@@ -207,7 +207,7 @@ def test_prefixes_of_old_weights_that_stay_cached_are_an_error(scripted, served_
             engine.sync(iter([("w", torch.zeros(1))]))
     else:
         engine.sync(iter([("w", torch.zeros(1))]))
-    assert server.posted[-1] == "/reset_prefix_cache"
+    assert server.posted[-1] == "/reset_prefix_cache?reset_external=true"
 
 
 def test_an_aborted_completion_is_the_servers_failure(scripted, served_ids):

@@ -21,11 +21,15 @@ def test_a_model_says_the_dtype_that_it_is_stored_in(tmp_path, world, model_fold
     base = model_folders / "qwen2-tied"
     hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     hf.save_pretrained(tmp_path / "base")
-    monkeypatch.setattr("laser_fast.training.export.load_tokenizer", MagicMock())
+    tokenizer = MagicMock(eos_token_id=7)  # which ends completions in training
+    tokenizer.get_vocab.return_value = {"last": hf.config.vocab_size - 1}
+    monkeypatch.setattr("laser_fast.training.export.load_tokenizer", lambda path: tokenizer)
     config = ModelConfig(path=str(tmp_path / "base"))
     policy = build_policy(config, world)
     write_model(policy, config, tmp_path / "out", world)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    served = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert served["eos_token_id"] == [hf.config.eos_token_id, 7]
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(stored[name], value) for name, value in hf.state_dict().items())
 
