@@ -4,7 +4,7 @@ The rollout is written down instead of sampled and the weights are a formula, so
 rounding differs between machines. A change of the algorithm regenerates the files, in the same
 commit, by
 
-    python tests/test_golden_run.py
+    PYTHONPATH=tests/helpers python tests/test_golden_run.py
 """
 
 import json

@@ -135,18 +135,22 @@ class Policy(nn.Module):
             set_adapters(self.hf, enabled=True)
 
     def stream_weights(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a checkpoint in the compute dtype, gathered one at a time.
+        """Every tensor of a checkpoint, weights in the compute dtype, gathered one at a time.
 
-        A tied head comes under both names, adapters are merged. Collective: each item may be an
-        all-gather, so every rank must exhaust the iterator.
+        Buffers keep their dtype: with a rounded bias a router chooses other experts. A tied head
+        comes under both names, adapters are merged. Collective: each item may be an all-gather, so
+        every rank must exhaust the iterator.
         """
+        fixed = {name for name, _ in self.hf.named_buffers()}
 
         def gather(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach().to(device=device, dtype=self.compute_dtype)
-            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if not isinstance(tensor, DTensor):
+                return tensor.detach().to(device)
+            return tensor.detach().to(device=device, dtype=self.compute_dtype).full_tensor()
 
         for name, tensor in merged(self.hf.state_dict(), self.hf, gather):
-            yield from checkpoint_entries(name, tensor.to(self.compute_dtype))
+            dtype = tensor.dtype if name in fixed else self.compute_dtype
+            yield from checkpoint_entries(name, tensor.to(dtype))
 
 
 def label_head(batch: Microbatch) -> Head[Tensor]:

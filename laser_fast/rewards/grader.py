@@ -151,6 +151,11 @@ class Grader(ExitStack):
         """A reward or a `Failure` for each completion with its gold."""
         outcomes = self._run(self._function, pairs)
         failed = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        # A worker that was stopped or killed from outside says nothing of its answer.
+        again = self._run(self._function, [pairs[i] for i in failed])
+        for i, outcome in zip(failed, again, strict=True):
+            outcomes[i] = outcome
+        failed = [i for i in failed if isinstance(outcomes[i], Failure)]
         others = self._run(self._function, [(OTHER_ANSWER, pairs[i][1]) for i in failed])
         blamed = [i for i, other in zip(failed, others, strict=True) if type(other) is float]
         for i in blamed:

@@ -39,7 +39,8 @@ def cached_judge(
         about = f"{judge.__module__}:{judge.__qualname__}"
         if not inspect.iscoroutinefunction(judge):
             raise ValueError(f"cached_judge: expected an async function, got {about}")
-        own = {_COLUMNS.get(n, n): p for n, p in inspect.signature(judge).parameters.items()}
+        given = inspect.signature(judge).parameters.values()
+        own = {_COLUMNS.get(p.name, p.name): p for p in given if p.kind is not p.VAR_KEYWORD}
 
         @wraps(judge)
         async def reward(**columns: list[Any]) -> list[float | None]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from laser_fast.config import Config, ConfigError, ModelConfig, ScoreConfig, load_config
 from laser_fast.config_errors import RunError
 from laser_fast.evaluation.settings import write_score_settings
 from laser_fast.files import replacing
 from laser_fast.log.console import evaluation_line
+from laser_fast.log.jsonl import read_json, replace_text, to_text
 from laser_fast.log.run_folder import RunFolder, moved_config, steps_in
 from laser_fast.model.distributed import World, open_world
 from laser_fast.model.lora import merged, write_adapter
@@ -48,9 +50,10 @@ def write_model(
 ) -> None:
     """Write the policy and the tokenizer of its base model, whole or not at all. Collective.
 
-    In the dtype that the base model was stored in; what was at `out` is replaced. Adapters are
-    merged into the weights as they were trained with, in the compute dtype; or with `adapter` they
-    are all that is written. A `score` that was trained goes with it, as laser_fast.json.
+    In the dtype that the base model's config.json names, or float32; what was at `out` is replaced.
+    Adapters are merged into the weights as they were trained with, in the compute dtype; or with
+    `adapter` they are all that is written. A `score` that was trained goes with it, as
+    laser_fast.json.
     """
     full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = state_dict.get_model_state_dict(policy.hf, options=full)
@@ -62,11 +65,15 @@ def write_model(
                 write_adapter(found, policy.hf, partial)
             else:
                 dtype = load_model_config(config).dtype or torch.float32
-                weights = {k: t.to(dtype) for k, t in merged(found, policy.hf)}
-                # What ended completions in training does so wherever the model is served.
-                ends = find_eos_token_ids(config.path, tokenizer, policy.hf.config)
-                policy.hf.generation_config.eos_token_id = list(ends)
+                fixed = {name for name, _ in policy.hf.named_buffers()}  # which routers read so
+                entries = merged(found, policy.hf)
+                weights = {k: t if k in fixed else t.to(dtype) for k, t in entries}
                 policy.hf.save_pretrained(partial, state_dict=weights)
+                # What ended completions in training does so wherever the model is served. As JSON:
+                # transformers saves no changed settings of which it only warned.
+                ends = find_eos_token_ids(config.path, tokenizer, policy.hf.config)
+                file = partial / GENERATION_CONFIG_NAME
+                replace_text(file, to_text(read_json(file) | {"eos_token_id": list(ends)}))
                 stored = copy.deepcopy(policy.hf.config)  # transformers wrote that of the masters
                 stored.dtype = dtype
                 stored.save_pretrained(partial)

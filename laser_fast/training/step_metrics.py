@@ -131,17 +131,20 @@ class RowMetrics:
         total, probes = world.sum(pair).tolist()
         return total / max(probes, 1)
 
-    def finish(self, world: World, *, num_tokens: float, epochs: int = 1) -> dict[str, float]:
+    def finish(
+        self, world: World, *, num_tokens: float, epochs: int = 1, minibatches: float = 1
+    ) -> dict[str, float]:
         """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
 
-        They are means over the passes. Of the importance weights, those of tokens that train count,
-        nan of none; ess is the effective sample size as a share of n, (sum w)^2 / (n sum w^2).
+        They are means over the passes, losses also over the updates of a pass. Of the importance
+        weights, those of tokens that train count, nan of none; ess is the effective sample size as
+        a share of n, (sum w)^2 / (n sum w^2).
         """
         totals = (world.sum(torch.stack(list(self._sums.values()))) / epochs).tolist()
         sums = dict(zip(self._sums, totals, strict=True))
         metrics = {
-            "loss/policy": sums["policy"],
-            "loss/score": sums["score"],
+            "loss/policy": sums["policy"] / minibatches,
+            "loss/score": sums["score"] / minibatches,
             "loss/clip_frac": sums["clipped"] / num_tokens,
             "rollout/disagreement": sums["gaps"] / max(sums["probes"], 1),
         }

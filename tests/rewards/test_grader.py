@@ -9,6 +9,7 @@ import pytest
 
 from laser_fast.config import ConfigError, RewardConfig
 from laser_fast.rewards import Grader, RewardError, grade
+from laser_fast.rewards.pool import Failure
 from laser_fast.rewards.user import check_rewards
 from laser_fast.stopping import POLL_S
 
@@ -129,6 +130,20 @@ def test_a_worker_killed_from_outside_costs_no_grade(math_grader):
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
     assert math_grader.grade([r"\boxed{4.0}"] * 4, ["4"] * 4) == [1.0] * 4
+
+
+def test_an_answer_whose_worker_was_killed_is_graded_again(math_grader, monkeypatch):
+    run, lost = math_grader._run, [Failure("crash", "killed"), Failure("deadline", "stopped")]
+
+    def losing(function, calls):
+        outcomes = run(function, calls)
+        while lost:
+            outcomes[len(lost)] = lost.pop()
+        return outcomes
+
+    monkeypatch.setattr(math_grader, "_run", losing)
+    texts = [r"\boxed{4}", r"\boxed{4.0}", r"\boxed{5}"]
+    assert math_grader.grade(texts, ["4"] * 3) == [1.0, 1.0, 0.0]
 
 
 def test_an_interrupted_call_leaves_no_reply_behind(user_module, tmp_path):

@@ -1,6 +1,7 @@
 """Judges that are asked once for each answer, a few at a time."""
 
 import asyncio
+import inspect
 import re
 import sqlite3
 import subprocess
@@ -110,6 +111,15 @@ def test_only_so_many_are_asked_at_once(tmp_path, calls):
 def test_a_judge_that_cannot_be_awaited_is_refused():
     with pytest.raises(ValueError, match="expected an async function, got builtins:len"):
         cached_judge("judge.sqlite")(len)
+
+
+def test_what_a_judge_takes_by_any_name_is_not_asked_for(tmp_path):
+    @cached_judge(tmp_path / "judge.sqlite")
+    async def any_field(completion, **fields):
+        return float(len(fields))
+
+    assert [*inspect.signature(any_field).parameters] == ["completions"]
+    assert asyncio.run(any_field(completions=["a", "b"])) == [0.0, 0.0]
 
 
 def test_a_judge_is_a_reward_function_for_several_processes(tmp_path, monkeypatch):

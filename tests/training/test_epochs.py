@@ -117,9 +117,9 @@ def test_each_pass_updates_by_ratios_to_the_first_log_probs_and_trains_the_score
         moved = want.detach() - start.double()
         assert (got.full_tensor() - want).norm() < 1e-3 * moved.norm()
     assert metrics["step/grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
-    assert metrics["loss/policy"] == pytest.approx(sum(policy_losses) / 2, rel=1e-4)
+    assert metrics["loss/policy"] == pytest.approx(sum(policy_losses) / 4, rel=1e-4)
     score_losses = (sum(losses) - sum(policy_losses)) / SCORE_COEF
-    assert metrics["loss/score"] == pytest.approx(score_losses / 2, rel=1e-4)
+    assert metrics["loss/score"] == pytest.approx(score_losses / 4, rel=1e-4)
     # The second pass has met the clip more often; the score is verified before it has seen them.
     assert metrics["loss/clip_frac"] > once["loss/clip_frac"]
     assert metrics["loss/score"] < once["loss/score"]

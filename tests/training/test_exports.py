@@ -8,10 +8,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from tiny_models import EOS, SIZES, VOCAB, save_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from laser_fast.config import Config, ConfigError, ModelConfig
 from laser_fast.model.policy import build_policy
+from laser_fast.model.vocabulary import load_tokenizer
 from laser_fast.training import export, hub
 from laser_fast.training.export import Exports, write_model
 
@@ -21,6 +24,9 @@ def test_a_model_says_the_dtype_that_it_is_stored_in(tmp_path, world, model_fold
     base = model_folders / "qwen2-tied"
     hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     hf.save_pretrained(tmp_path / "base")
+    # Of such settings transformers warns, and saves no changed ones.
+    hostile = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(hostile))
     tokenizer = MagicMock(eos_token_id=7)  # which ends completions in training
     tokenizer.get_vocab.return_value = {"last": hf.config.vocab_size - 1}
     monkeypatch.setattr("laser_fast.training.export.load_tokenizer", lambda path: tokenizer)
@@ -29,9 +35,31 @@ def test_a_model_says_the_dtype_that_it_is_stored_in(tmp_path, world, model_fold
     write_model(policy, config, tmp_path / "out", world)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     served = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert served["eos_token_id"] == [hf.config.eos_token_id, 7]
+    assert served.items() >= ({"eos_token_id": [hf.config.eos_token_id, 7]} | hostile).items()
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(stored[name], value) for name, value in hf.state_dict().items())
+
+
+def test_buffers_keep_their_dtype(tmp_path, world, monkeypatch):
+    """Rounded, the biases of a router would be one number, and choose other experts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes = experts | {"moe_intermediate_size": 16, "first_k_dense_replace": 1, "head_dim": 8}
+    config = AutoConfig.for_model("glm4_moe", **SIZES, **sizes, eos_token_id=EOS)
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    hf.get_buffer(bias).copy_(9 + 0.01 * torch.arange(4))
+    hf.save_pretrained(tmp_path / "base")
+    save_model(tmp_path / "tokenizer", vocab_size=VOCAB)
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    monkeypatch.setattr(export, "load_tokenizer", lambda path: tokenizer)
+    config = ModelConfig(path=str(tmp_path / "base"), compute_dtype="bfloat16")
+    policy = build_policy(config, world)
+    write_model(policy, config, tmp_path / "out", world)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert base[bias].dtype == torch.float32 and len(base[bias].unique()) == 4
+    streamed = dict(policy.stream_weights(world.device))
+    for found in (load_file(tmp_path / "out" / "model.safetensors"), streamed):
+        assert torch.equal(found[bias], base[bias])
 
 
 @pytest.fixture
