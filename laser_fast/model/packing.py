@@ -249,12 +249,10 @@ class _Tokens:
         if start is None:
             start = self.starts[prompt] = len(self.ids)
             self.add_segment(prompt + response)
-            first = start + len(prompt)
-        else:
-            first = len(self.ids)
-            if response:
-                self.add_segment(response, prefix_start=start, prefix_length=len(prompt))
-        return [start + len(prompt) - 1, *range(first, first + len(response))]
+        elif response:
+            self.add_segment(response, prefix_start=start, prefix_length=len(prompt))
+        end = len(self.ids)
+        return [start + len(prompt) - 1, *range(end - len(response), end)]
 
     def add_segment(self, ids: Ids, prefix_start: int = 0, prefix_length: int = 0) -> None:
         """Lay down tokens that continue a prefix."""
