@@ -16,7 +16,7 @@ from laser_fast.model.distributed import World
 from laser_fast.model.families import LmHead
 from laser_fast.model.packing import Ids, Packer
 from laser_fast.model.policy import Head, Policy, label_head
-from laser_fast.records import Group, Microbatch, ScorePosition, TrainingSequence
+from laser_fast.records import Completion, Group, Microbatch, ScorePosition, TrainingSequence
 from laser_kernels import linear_logprob
 
 
@@ -68,16 +68,13 @@ def with_scores(
         policy, ended, token_ids, world, score_at=score_at, budget=packer.budget
     )
     scores = iter(found[:, 0].tolist())
-    return [
-        replace(
-            group,
-            completions=tuple(
-                replace(c, score_logprob=next(scores)) if c.is_finished else c
-                for c in group.completions
-            ),
-        )
-        for group in groups
-    ]
+
+    def scored(completion: Completion) -> Completion:
+        if not completion.is_finished:
+            return completion
+        return replace(completion, score_logprob=next(scores))
+
+    return [replace(g, completions=tuple(map(scored, g.completions))) for g in groups]
 
 
 def last_token_logprobs(
