@@ -42,10 +42,8 @@ from laser_fast.rewards.units import agree, split_unit
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # Its units are single letters, too: it would read 6m as 6.
-_DEFAULT = LatexExtractionConfig()
-_READING = replace(
-    _DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False)
-)
+_NOTATION = replace(LatexExtractionConfig().normalization_config, units=False)
+_READING = LatexExtractionConfig(normalization_config=_NOTATION)
 _DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\s*\}?)?'*(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
