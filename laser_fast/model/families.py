@@ -111,9 +111,8 @@ def position_limit(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
-        original = getattr(config, "original_max_position_embeddings", None)
-        original = original or rope.get("original_max_position_embeddings")
-        return original or config.max_position_embeddings
+        name = "original_max_position_embeddings"
+        return getattr(config, name, None) or rope.get(name) or config.max_position_embeddings
     return config.max_position_embeddings
 
 
@@ -123,9 +122,7 @@ def checkpoint_entries(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]
     if not layer:
         yield name, tensor
         return
+    parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
     for index, expert in enumerate(tensor):
-        parts = {kind: expert}
-        if kind == "gate_up_proj":
-            parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
-        for part, weight in parts.items():
+        for part, weight in zip(parts, expert.chunk(len(parts)), strict=True):
             yield f"{layer}.experts.{index}.{part}.weight", weight
