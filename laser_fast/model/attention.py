@@ -268,9 +268,8 @@ def _register(name: str, kernel: Kernel) -> None:
                 seen = _seen(query.shape[2], key.shape[2], form.window, query.device)
             output = _capped_attention(query, key, value, seen, form)
             return output.transpose(1, 2).contiguous(), None
-        inputs = (module, query, key, value, attention_mask)
-        kwargs |= {"sliding_window": sliding_window}
-        return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
+        kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, packed_mask)
