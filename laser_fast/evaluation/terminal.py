@@ -11,7 +11,7 @@ import tomli_w
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TaskID
-from rich.table import Table
+from rich.table import Column, Table
 
 from laser_fast.log.metrics import BENCHMARK, VOTES, shown_at
 
@@ -145,9 +145,8 @@ def _say(console: Console, text: str, **options: Any) -> None:
 
 def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table without rules, so that four intervals fit into 80 columns; none without rows."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(escape(column), no_wrap=True)
+    heads = (Column(escape(column), no_wrap=True) for column in columns)
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0), header_style="bold")
     for row in rows:
         table.add_row(*(escape(f"{c:.3f}" if isinstance(c, float) else str(c)) for c in row))
     if rows:
