@@ -120,9 +120,8 @@ def write_config(
     draft.add("score.token", token, "not measured: `laser-fast calibrate` finds the best one")
     draft.add("score.ref_logprob", "auto", "measured when the run starts")
     Config.parse(draft.values, source="init")
-    command = (
-        f"torchrun --nproc-per-node {num_ranks} -m laser_fast train {shlex.quote(str(output))}"
-    )
+    file = shlex.quote(str(output))
+    command = f"torchrun --nproc-per-node {num_ranks} -m laser_fast train {file}"
     if plan.workspace_mb < WORKSPACE_MB:
         command = f"LASER_KERNELS_WORKSPACE_MB={plan.workspace_mb:g} {command}"
     with output.open("x", encoding="utf-8") as new:
