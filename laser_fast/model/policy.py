@@ -144,9 +144,9 @@ class Policy(nn.Module):
         fixed = {name for name, _ in self.hf.named_buffers()}
 
         def gather(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, DTensor):
-                return tensor.detach().to(device)
-            return tensor.detach().to(device=device, dtype=self.compute_dtype).full_tensor()
+            dtype = self.compute_dtype if isinstance(tensor, DTensor) else tensor.dtype
+            tensor = tensor.detach().to(device=device, dtype=dtype)
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
         for name, tensor in merged(self.hf.state_dict(), self.hf, gather):
             dtype = tensor.dtype if name in fixed else self.compute_dtype

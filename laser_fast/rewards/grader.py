@@ -149,22 +149,19 @@ class Grader(ExitStack):
 
     def _run_built_in(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
         """A reward or a `Failure` for each completion with its gold."""
-        outcomes = self._run(self._function, pairs)
-        failed = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        outcomes = dict(enumerate(self._run(self._function, pairs)))
+        failed = [i for i, outcome in outcomes.items() if isinstance(outcome, Failure)]
         # A worker that was stopped or killed from outside says nothing of its answer.
-        again = self._run(self._function, [pairs[i] for i in failed])
-        for i, outcome in zip(failed, again, strict=True):
-            outcomes[i] = outcome
+        outcomes |= zip(failed, self._run(self._function, [pairs[i] for i in failed]), strict=True)
         failed = [i for i in failed if isinstance(outcomes[i], Failure)]
         others = self._run(self._function, [(OTHER_ANSWER, pairs[i][1]) for i in failed])
         blamed = [i for i, other in zip(failed, others, strict=True) if type(other) is float]
-        for i in blamed:
-            outcomes[i] = 0.0
+        outcomes |= dict.fromkeys(blamed, 0.0)
         if blamed:
             _log.warning(
                 "%d of %d answers graded 0: no grader can read them", len(blamed), len(pairs)
             )
-        return outcomes
+        return list(outcomes.values())
 
     def _run_users(
         self, pairs: Sequence[tuple[str, str]], *told: Sequence[Any] | None

@@ -248,8 +248,7 @@ class NcclTransfer:
 
     def __init__(self, http: Http, buffer_bytes: int) -> None:
         # Without it, opening the group would wait minutes for workers that never come.
-        server = http.get("/server_info?config_format=json")["vllm_config"]
-        if not server["weight_transfer_config"]:
+        if not http.get("/server_info?config_format=json")["vllm_config"]["weight_transfer_config"]:
             raise ConfigError(
                 "the server at rollout.server_url takes no weights by NCCL; start it with "
                 """--weight-transfer-config '{"backend": "nccl"}'"""

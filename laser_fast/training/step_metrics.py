@@ -127,12 +127,11 @@ class RowMetrics:
 
     def disagreement(self, world: World) -> float:
         """Mean |policy - engine| log-prob so far, in nats. Collective."""
-        pair = torch.stack([self._sums["gaps"], self._sums["probes"]])
-        total, probes = world.sum(pair).tolist()
+        total, probes = world.sum(torch.stack([self._sums["gaps"], self._sums["probes"]])).tolist()
         return total / max(probes, 1)
 
     def finish(
-        self, world: World, *, num_tokens: float, epochs: int = 1, minibatches: float = 1
+        self, world: World, num_tokens: float, *, epochs: int = 1, minibatches: int = 1
     ) -> dict[str, float]:
         """Metrics of the step over all ranks, whose completions have `num_tokens`. Collective.
 

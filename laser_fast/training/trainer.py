@@ -122,8 +122,8 @@ class Trainer:
         self.score = score
         self.bad_steps.record(step, grad_norms, parts * epochs)
         metrics |= table_metrics(tables, advantages)
-        counts = {"num_tokens": metrics["rollout/tokens"], "minibatches": per_pass}
-        metrics |= rows.finish(self.world, epochs=epochs, **counts)
+        num_tokens = metrics["rollout/tokens"]
+        metrics |= rows.finish(self.world, num_tokens, epochs=epochs, minibatches=per_pass)
         if trains_score:
             metrics["score/ref_logprob"] = score.ref_logprob
         metrics |= norms | {"score/coef": objective.score_coef, "step/lr": lr}
