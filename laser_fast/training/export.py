@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from laser_fast.config import Config, ConfigError, ModelConfig, ScoreConfig, load_config
 from laser_fast.config_errors import RunError
@@ -72,7 +71,7 @@ def write_model(
                 # What ended completions in training does so wherever the model is served. As JSON:
                 # transformers saves no changed settings of which it only warned.
                 ends = find_eos_token_ids(config.path, tokenizer, policy.hf.config)
-                file = partial / GENERATION_CONFIG_NAME
+                file = partial / "generation_config.json"
                 replace_text(file, to_text(read_json(file) | {"eos_token_id": list(ends)}))
                 stored = copy.deepcopy(policy.hf.config)  # transformers wrote that of the masters
                 stored.dtype = dtype

@@ -166,11 +166,8 @@ def test_names_are_as_long_as_they_must_be():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            '{"a.jsonl" = 0.7, "b.jsonl" = 0}',
-            r"a number greater than 0, got {'a.jsonl': 0.7, 'b.jsonl': 0} \(Hub",
-        ),
-        ('{"a.jsonl" = 0.7, "b.jsonl" = -1.5}', "a number greater than 0, got"),
+        ('{"a.jsonl" = 0.7, "b.jsonl" = 0}', r"a number greater than 0 for 'b.jsonl', got 0 \(Hub"),
+        ('{"a.jsonl" = 0.7, "b.jsonl" = -1.5}', "a number greater than 0 for 'b.jsonl', got -1.5"),
         ('{"a.jsonl" = nan}', '"data.train": expected'),
         ('{"a.jsonl" = "much"}', '"data.train": expected'),
         ("7", '"data.train": expected'),

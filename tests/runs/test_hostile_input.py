@@ -24,10 +24,9 @@ SCORE = [
     "score.ref_logprob=-9",
     "data.template={prompt}",
     "data.prompt_suffix=",
-    "data.max_prompt_tokens=24",
-    "rollout.max_new_tokens=48",
 ]
-GRADED = ["--limit", "1", "reward.kind=sandbox", "reward.workers=1", *SCORE]
+LENGTHS = ["data.max_prompt_tokens=24", "rollout.max_new_tokens=48"]
+GRADED = ["--limit", "1", "reward.kind=sandbox", "reward.workers=1", *LENGTHS, *SCORE]
 
 
 class Place(SimpleNamespace):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from statistics import fmean
+from collections import Counter
 
 import pytest
 import torch
@@ -79,8 +79,9 @@ def test_samples_alone_give_the_scores_of_the_last_row_and_their_floating_refere
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     score_token_id = tokenizer.convert_tokens_to_ids(RESERVED_TOKENS[0])
     by_step, num_read = [[] for _ in range(STEPS)], 0
-    for sample in read_lines(run / "samples.jsonl"):
+    for number, sample in enumerate(read_lines(run / "samples.jsonl")):
         if sample["finish_reason"] == "stop":
+            sample["update"] = number // GROUP_SIZE % 2
             by_step[sample["step"]].append(sample)
     for sample in by_step[0]:  # of the model as it was
         ids = tokenizer(sample["prompt"] + sample["text"])["input_ids"]
@@ -90,15 +91,14 @@ def test_samples_alone_give_the_scores_of_the_last_row_and_their_floating_refere
             num_read += 1
     assert num_read > 3
     found = [line["score/ref_logprob"] for line in read_metrics(run)]
-    for step in range(1, STEPS):
-        own = [
-            fmean(
-                s["score_logprob"] - s["reward"] / beta for s in by_step[step] if s["reward"] == r
-            )
-            for r in (0, 1)
-        ]
-        moved = found[step - 1] + 0.2 * (fmean(own) - found[step - 1])
-        assert found[step] == pytest.approx(min(moved, -3 - 1 / beta), abs=1e-5)
+    for before, after, samples in zip(found[:-1], found[1:], by_step[1:], strict=True):
+        counts = Counter((s["update"], s["reward"]) for s in samples)
+        step = 0.0
+        for s in samples:  # as the MSE of its update weights it
+            num = counts[s["update"], 0] + counts[s["update"], 1]
+            weight = min(num / (2 * counts[s["update"], s["reward"]]), 5.0) / num
+            step += weight * (s["score_logprob"] - before - s["reward"] / beta) / 2
+        assert after == pytest.approx(min(before + 0.2 * step, -3 - 1 / beta), abs=1e-5)
     assert len(set(found)) == STEPS
 
 
