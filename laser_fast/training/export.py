@@ -86,7 +86,7 @@ def write_model(
 def export(
     run: Path, out: Path, *, adapter: bool = False, checkpoint: str = "latest", push: str = ""
 ) -> Path:
-    """Write the policy of `run` to `out`, in the dtype that its base model was stored in.
+    """Write the policy of `run` to `out`, as `write_model` does.
 
     A score that was trained goes with it, as laser_fast.json. With `adapter` only the adapters are
     written, as a folder of peft. `checkpoint` is "latest", "best" by `checkpoint.best` of the run,
