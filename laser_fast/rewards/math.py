@@ -135,8 +135,9 @@ def _agree(gold: str, guess: str) -> bool:
     # 5% is 0.05, and 5 where the question asks for percent; 5 is not 0.05%.
     percent, plain = (first, second) if "percent" in unit else (second, first)
     is_scaled = "percent" in unit ^ other and percent == 100 * plain
-    is_rounded = _is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first))
-    return first == second or is_scaled or is_rounded
+    return (first == second or is_scaled) or (
+        _is_rounded(gold, Rational(second)) or _is_rounded(guess, Rational(first))
+    )
 
 
 def _without_name(gold: str, guess: str) -> tuple[str, str]:
